@@ -1,0 +1,111 @@
+"""The HTTP client that carries the token. It talks to one origin and follows no redirect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import orjson
+
+from adc_worker import __version__
+from adc_worker.antenna import wire
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable, AntennaUnreachable
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+# With NATS down Antenna answers /tasks/ after 120 s (contract, "Take tasks"); giving up earlier loses deliveries.
+TASKS_READ_TIMEOUT_S = 150.0
+JOBS_PER_POLL = 50
+_RETRY_STATUS = frozenset({408, 425, 429})
+_SHOWN_CHARACTERS = 300
+_T = TypeVar("_T")
+
+
+class AntennaClient:
+    """Antenna's endpoints as methods; raises only AntennaError. Safe to use from several threads."""
+
+    def __init__(self, base_url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
+        self._http = httpx.Client(
+            base_url=base_url,
+            headers={"Authorization": f"Token {token}", "User-Agent": f"adc-worker/{__version__}"},
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            follow_redirects=False,
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def jobs(self, pipeline_slugs: Sequence[str], project: int | None = None) -> list[wire.JobRef]:
+        """List jobs that have tasks for these pipelines; also this worker's heartbeat."""
+        params: dict[str, Any] = {
+            "pipeline__slug__in": ",".join(pipeline_slugs),
+            "ids_only": 1,  # without `limit` the answer would be one random job
+            "incomplete_only": 1,
+            "dispatch_mode": "async_api",
+            "status": "STARTED",
+            "limit": JOBS_PER_POLL,
+        }
+        if project is not None:
+            params["project"] = project
+        return _read(wire.parse_jobs, self._send("GET", "/jobs/", params=params))
+
+    def job(self, job_id: int) -> wire.JobState:
+        return _read(wire.JobState.model_validate_json, self._send("GET", f"/jobs/{job_id}/"))
+
+    def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
+        """Take up to `count` tasks; each spends one delivery. An empty list can mean six things."""
+        timeout = httpx.Timeout(TASKS_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count}, timeout=timeout)
+        return _read(wire.parse_tasks, body)
+
+    def post_results(self, job_id: int, entries: Sequence[tuple[str, bytes]]) -> None:
+        """Post (reply_subject, serialised result) pairs; accepted means queued at Antenna, not saved."""
+        headers = {"Content-Type": "application/json"}
+        self._send("POST", f"/jobs/{job_id}/result/", content=wire.result_post(entries), headers=headers)
+
+    def _send(self, method: str, path: str, **arguments: Any) -> bytes:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            raise AntennaUnreachable(f"{method} {path}: {type(error).__name__}: {error}") from error
+        if response.is_success:
+            return response.content
+        raise _error_for(response, f"{method} {path}")
+
+
+def _read(parse: Callable[[bytes], _T], body: bytes) -> _T:
+    try:
+        return parse(body)
+    except ValueError as error:
+        raise AntennaUnavailable(f"Antenna's answer is not what its contract says: {str(error)[:200]}") from error
+
+
+def _error_for(response: httpx.Response, request: str) -> AntennaError:
+    status = response.status_code
+    message = f"{request} answered {status}: {_detail(response)}"
+    if status in {401, 403}:
+        return AntennaRefused(message)
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _RETRY_STATUS:
+        return AntennaUnavailable(message)
+    if response.is_redirect:
+        target = response.headers["location"].partition("?")[0]
+        return AntennaRejected(f"{message}; it redirects to {target}: correct AMI_ANTENNA_API_BASE_URL", status)
+    return AntennaRejected(message, status)
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        body = orjson.loads(response.content)
+    except orjson.JSONDecodeError:
+        return response.text[:_SHOWN_CHARACTERS]
+    detail = body.get("detail") if isinstance(body, dict) else None
+    return str(detail or body)[:_SHOWN_CHARACTERS]

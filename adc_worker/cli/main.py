@@ -1,0 +1,125 @@
+"""The command line: `ami …`, `adc-worker …` and `python -m adc_worker …`. Imports what a command needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from adc_worker import __version__, log, settings
+from adc_worker.cli.demo import demo_command
+from adc_worker.cli.devserver import devserver_command
+from adc_worker.errors import ConfigurationError, ExitCode
+from adc_worker.runtime.options import WorkerOptions
+
+_ENV_FILE = click.option(
+    "--env-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Read AMI_ variables from this file, too. The environment wins over it, and it wins over ./.env.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ami")
+def cli() -> None:
+    """A worker for Antenna that nobody has to tune.
+
+    Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it work without an
+    Antenna, start `ami demo`.
+    """
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable.")
+@click.option("--project", type=int, help="Work for this project only.")
+@click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems.")
+@_ENV_FILE
+@click.version_option(__version__, prog_name="ami worker")
+def worker(
+    context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
+) -> None:
+    """Pull tasks, find insects, post results. Without a subcommand: run."""
+    context.obj = WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)
+    if context.invoked_subcommand is None:
+        sys.exit(_run_worker(context.obj))
+
+
+@worker.command("run")
+@click.pass_context
+@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable.")
+@click.option("--project", type=int, help="Work for this project only.")
+@click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems.")
+@_ENV_FILE
+def worker_run(
+    context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
+) -> None:
+    """Run the worker until it is stopped."""
+    outer: WorkerOptions = context.obj
+    sys.exit(
+        _run_worker(
+            WorkerOptions(
+                pipelines or outer.pipelines,
+                outer.project if project is None else project,
+                exit_when_idle or outer.exit_when_idle,
+                str(env_file) if env_file else outer.env_file,
+            )
+        )
+    )
+
+
+@cli.command("settings")
+@click.option("--env-example", is_flag=True, help="Print the text of .env.example.")
+@_ENV_FILE
+def settings_command(env_example: bool, env_file: Path | None) -> None:
+    """Show the settings in force, or every setting there is."""
+    if env_example:
+        click.echo(settings.env_example(), nl=False)
+        return
+    config = _load(env_file)
+    for name in type(config).model_fields:
+        click.echo(f"{settings.variable(name)}={getattr(config, name)}")
+
+
+def _load(env_file: Path | None) -> settings.Settings:
+    try:
+        return settings.load(env_file)
+    except ConfigurationError as error:
+        raise _configuration_exit(error) from None
+
+
+def _configuration_exit(error: ConfigurationError) -> SystemExit:
+    click.echo(f"ami: {error}", err=True)
+    return SystemExit(ExitCode.CONFIGURATION)
+
+
+def _run_worker(options: WorkerOptions) -> ExitCode:
+    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415 (help and version need none of it)
+
+    config = _load(options.env_path)
+    try:
+        _token = config.token
+    except ConfigurationError as error:
+        raise _configuration_exit(error) from None
+    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+    logger = log.get_logger(__name__)
+    logger.info(
+        "start",
+        version=__version__,
+        antenna=config.antenna_api_base_url,
+        mode=config.ingest_mode,
+        limits=settings.limits_set(config),
+    )
+    for sentence in settings.warnings_for(config, options.env_path):
+        logger.warning("setting", note=sentence)
+    return supervise(options, config)
+
+
+cli.add_command(demo_command)
+cli.add_command(devserver_command)
+
+
+def main() -> None:
+    """Run the command line; the console scripts point here."""
+    cli()

@@ -1,0 +1,304 @@
+"""Forms batches of staged images, admits them to the arena, and has them decoded ahead of the GPU.
+
+Only this thread ever waits for memory; whoever asks for a batch waits for a ready one and for nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+import torch
+
+from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.ingest.arena import Arena, Region
+from adc_worker.ingest.decode import DecodeEngine, DecodeReport
+from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedImage
+from adc_worker.tuning.plan import IngestPlan
+
+_Shape = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class DecodedBatch:
+    """Decoded images of one shape, in the arena. Free it, by `with`, before asking for the next one.
+
+    Attributes:
+        images: uint8 [n, height, width, 3], a view of the arena.
+        staged: what row i was decoded from.
+        reports: what its decode took.
+    """
+
+    images: torch.Tensor
+    staged: list[StagedImage]
+    reports: list[DecodeReport]
+    release: Callable[[], None]
+
+    def pin_memory(self) -> DecodedBatch:
+        """Return itself: a pinned plan registers the whole arena once, so that no batch is copied to be pinned."""
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.images = torch.empty(0, dtype=torch.uint8)  # a view that outlived its region would show another batch
+        self.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Decoding:
+    """A batch between admission and readiness."""
+
+    region: Region
+    shape: _Shape
+    staged: list[StagedImage]
+    outcomes: list[DecodeReport | BaseException | None] = field(default_factory=list)
+    left: int = 0
+
+
+class BatchFeeder:
+    """Runs the feeder thread. Iterate over it once to get the job's batches."""
+
+    def __init__(
+        self,
+        plan: IngestPlan,
+        source: StagedQueue,
+        arena: Arena,
+        engine: DecodeEngine,
+        on_failure: Callable[[StagedImage, ImageError], None],
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._arena = arena
+        self._engine = engine
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        self._waiting: dict[_Shape, deque[StagedImage]] = {}
+        self._ready: deque[DecodedBatch] = deque()
+        self._images_decoding = 0
+        self._batches_ahead = 0  # being decoded or ready
+        self._batches_in_arena = 0
+        self._source_ended = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._ended = False
+        self._enlarged = False  # the arena was made larger for an image that runs alone
+        self.batches_asked = 0
+        self.batches_ready = 0  # of those asked for, how many did not have to be waited for
+        source.listen(self._wake)
+        self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[DecodedBatch]:
+        while (batch := self._next_ready()) is not None:
+            yield batch
+            del batch  # or its region's view would live until the next one is ready
+
+    def stop(self) -> None:
+        """Admit nothing more; what is admitted still comes out."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop, end the thread and the decoders, and free what nobody took."""
+        self.stop()
+        self._source.listen(None)
+        self._thread.join()
+        self._engine.close()
+        while self._ready:
+            with self._ready.popleft():
+                pass
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _next_ready(self) -> DecodedBatch | None:
+        with self._changed:
+            self.batches_asked += 1
+            self.batches_ready += bool(self._ready)
+            while not self._ready and not self._ended and self._failure is None:
+                self._changed.wait()
+            if self._failure is not None:
+                raise self._failure
+            if not self._ready:
+                return None
+            self._batches_ahead -= 1
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def _run(self) -> None:
+        try:
+            while (images := self._next_images()) is not None:
+                self._admit(images)
+        except BaseException as error:  # noqa: BLE001 (handed to the consumer, who raises it)
+            self._fail(error)
+        with self._changed:
+            while self._failure is None and self._batches_ahead > len(self._ready):
+                self._changed.wait()
+            self._ended = True
+            self._changed.notify_all()
+
+    def _next_images(self) -> list[StagedImage] | None:
+        """Wait until a batch may close and has a place ahead of the GPU; None when there is nothing more to admit."""
+        with self._changed:
+            while not self._stopping and self._failure is None:
+                self._take_staged()
+                if self._source_ended and not self._waiting:
+                    return None
+                shape = self._closable_shape() if self._batches_ahead <= self._plan.prefetch_factor else None
+                if shape is not None:
+                    return self._close_batch(shape)
+                self._changed.wait(self._seconds_to_next_close())
+        return None
+
+    def _take_staged(self) -> None:
+        images, self._source_ended = self._source.take_all()
+        for image in images:
+            self._waiting.setdefault(image.header.shape, deque()).append(image)
+
+    def _closable_shape(self) -> _Shape | None:
+        """Return the shape whose oldest image waited longest, among those whose batch may close now."""
+        now = time.monotonic()
+        idle = self._images_decoding < self._engine.workers
+        closable = [
+            (images[0].staged_at, shape)
+            for shape, images in self._waiting.items()
+            if idle
+            or self._source_ended
+            or len(images) >= self._images_per_batch(images[0])
+            or now - images[0].staged_at >= self._plan.batch_wait_s
+        ]
+        return min(closable)[1] if closable else None
+
+    def _seconds_to_next_close(self) -> float | None:
+        if not self._waiting or self._batches_ahead > self._plan.prefetch_factor:
+            return None
+        oldest = min(images[0].staged_at for images in self._waiting.values())
+        return max(0.0, oldest + self._plan.batch_wait_s - time.monotonic())
+
+    def _images_per_batch(self, image: StagedImage) -> int:
+        return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
+
+    def _close_batch(self, shape: _Shape) -> list[StagedImage]:
+        waiting = self._waiting[shape]
+        images = [waiting.popleft() for _ in range(min(len(waiting), self._images_per_batch(waiting[0])))]
+        if not waiting:
+            del self._waiting[shape]
+        return images
+
+    def _admit(self, images: list[StagedImage]) -> None:
+        """Allocate the batch's region, waiting for memory if need be, and start its decodes."""
+        if images[0].header.pixel_bytes > self._plan.solo_bytes:
+            self._refuse(images)
+            return
+        region = self._allocate(images)
+        if region is None:
+            return
+        image_bytes = images[0].header.pixel_bytes
+        batch = _Decoding(region, images[0].header.shape, images, [None] * len(images), len(images))
+        with self._changed:
+            self._batches_ahead += 1
+            self._batches_in_arena += 1
+            self._images_decoding += len(images)
+        for row, image in enumerate(images):
+            target = Region(region.offset + row * image_bytes, image_bytes)
+            future = self._engine.submit(image.path, image.header, target)
+            future.add_done_callback(partial(self._on_decoded, batch, row))
+
+    def _allocate(self, images: list[StagedImage]) -> Region | None:
+        image_bytes = images[0].header.pixel_bytes
+        with self._changed:
+            while not self._stopping:
+                region = self._arena.allocate(image_bytes * len(images))
+                if region is not None:
+                    return region
+                if self._batches_in_arena == 0:
+                    self._make_room(images, image_bytes)
+                else:
+                    self._changed.wait()
+        return None
+
+    def _refuse(self, images: list[StagedImage]) -> None:
+        needed = images[0].header.pixel_bytes
+        for image in images:
+            self._on_failure(
+                image,
+                ImageTooLarge(
+                    f"decoded it needs {needed} bytes; this worker has {self._plan.solo_bytes} for one image"
+                ),
+            )
+
+    def _make_room(self, images: list[StagedImage], image_bytes: int) -> None:
+        """Nothing is in flight and the batch does not fit: let its first image run alone, whatever its size."""
+        for image in reversed(images[1:]):
+            self._waiting.setdefault(image.header.shape, deque()).appendleft(image)
+        del images[1:]
+        if image_bytes > self._arena.size_bytes:
+            self._arena.resize(image_bytes)
+            self._enlarged = True
+
+    def _on_decoded(self, batch: _Decoding, row: int, future: Future[DecodeReport]) -> None:
+        error = future.exception()
+        batch.outcomes[row] = error if error is not None else future.result()
+        with self._changed:
+            self._images_decoding -= 1
+            batch.left -= 1
+            last = batch.left == 0
+            self._changed.notify_all()
+        if last:
+            try:
+                self._finish(batch)
+            except Exception as error:  # noqa: BLE001 (a future's callback has nobody to raise to)
+                self._fail(error)
+
+    def _finish(self, batch: _Decoding) -> None:
+        """Move the rows that were decoded together and make the batch ready."""
+        rows = self._arena.view(batch.region, (len(batch.staged), *batch.shape))
+        decoded: list[tuple[StagedImage, DecodeReport]] = []
+        for row, (image, outcome) in enumerate(zip(batch.staged, batch.outcomes, strict=True)):
+            if isinstance(outcome, DecodeReport):
+                if row != len(decoded):
+                    rows[len(decoded)] = rows[row]
+                decoded.append((image, outcome))
+            elif isinstance(outcome, ImageError):
+                self._on_failure(image, outcome)
+            else:
+                self._fail(outcome)
+        if not decoded:
+            with self._changed:
+                self._batches_ahead -= 1
+            self._release(batch.region)
+            return
+        ready = DecodedBatch(
+            torch.from_numpy(rows[: len(decoded)]),
+            [image for image, _report in decoded],
+            [report for _image, report in decoded],
+            partial(self._release, batch.region),
+        )
+        with self._changed:
+            self._ready.append(ready)
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException | None) -> None:
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    def _release(self, region: Region) -> None:
+        with self._changed:
+            self._arena.free(region)
+            self._batches_in_arena -= 1
+            if self._enlarged and self._batches_in_arena == 0:
+                self._arena.resize(self._plan.arena_bytes)
+                self._enlarged = False
+            self._changed.notify_all()

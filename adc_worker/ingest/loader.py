@@ -1,0 +1,90 @@
+"""The DataLoader of one job: fresh for its plan, fed from the arena, decoding in its own workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from adc_worker.errors import ImageError, WorkerFault
+from adc_worker.ingest.arena import Arena
+from adc_worker.ingest.decode import ThreadEngine
+from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
+from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedImage
+from adc_worker.tuning.plan import IngestPlan
+
+
+class _ReadyBatches(IterableDataset[DecodedBatch]):
+    def __init__(self, feeder: BatchFeeder) -> None:
+        self._feeder = feeder
+
+    def __iter__(self) -> Iterator[DecodedBatch]:
+        return iter(self._feeder)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class JobDataLoader(DataLoader[DecodedBatch]):
+    """A DataLoader whose dataset owns the decode workers: torch's own subprocesses are not used.
+
+    `batch_size` is None towards torch, which would collate otherwise; the plan's is `plan.batch_size`.
+    """
+
+    def __init__(self, plan: IngestPlan, feeder: BatchFeeder, arena: Arena) -> None:
+        super().__init__(
+            _ReadyBatches(feeder), batch_size=None, num_workers=0, collate_fn=_as_it_is, pin_memory=plan.pin_memory
+        )
+        self.plan = plan
+        self.prefetch_factor = plan.prefetch_factor
+        self._feeder = feeder
+        self._arena = arena
+
+    @property
+    def readiness(self) -> float:
+        """Share of the batches asked for that were ready at once."""
+        return self._feeder.batches_ready / max(1, self._feeder.batches_asked)
+
+    def stop(self) -> None:
+        """Admit nothing more; what is admitted still comes out."""
+        self._feeder.stop()
+
+    def close(self) -> None:
+        """End every thread of the loader and give its memory back."""
+        self._feeder.close()
+        self._arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def build_dataloader(
+    plan: IngestPlan, source: StagedQueue, on_failure: Callable[[StagedImage, ImageError], None]
+) -> JobDataLoader:
+    """Build the loader of a job. `on_failure` hears of images that cannot be decoded, from a decode thread."""
+    arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
+    engine = ThreadEngine(arena, plan.decode_workers, plan.scratch_bytes)
+    return JobDataLoader(plan, BatchFeeder(plan, source, arena, engine, on_failure), arena)
+
+
+class _CudaPageLocker:
+    """Registers the whole arena with CUDA once, so that no batch is copied to be pinned. Written, not run."""
+
+    def lock(self, address: int, size_bytes: int) -> None:
+        code = torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)  # type: ignore[no-untyped-call]
+        if int(code) != 0:
+            raise WorkerFault(
+                f"CUDA cannot page-lock {size_bytes} bytes (error {int(code)}):"
+                " set AMI_ANTENNA_API_DATALOADER_PIN_MEMORY=false"
+            )
+
+    def unlock(self, address: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -1,0 +1,60 @@
+"""Staged images on their way from the downloads to whoever decodes next: the probe first, then the feeder."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from adc_worker.ingest.staging import StagedImage
+
+
+class StagedQueue:
+    """A queue that can be waited on by one reader at a time, and that has an end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._images: deque[StagedImage] = deque()
+        self._ended = False
+        self._listener: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def put(self, image: StagedImage, *, urgent: bool = False) -> None:
+        """Append an image; an urgent one (on its last delivery) goes to the front."""
+        with self._changed:
+            (self._images.appendleft if urgent else self._images.append)(image)
+        self._notify()
+
+    def end(self) -> None:
+        """Say that no image will follow."""
+        with self._changed:
+            self._ended = True
+        self._notify()
+
+    def get(self) -> StagedImage | None:
+        """Wait for the next image; None at the end."""
+        with self._changed:
+            while not self._images and not self._ended:
+                self._changed.wait()
+            return self._images.popleft() if self._images else None
+
+    def take_all(self) -> tuple[list[StagedImage], bool]:
+        """Take what is there without waiting, and say whether that was the end."""
+        with self._changed:
+            images = list(self._images)
+            self._images.clear()
+            return images, self._ended
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call `listener` after every change, from the thread that made it."""
+        with self._changed:
+            self._listener = listener
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            listener = self._listener
+        if listener is not None:
+            listener()

@@ -1,0 +1,88 @@
+"""Where every task of a job ends: a kept result, a kept error, or a lease that was given up knowingly."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adc_worker.antenna.wire import Task, error_result
+from adc_worker.errors import ImageError
+from adc_worker.ingest.staging import StagedImage, StagingArea
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import Poster
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """One image's serialised result on its way into the journal."""
+
+    task_id: int
+    body: bytes
+    detections: int
+    truncated: bool
+
+
+class JobOutcomes:
+    """Records outcomes durably, removes the staged file, and counts; safe to use from several threads."""
+
+    def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
+        self._log = _log.bind(job_id=job_id)
+        self._journal = journal
+        self._staging = staging
+        self._poster = poster
+        self._lock = threading.Lock()
+        self._on_settled: Callable[[], None] | None = None
+        self.done = 0
+        self.detections = 0
+        self.truncated = 0
+        self.failed: Counter[str] = Counter()
+        self.given_up = 0
+
+    @property
+    def settled(self) -> int:
+        """Tasks that have an outcome."""
+        return self.done + self.failed.total() + self.given_up
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call `listener` after every outcome."""
+        self._on_settled = listener
+
+    def succeed(self, results: Sequence[ImageResult]) -> None:
+        """Keep results: on return they survive a crash and their staged files are gone."""
+        self._journal.keep([(result.task_id, result.body) for result in results])
+        with self._lock:
+            self.done += len(results)
+            self.detections += sum(result.detections for result in results)
+            self.truncated += sum(result.truncated for result in results)
+        self._settle([result.task_id for result in results])
+
+    def fail(self, task_id: int, task: Task, error: ImageError) -> None:
+        """Keep an error result: the evidence is in the image."""
+        self._journal.keep([(task_id, error_result(task.image_id, str(error)))])
+        with self._lock:
+            self.failed[type(error).__name__] += 1
+        self._log.warning("image_failed", image_id=task.image_id, url=task.image_url, error=str(error))
+        self._settle([task_id])
+
+    def fail_staged(self, image: StagedImage, error: ImageError) -> None:
+        self.fail(image.id, image.task, error)
+
+    def give_up(self, task_id: int, task: Task, reason: str) -> None:
+        """Leave a task to its lease: Antenna hands it out again."""
+        self._journal.forget([task_id])
+        with self._lock:
+            self.given_up += 1
+        self._log.warning("task_left_to_its_lease", image_id=task.image_id, reason=reason)
+        self._settle([task_id])
+
+    def _settle(self, task_ids: Sequence[int]) -> None:
+        for task_id in task_ids:
+            self._staging.discard(task_id)
+        self._poster.wake()
+        if self._on_settled is not None:
+            self._on_settled()

@@ -1,0 +1,75 @@
+"""Measures a job with its first two images. Their results are kept and posted like any other."""
+
+from __future__ import annotations
+
+import torch
+
+from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.host.budget import HostBudget
+from adc_worker.host.memory import PeakResidentMemory
+from adc_worker.ingest.arena import Arena
+from adc_worker.ingest.decode import decode
+from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedImage
+from adc_worker.models.pipeline import Pipeline
+from adc_worker.runtime.inference import infer_and_keep
+from adc_worker.runtime.outcomes import JobOutcomes
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
+
+PROBE_IMAGES = 2
+
+
+def probe(source: StagedQueue, pipeline: Pipeline, host: HostBudget, outcomes: JobOutcomes) -> ProbeReport | None:
+    """Measure up to two images that can be decoded, one at a time; None when the job has none.
+
+    An image that fails has its outcome and another takes its place.
+    """
+    probes: list[ImageProbe] = []
+    inference_peak_bytes = 0
+    while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
+        try:
+            measured, peak_bytes = _measure(image, pipeline, host, outcomes)
+        except ImageError as error:
+            outcomes.fail_staged(image, error)
+            continue
+        probes.append(measured)
+        inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
+    if not probes:
+        return None
+    return ProbeReport(tuple(probes), host.used_bytes, inference_peak_bytes)
+
+
+def _measure(image: StagedImage, pipeline: Pipeline, host: HostBudget, outcomes: JobOutcomes) -> tuple[ImageProbe, int]:
+    header = image.header
+    needed = header.pixel_bytes + header.scratch_bytes
+    room = min(host.limit_bytes - host.used_bytes, host.available_bytes)
+    if needed > room:
+        raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} left")
+    arena = Arena(header.pixel_bytes)
+    region = arena.allocate(header.pixel_bytes)
+    if region is None:
+        raise AssertionError("an empty arena holds the image it was made for")
+    try:
+        rows = arena.view(region, header.shape)
+        report = decode(image.path, header, rows)
+        memory = PeakResidentMemory()
+        stats = infer_and_keep(pipeline, torch.from_numpy(rows).unsqueeze(0), [image], [report], outcomes)
+        peak_bytes = memory.growth_bytes()
+    finally:
+        arena.free(region)
+        arena.close()
+    return (
+        ImageProbe(
+            compressed_bytes=header.compressed_bytes,
+            width_px=header.width_px,
+            height_px=header.height_px,
+            decode_scratch_bytes=header.scratch_bytes,
+            first_byte_s=image.download.first_byte_s,
+            download_s=image.download.total_s,
+            decode_s=report.decode_s,
+            inference_s=stats.inference_s,
+            detections=stats.detections,
+            result_bytes=stats.result_bytes,
+        ),
+        peak_bytes,
+    )

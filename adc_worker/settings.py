@@ -1,0 +1,289 @@
+"""Every AMI_ variable, with its unit, bounds and one sentence; the only reader of the environment.
+
+An operator sets a URL and a token. The ingest variables of today's worker are ceilings in `auto` mode.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
+
+from adc_worker.errors import ConfigurationError
+
+ENV_PREFIX = "AMI_"
+Effect = Literal["required", "sets", "limits", "none", "planned"]
+
+
+def _split_commas(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+def _setting(default: Any, sentence: str, effect: Effect = "sets", group: str = "worker", **bounds: Any) -> Any:
+    return Field(default, description=sentence, json_schema_extra={"effect": effect, "group": group}, **bounds)
+
+
+def _default_user_data_path() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "adc-worker"
+
+
+class Settings(BaseSettings):
+    """The validated settings of one process; immutable, secrets masked in its repr."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    antenna_api_base_url: str = _setting(
+        "http://localhost:8000/api/v2", "Antenna's API, with its version.", "required", "antenna"
+    )
+    antenna_api_auth_token: SecretStr = _setting(
+        SecretStr(""), "The token of this worker's user in Antenna.", "required", "antenna"
+    )
+    antenna_api_auth_token_file: Path | None = _setting(
+        None, "A file that holds the token, for container secrets.", group="antenna"
+    )
+    antenna_service_name: str = _setting(
+        "AMI Data Companion", "Name shown in Antenna's list of processing services.", group="antenna"
+    )
+    antenna_idle_sleep_seconds: float = _setting(
+        5.0, "Seconds between polls while there is no work.", group="antenna", ge=0.1, le=60
+    )
+    antenna_max_pending_posts: int = _setting(5, "Result posts under way at once.", group="antenna", ge=1, le=64)
+    antenna_max_post_bytes: ByteSize = _setting(
+        ByteSize(8_000_000), "Bytes of the largest result post.", group="antenna", ge=10_000
+    )
+    antenna_ack_wait_seconds: float = _setting(
+        300.0, "Seconds Antenna waits for a result before it delivers the task again.", group="antenna", ge=1
+    )
+    antenna_max_deliver: int = _setting(2, "Deliveries Antenna gives a task.", group="antenna", ge=1)
+    antenna_job_slice_seconds: float = _setting(
+        120.0, "Longest stretch on one job while others wait, in seconds.", "planned", "antenna", ge=1
+    )
+    antenna_nats_url: str | None = _setting(
+        None, "NATS, where it can be reached, to extend leases and hand tasks back.", "planned", "antenna"
+    )
+
+    user_data_path: Path = _setting(
+        _default_user_data_path(), "Folder of the journal, staged images and model weights.", group="paths"
+    )
+    database_url: str | None = _setting(
+        None, "Relocates the journal when it is a sqlite:/// URL; any other value has no effect.", group="paths"
+    )
+    staging_path: Path | None = _setting(
+        None, "Folder for compressed images; by default under AMI_USER_DATA_PATH.", group="paths"
+    )
+    staging_max_bytes: ByteSize | None = _setting(
+        None, "Bytes of compressed images kept on disk; computed by default.", "limits", "paths", ge=1_000_000
+    )
+
+    memory_soft_cap: float = _setting(
+        0.7, "Share of the memory limit the worker plans with.", "limits", "memory", gt=0, le=0.95
+    )
+    memory_limit_bytes: ByteSize | None = _setting(
+        None, "A memory limit in bytes below what the host gives.", "limits", "memory", ge=100_000_000
+    )
+    image_max_bytes: ByteSize = _setting(
+        ByteSize(256_000_000), "Bytes of the largest compressed image accepted.", "limits", "memory", ge=1000
+    )
+    image_max_pixels: int = _setting(400_000_000, "Pixels of the largest image accepted.", "limits", "memory", ge=1)
+
+    ingest_mode: Literal["auto", "fixed"] = _setting(
+        "auto", "auto computes a plan per job; fixed takes the ingest variables, or their old defaults, as they are.",
+        group="ingest",
+    )  # fmt: skip
+    antenna_api_batch_size: int | None = _setting(
+        None, "Ceiling on tasks per fetch; in fixed mode also images per batch.", "limits", "ingest", ge=1
+    )
+    antenna_api_dataloader_prefetch_factor: int | None = _setting(
+        None, "Ceiling on batches decoded ahead.", "limits", "ingest", ge=1
+    )
+    antenna_api_dataloader_pin_memory: bool | None = _setting(
+        None, "false forbids pinned memory, true permits it.", "limits", "ingest"
+    )
+    antenna_api_dataloader_download_threads: int | None = _setting(
+        None, "Ceiling on downloads at once.", "limits", "ingest", ge=1
+    )
+    antenna_api_dataloader_num_workers: int | None = _setting(
+        None, "Ceiling on decode workers.", "limits", "ingest", ge=1
+    )
+    num_workers: int | None = _setting(
+        None, "Decode workers in fixed mode (default 4); reported and not used in auto mode.", "limits", "ingest", ge=0
+    )
+
+    localization_batch_size: int = _setting(8, "Images per detector call, as a ceiling.", "limits", "models", ge=1)
+    classification_batch_size: int = _setting(20, "Crops per classifier call, as a ceiling.", "limits", "models", ge=1)
+    extra_pipelines: Names = _setting(
+        (), "Functions that return more pipelines, as package.module:function, comma-separated.", group="models"
+    )
+    simulated_seconds_per_image: float = _setting(
+        0.04, "The simulated pipeline's inference time in seconds.", group="models", ge=0
+    )
+
+    worker_instances: int | None = _setting(None, "Worker processes; by default one per GPU.", ge=1, le=64)
+    shutdown_grace_seconds: float = _setting(60.0, "Seconds to finish what is in hand after a signal.", ge=0)
+    image_allowed_networks: Names = _setting(
+        (), "Private networks images may come from, comma-separated CIDR.", "planned"
+    )
+    image_allowed_hosts: Names = _setting((), "Private hosts images may come from, comma-separated.", "planned")
+    log_format: Literal["console", "json"] | None = _setting(None, "console or json; by default by terminal.")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe log line written.")
+    status_port: int | None = _setting(None, "Port of the status page and metrics.", "planned", ge=0, le=65535)
+
+    # Of today's worker; accepted with any value so that its .env starts this one.
+    image_base_path: Any = _setting(None, "Folder of local image workflows.", "none", "unused")
+    localization_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
+    binary_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
+    species_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
+    feature_extractor: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
+    classification_threshold: Any = _setting(None, "Antenna stores every score.", "none", "unused")
+
+    @field_validator("antenna_api_base_url")
+    @classmethod
+    def _is_http_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
+        return value.rstrip("/")
+
+    @field_validator("user_data_path", "staging_path", "antenna_api_auth_token_file")
+    @classmethod
+    def _knows_the_home_folder(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()  # no shell has read .env
+
+    @property
+    def token(self) -> str:
+        """Antenna's token, from the variable or the file it names; raises ConfigurationError if there is none."""
+        if self.antenna_api_auth_token_file is not None:
+            try:
+                token = self.antenna_api_auth_token_file.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise ConfigurationError(
+                    f"AMI_ANTENNA_API_AUTH_TOKEN_FILE: cannot read {error.filename}: {error.strerror}"
+                ) from error
+            if not token:
+                raise ConfigurationError(
+                    f"AMI_ANTENNA_API_AUTH_TOKEN_FILE: {self.antenna_api_auth_token_file} is empty"
+                )
+            return token
+        token = self.antenna_api_auth_token.get_secret_value().strip()
+        if not token:
+            raise ConfigurationError(
+                "AMI_ANTENNA_API_AUTH_TOKEN is not set: copy the token of the worker's user from Antenna into .env"
+            )
+        return token
+
+    @property
+    def journal_path(self) -> Path:
+        """The SQLite file: AMI_DATABASE_URL where that is a sqlite URL, else under AMI_USER_DATA_PATH."""
+        url = self.database_url or ""
+        if url.startswith("sqlite:///"):
+            return Path(url.removeprefix("sqlite:///"))
+        return self.user_data_path / "adc_journal.db"
+
+    @property
+    def effective_staging_path(self) -> Path:
+        return self.staging_path or self.user_data_path / "staging"
+
+
+def variable(field_name: str) -> str:
+    """Return the environment name of a field."""
+    return f"{ENV_PREFIX}{field_name}".upper()
+
+
+def field_meta(info: FieldInfo) -> Mapping[str, str]:
+    """Return a field's `effect` and `group`."""
+    extra = info.json_schema_extra
+    if not isinstance(extra, dict):
+        raise TypeError(f"{info} was not made by _setting()")
+    return {key: str(value) for key, value in extra.items()}
+
+
+def load(env_file: Path | None = None) -> Settings:
+    """Read the environment, then `env_file`, then ./.env; raises ConfigurationError naming the variable."""
+    if env_file is not None and not env_file.is_file():
+        raise ConfigurationError(f"--env-file: {env_file} does not exist")
+    try:
+        # The last file wins over those before it; the environment wins over all files.
+        return Settings(_env_file=_env_files(env_file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = variable(str(first["loc"][0])) if first["loc"] else "settings"
+        shown = "" if "token" in name.lower() else f" (got {first['input']!r})"
+        raise ConfigurationError(f"{name}: {first['msg']}{shown}") from None
+
+
+def _env_files(env_file: Path | None) -> tuple[Path, ...]:
+    return (Path(".env"),) if env_file is None else (Path(".env"), env_file)
+
+
+def warnings_for(settings: Settings, env_file: Path | None = None) -> list[str]:
+    """One sentence for each variable that is set and unknown, or that has no effect on a worker."""
+    names = {variable(name): name for name in Settings.model_fields}
+    sentences = []
+    for name in sorted(_names_set(env_file)):
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            sentences.append(f"{name} is not a setting of this worker{hint}")
+            continue
+        effect = field_meta(Settings.model_fields[names[name]])["effect"]
+        if effect == "none":
+            sentences.append(f"{name} has no effect on a worker")
+        elif effect == "planned":
+            sentences.append(f"{name} is accepted, but this version does not use it yet")
+        elif name == "AMI_NUM_WORKERS" and settings.ingest_mode == "auto":
+            sentences.append("AMI_NUM_WORKERS is not used in auto mode: decode workers are computed")
+        elif name == "AMI_DATABASE_URL" and not str(settings.database_url).startswith("sqlite:///"):
+            sentences.append("AMI_DATABASE_URL has no effect on a worker unless it is a sqlite:/// URL")
+    return sentences
+
+
+def limits_set(settings: Settings) -> dict[str, Any]:
+    """Return the ingest ceilings that are set, by variable name."""
+    return {
+        variable(name): getattr(settings, name)
+        for name, info in Settings.model_fields.items()
+        if field_meta(info)["effect"] == "limits" and name in settings.model_fields_set
+    }
+
+
+def _names_set(env_file: Path | None) -> set[str]:
+    sources: Sequence[EnvSettingsSource] = (
+        EnvSettingsSource(Settings),
+        DotEnvSettingsSource(Settings, env_file=_env_files(env_file)),
+    )
+    return {name.upper() for source in sources for name in source.env_vars if name.upper().startswith(ENV_PREFIX)}
+
+
+def env_example() -> str:
+    """Return the text of .env.example: every variable, only URL and token uncommented."""
+    lines = ["# Settings of the worker. The first two are all it needs; everything else is computed."]
+    groups: dict[str, list[str]] = {}
+    for name, info in Settings.model_fields.items():
+        meta = field_meta(info)
+        groups.setdefault(meta["group"], []).extend(_example_lines(name, info, meta["effect"]))
+    for group, entries in groups.items():
+        lines += ["", f"# --- {group}", *entries]
+    return "\n".join(lines) + "\n"
+
+
+def _example_lines(name: str, info: FieldInfo, effect: str) -> list[str]:
+    default = info.default.get_secret_value() if isinstance(info.default, SecretStr) else info.default
+    shown = "" if default is None or default == () else str(default).lower() if default is True else str(default)
+    if name == "user_data_path":
+        shown = "~/.local/share/adc-worker"
+    note = {"none": " No effect on a worker.", "planned": " Not used by this version yet.", "limits": " A limit."}
+    comment = "" if effect == "required" else "#"
+    return [f"# {info.description}{note.get(effect, '')}", f"{comment}{variable(name)}={shown}"]

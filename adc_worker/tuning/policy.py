@@ -1,0 +1,256 @@
+"""From a job's measurements to its plan. Pure: numbers in, a plan out; opens nothing, sleeps never."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.host.budget import HostBudget
+from adc_worker.tuning.plan import IngestPlan
+from adc_worker.tuning.probe_report import ProbeReport
+
+_MB = 1_000_000
+
+# More than this in one batch, or decoded in total, did not raise the rate: measurements, "How to structure the
+# ingest" (batches of at most 4 images or 120 MB, 400 MB of decoded bytes in flight).
+BATCH_BYTES_CAP = 120 * _MB
+ARENA_BYTES_CAP = 400 * _MB
+# One batch is inferred, one is ready, one is being decoded (design, "The arena and the loader").
+BATCHES_IN_ARENA = 3
+BATCH_SIZE_MIN, BATCH_SIZE_MAX = 4, 24  # the incident's hand-set value and today's default
+PREFETCH_MAX = 8
+DOWNLOADS_MIN, DOWNLOADS_MAX = 2, 32
+FIXED_DOWNLOADS, FIXED_PREFETCH = 8, 4  # today's constants, for `fixed` mode
+# Little's law gives the connections that are busy on average; half as many again cover the spread.
+DOWNLOAD_HEADROOM = 1.5
+DECODE_HEADROOM = 1.5
+FETCH_COVER_S = 2.0  # an empty fetch takes 0.6 s and others up to 0.17 s (contract); staged work covers three of them
+TASKS_PER_FETCH_MAX = 64
+RESERVE_BYTES = 64 * _MB  # interpreter heaps, connection buffers, a post being assembled
+DISK_SHARE = 0.5
+RESULTS_WAITING_BATCHES = 2  # one being kept, one being posted
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the operator's variables and the pipeline forbid to exceed; None is no ceiling."""
+
+    soft_cap: float = 0.7
+    mode: Literal["auto", "fixed"] = "auto"
+    tasks_per_fetch: int | None = None
+    prefetch_factor: int | None = None
+    downloads: int | None = None
+    decode_workers: int | None = None
+    fixed_decode_workers: int = 4
+    pin_memory: bool | None = None
+    images_per_call: int = 8
+    staging_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Images per second that each stage can reach alone."""
+
+    link: float
+    decode: float
+    inference: float
+
+    @property
+    def slowest(self) -> float:
+        return min(self.link, self.decode, self.inference)
+
+    @property
+    def binds(self) -> str:
+        return min((self.link, "link"), (self.decode, "decode"), (self.inference, "inference"))[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Memory left for decoded pixels, and what was set aside before."""
+
+    arena_bytes: int
+    scratch_bytes: int
+    hard_bytes: int  # the same up to the hard limit, for one image at a time
+
+
+class IngestPolicy:
+    """Plans how a job is fed. The same inputs always give the same plan."""
+
+    def __init__(self, ceilings: Ceilings | None = None) -> None:
+        self._ceilings = ceilings or Ceilings()
+
+    def plan(self, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> IngestPlan:
+        """Return the plan for a job that looks like `report` on a machine like `host`."""
+        why: dict[str, str] = {}
+        workers = self._decode_workers(report, host, why)
+        downloads_most = self._downloads_most()
+        rates = _Rates(downloads_most / report.download_s, workers / max(report.decode_s, 1e-6), 1 / report.inference_s)
+        rate = rates.slowest
+        room = self._room(report, host, workers)
+        held = lease.held_limit(rate)
+        why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {lease.ack_wait_s:.0f} s of lease = {held}"
+        wanted = self._wanted_batch(report, why)
+        batch, memory_binds = self._fit_batch(report, room, min(wanted, max(1, held // 2)), why)
+        prefetch = self._prefetch(report, room, batch * report.tensor_bytes_per_image, why)
+        arena = self._arena(report, room, batch * report.tensor_bytes_per_image, prefetch, why)
+        batch_bytes = self._batch_bytes(report, arena, why)
+        downloads = self._downloads(report, rate, downloads_most, why)
+        staged = self._staged_ahead(report, host, rate, downloads, batch, held, why)
+        fetch = self._fetch_size(rate, staged, why)
+        working_set = report.inference_peak_bytes * min(self._ceilings.images_per_call, batch)
+        results = RESULTS_WAITING_BATCHES * batch * report.result_bytes
+        peak = report.base_bytes + arena + room.scratch_bytes + working_set + results + RESERVE_BYTES
+        why["peak_bytes"] = (
+            f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(room.scratch_bytes)}"
+            f" + inference {_mb(working_set)} + results {_mb(results)} + reserve {_mb(RESERVE_BYTES)} = {_mb(peak)}"
+        )
+        binds = "memory" if memory_binds else "lease" if held <= batch else rates.binds
+        why["images_per_s"] = (
+            f"link {rates.link:.1f} ({downloads_most} downloads of {report.download_s:.2f} s), "
+            f"decode {rates.decode:.1f} ({workers} x {report.decode_s:.3f} s), "
+            f"inference {rates.inference:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
+        )
+        return IngestPlan(
+            batch_size=batch,
+            batch_bytes=batch_bytes,
+            prefetch_factor=prefetch,
+            decode_workers=workers,
+            decode_engine="threads",
+            arena_bytes=arena,
+            scratch_bytes=room.scratch_bytes,
+            solo_bytes=max(arena, room.hard_bytes),
+            pin_memory=self._pin_memory(host, why),
+            download_concurrency=downloads,
+            staged_ahead=staged,
+            fetch_size=fetch,
+            held_limit=held,
+            batch_wait_s=batch * report.inference_s,
+            peak_bytes=peak,
+            images_per_s=rate,
+            binds=binds,
+            why=why,
+        )
+
+    @property
+    def _fixed(self) -> bool:
+        return self._ceilings.mode == "fixed"
+
+    def _decode_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
+        if self._fixed:
+            why["decode_workers"] = "AMI_NUM_WORKERS or its old default"
+            return self._ceilings.fixed_decode_workers
+        needed = math.ceil(DECODE_HEADROOM * report.decode_s / report.inference_s)
+        workers = _at_most(max(1, min(needed, host.cores)), self._ceilings.decode_workers)
+        why["decode_workers"] = (
+            f"{DECODE_HEADROOM} x decode {report.decode_s:.3f} s / inference {report.inference_s:.3f} s = {needed}, "
+            f"{host.cores} cores: {workers}"
+        )
+        return workers
+
+    def _downloads_most(self) -> int:
+        return _at_most(FIXED_DOWNLOADS if self._fixed else DOWNLOADS_MAX, self._ceilings.downloads)
+
+    def _room(self, report: ProbeReport, host: HostBudget, workers: int) -> _Room:
+        scratch = workers * (report.decode_scratch_bytes + report.compressed_bytes)
+        soft = min(int(self._ceilings.soft_cap * host.limit_bytes), report.base_bytes + host.available_bytes)
+        taken = report.base_bytes + scratch + RESERVE_BYTES + RESULTS_WAITING_BATCHES * report.result_bytes
+        hard = min(host.limit_bytes, report.base_bytes + host.available_bytes) - taken - report.inference_peak_bytes
+        return _Room(soft - taken, scratch, hard)
+
+    def _wanted_batch(self, report: ProbeReport, why: dict[str, str]) -> int:
+        if self._fixed:
+            why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
+            return self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
+        ratio = report.download_inference_ratio
+        wanted = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio)))
+        why["batch_size"] = f"download:inference {ratio:.2f} asks for {wanted}"
+        return wanted
+
+    def _fit_batch(self, report: ProbeReport, room: _Room, wanted: int, why: dict[str, str]) -> tuple[int, bool]:
+        """Return the batch size that memory allows, and whether memory forbids one image even in a third."""
+        image = report.tensor_bytes_per_image
+        per_image = (
+            BATCHES_IN_ARENA * image + report.inference_peak_bytes + RESULTS_WAITING_BATCHES * report.result_bytes
+        )
+        fits = max(1, room.arena_bytes // per_image)
+        capped = wanted if self._fixed else min(wanted, max(1, BATCH_BYTES_CAP // image))
+        batch = min(capped, fits)
+        why["batch_size"] += (
+            f"; {_mb(image)} an image: {_mb(BATCH_BYTES_CAP)} a batch holds {max(1, BATCH_BYTES_CAP // image)}, "
+            f"a third of {_mb(max(0, room.arena_bytes))} holds {fits}: {batch}"
+        )
+        return batch, fits < capped
+
+    def _batch_bytes(self, report: ProbeReport, arena_bytes: int, why: dict[str, str]) -> int:
+        value = max(report.tensor_bytes_per_image, arena_bytes // BATCHES_IN_ARENA)
+        why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(value)}"
+        return value
+
+    def _prefetch(self, report: ProbeReport, room: _Room, batch_bytes: int, why: dict[str, str]) -> int:
+        ratio = report.download_inference_ratio
+        wanted = FIXED_PREFETCH if self._fixed else min(PREFETCH_MAX, max(1, math.ceil(ratio)))
+        cap = room.arena_bytes if self._fixed else min(ARENA_BYTES_CAP, room.arena_bytes)
+        fits = max(1, cap // batch_bytes - (BATCHES_IN_ARENA - 1))
+        prefetch = _at_most(min(wanted, fits), self._ceilings.prefetch_factor)
+        why["prefetch_factor"] = f"download:inference {ratio:.2f} asks for {wanted}, {_mb(max(0, cap))} holds {fits}"
+        return prefetch
+
+    def _arena(self, report: ProbeReport, room: _Room, batch_bytes: int, prefetch: int, why: dict[str, str]) -> int:
+        wanted = (prefetch + BATCHES_IN_ARENA - 1) * batch_bytes
+        arena = max(report.tensor_bytes_per_image, min(wanted, max(room.arena_bytes, 0)))
+        why["arena_bytes"] = (
+            f"({prefetch} ready + 1 inferred + 1 decoding) x {_mb(batch_bytes)} = {_mb(wanted)}, "
+            f"{_mb(max(0, room.arena_bytes))} left for it"
+        )
+        return arena
+
+    def _downloads(self, report: ProbeReport, rate: float, most: int, why: dict[str, str]) -> int:
+        busy = DOWNLOAD_HEADROOM * rate * report.download_s
+        downloads = (
+            _at_most(8, self._ceilings.downloads) if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
+        )
+        why["download_concurrency"] = (
+            f"{rate:.2f} images/s x {report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
+        )
+        return downloads
+
+    def _staged_ahead(
+        self, report: ProbeReport, host: HostBudget, rate: float, downloads: int, batch: int, held: int,
+        why: dict[str, str],
+    ) -> int:  # fmt: skip
+        wanted = downloads + 2 * batch + math.ceil(rate * FETCH_COVER_S)
+        disk = _at_most(int(DISK_SHARE * host.disk_free_bytes), self._ceilings.staging_bytes)
+        fits = max(1, disk // report.compressed_bytes)
+        staged = max(1, min(wanted, held, fits))
+        why["staged_ahead"] = (
+            f"{downloads} downloading + 2 batches of {batch} + {FETCH_COVER_S:.0f} s of fetching = {wanted}; "
+            f"lease allows {held}, disk {fits}"
+        )
+        return staged
+
+    def _fetch_size(self, rate: float, staged: int, why: dict[str, str]) -> int:
+        wanted = max(1, math.ceil(rate * FETCH_COVER_S))
+        fetch = _at_most(min(wanted, staged, TASKS_PER_FETCH_MAX), self._ceilings.tasks_per_fetch)
+        why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
+        return fetch
+
+    def _pin_memory(self, host: HostBudget, why: dict[str, str]) -> bool:
+        permitted = self._ceilings.pin_memory if not self._fixed else self._ceilings.pin_memory is not False
+        why["pin_memory"] = (
+            "no GPU"
+            if not host.gpu
+            else "permitted"
+            if permitted
+            else "off until a measurement on a GPU says otherwise"
+        )
+        return bool(host.gpu and permitted)
+
+
+def _at_most(value: int, ceiling: int | None) -> int:
+    return value if ceiling is None else min(value, ceiling)
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / _MB:.0f} MB"

@@ -1,0 +1,213 @@
+"""`ami worker` as operators run it: a real process, a real NATS server, real HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from adc_worker.devserver.images import ImageFault
+from adc_worker.devserver.server import DevServer
+from adc_worker.devserver.sheets import write_sheets
+from adc_worker.errors import ExitCode
+from tests.support.waiting import wait_until
+from tests.support.workers import environment, run_to_end, worker
+
+BLOBS = ("--pipeline", "light_sheet_blobs")
+SIMULATED = ("--pipeline", "simulated")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[DevServer]:
+    with DevServer(save_delay_s=0.005, keep_streams=True, image_dir=tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def sheets(tmp_path: Path) -> list[Path]:
+    return write_sheets(tmp_path / "sheets", 4, seed=3, sizes=((640, 480), (480, 640)))
+
+
+def test_every_task_of_a_job_is_acknowledged_exactly_once(
+    server: DevServer, sheets: list[Path], tmp_path: Path
+) -> None:
+    """200 images: nothing pending, nothing outstanding, nothing delivered or posted twice."""
+    job_id = server.add_job("light_sheet_blobs", [sheets[index % 4] for index in range(200)])
+    code, log = run_to_end(environment(server, tmp_path / "data"), *BLOBS, "--exit-when-idle")
+    assert code == ExitCode.OK
+    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    job, consumer = server.job(job_id), server.consumer_info(job_id)
+    assert consumer is not None
+    assert (consumer.num_pending, consumer.num_ack_pending, consumer.num_redelivered) == (0, 0, 0)
+    assert consumer.delivered == consumer.ack_floor == 200
+    assert set(job.results) == set(job.image_ids)
+    assert all(len(result["detections"]) > 0 for result in job.results.values())
+    assert set(job.posts.values()) == {1}
+    assert log.events("plan"), "the job was planned"
+    assert log.events("job_summary")[0]["done"] == 200
+    assert not list((tmp_path / "data" / "staging").iterdir()), "staged files go when their result is kept"
+
+
+def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
+    """Empty, HTML, missing and broken files are final errors; a truncated photograph is decoded as far as it goes."""
+    good = sheets[0]
+    names = ("empty.jpg", "page.jpg", "cut.jpg", "broken.jpg")
+    for name in names:
+        (tmp_path / name).write_bytes(good.read_bytes())
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
+    (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[: good.stat().st_size * 2 // 3])
+    server.fail_image("page.jpg", ImageFault(html=True))
+    files = [*(tmp_path / name for name in names), tmp_path / "missing.jpg", *sheets, *sheets]
+    job_id = server.add_job("light_sheet_blobs", files)
+    code, log = run_to_end(environment(server, tmp_path / "data"), *BLOBS, "--exit-when-idle")
+    assert code == ExitCode.OK
+    wait_until(lambda: server.job(job_id).processed == len(files))
+    job = server.job(job_id)
+    told = {Path(str(file)).name: job.errors.get(image_id) for image_id, file in zip(job.image_ids, files, strict=True)}
+    assert told["empty.jpg"] == "the downloaded file is empty (0 bytes)"
+    assert "HTML" in str(told["page.jpg"])
+    assert "404" in str(told["missing.jpg"])
+    assert "broken" in str(told["broken.jpg"])
+    assert told["cut.jpg"] is None
+    assert job.failed == 4
+    assert log.events("job_summary")[0]["truncated"] == 1
+
+
+def test_a_pipeline_from_outside_the_package_runs(server: DevServer, tmp_path: Path) -> None:
+    """AMI_EXTRA_PIPELINES brings detector, filter and classifier; its slug is polled without being named."""
+    picture = tmp_path / "half.png"
+    image = Image.new("RGB", (40, 40), "black")
+    image.paste("white", (20, 20, 40, 40))
+    image.save(picture)
+    algorithms = [("Corners", "corners", "localization"), ("Filter", "filter", "classification")]
+    algorithms.append(("Species", "species", "classification"))
+    job_id = server.add_job("corners", [picture], algorithms=algorithms)
+    env = environment(server, tmp_path / "data", {"AMI_EXTRA_PIPELINES": "tests.support.extra_pipeline:pipelines"})
+    code, _log = run_to_end(env, "--exit-when-idle")
+    assert code == ExitCode.OK
+    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    (result,) = server.job(job_id).results.values()
+    dark, bright = result["detections"]
+    assert [one["classification"] for one in dark["classifications"]] == ["moth", "Noctua pronuba"]
+    assert [one["terminal"] for one in dark["classifications"]] == [False, True]
+    assert [one["classification"] for one in bright["classifications"]] == ["nonmoth"]
+
+
+def test_an_old_env_file_starts_the_worker_as_it_is(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
+    """Settings of today's worker: the ones that limit and the ones without effect are both named."""
+    old = tmp_path / "old.env"
+    old.write_text(
+        "AMI_DATABASE_URL=postgresql://ami@db:5432/ami\nAMI_IMAGE_BASE_PATH=/data/traps/\n"
+        'AMI_SPECIES_CLASSIFICATION_MODEL="UK & Denmark Species Classifier"\nAMI_CLASSIFICATION_THRESHOLD=0.6\n'
+        "AMI_LOCALIZATION_BATCH_SIZE=2\nAMI_CLASSIFICATION_BATCH_SIZE=20\nAMI_NUM_WORKERS=1\n"
+        'AMI_ANTENNA_API_BATCH_SIZE=4\nAMI_ANTENNA_SERVICE_NAME="AMI Data Companion"\n'
+    )
+    job_id = server.add_job("light_sheet_blobs", sheets)
+    env = environment(server, tmp_path / "data")
+    code, log = run_to_end(env, *BLOBS, "--exit-when-idle", "--env-file", str(old))
+    assert code == ExitCode.OK
+    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    (start,) = log.events("start")
+    assert start["limits"]["AMI_ANTENNA_API_BATCH_SIZE"] == 4
+    notes = " ".join(event["note"] for event in log.events("setting"))
+    assert "AMI_DATABASE_URL has no effect" in notes
+    assert "AMI_NUM_WORKERS is not used in auto mode" in notes
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("AMI_ANTENNA_API_AUTH_TOKEN", "", "AMI_ANTENNA_API_AUTH_TOKEN is not set"),
+        ("AMI_ANTENNA_API_BASE_URL", "antenna.example.org", "AMI_ANTENNA_API_BASE_URL"),
+        ("AMI_ANTENNA_API_BASE_URL", "http://127.0.0.1:9/api/v2", "AMI_ANTENNA_API_BASE_URL"),
+        ("AMI_ANTENNA_MAX_PENDING_POSTS", "many", "AMI_ANTENNA_MAX_PENDING_POSTS"),
+        ("AMI_EXTRA_PIPELINES", "nowhere:pipelines", "AMI_EXTRA_PIPELINES"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    server: DevServer, tmp_path: Path, variable: str, value: str, says: str
+) -> None:
+    """The line names the variable; there is no traceback."""
+    env = environment(server, tmp_path / "data", {variable: value})
+    code, log = run_to_end(env, *BLOBS, "--exit-when-idle")
+    assert code == ExitCode.CONFIGURATION
+    assert sum(says in line for line in log.lines) == 1
+    assert "Traceback" not in "\n".join(log.lines)
+
+
+def test_a_token_that_antenna_refuses_is_said_at_once(server: DevServer, tmp_path: Path) -> None:
+    env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_AUTH_TOKEN": "0" * 40})
+    code, log = run_to_end(env, *BLOBS, "--exit-when-idle")
+    assert code == ExitCode.CONFIGURATION
+    (line,) = [line for line in log.lines if "Invalid token" in line]
+    assert "AMI_ANTENNA_API_AUTH_TOKEN" in line
+    assert "0" * 40 not in "\n".join(log.lines)
+
+
+def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
+    server: DevServer, sheets: list[Path], tmp_path: Path
+) -> None:
+    """After a drain the job is finished by the next worker: no image downloaded or delivered twice."""
+    files = [sheets[index % 4] for index in range(60)]
+    job_id = server.add_job("simulated", files)
+    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
+    with worker(env, *SIMULATED) as first:
+        first.wait_for("batch", count=2)
+        os.killpg(first.process.pid, signal.SIGTERM)
+        assert first.wait() == ExitCode.OK
+    done_first = sum(event["done"] for event in first.events("job_summary"))
+    assert 0 < done_first < 60
+    code, _log = run_to_end(env, *SIMULATED, "--exit-when-idle")
+    assert code == ExitCode.OK
+    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    job = server.job(job_id)
+    assert set(job.deliveries.values()) == {1}
+    assert set(job.posts.values()) == {1}
+    assert server.requests["GET images"] == 60
+
+
+def test_a_killed_child_comes_back_and_loses_nothing(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
+    """Kill -9 while inferring: one outcome per image, no second delivery, no second download of a staged image."""
+    job_id = server.add_job("simulated", [sheets[index % 4] for index in range(40)])
+    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
+    with worker(env, *SIMULATED, "--exit-when-idle") as running:
+        running.wait_for("batch", count=2)
+        os.kill(running.child_pid(), signal.SIGKILL)
+        assert running.wait() == ExitCode.OK
+    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    job = server.job(job_id)
+    assert set(job.results) == set(job.image_ids)
+    assert not job.errors
+    assert set(job.deliveries.values()) == {1}
+    assert running.events("child_ended")[0]["exit"] == "SIGKILL"
+
+
+def test_no_process_outlives_a_killed_parent(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
+    server.add_job("simulated", sheets * 20)
+    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.5"})
+    with worker(env, *SIMULATED) as running:
+        running.wait_for("plan")
+        child = psutil.Process(running.child_pid())
+        running.process.kill()
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, timeout_s=10)
+
+
+def test_an_idle_worker_polls_and_answers_a_job_that_appears(
+    server: DevServer, sheets: list[Path], tmp_path: Path
+) -> None:
+    """Jobs that come while the worker idles are done without a restart, each with a plan of its own."""
+    with worker(environment(server, tmp_path / "data"), *BLOBS) as running:
+        running.wait_for("worker_ready")
+        for number in (1, 2):
+            job_id = server.add_job("light_sheet_blobs", sheets)
+            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=30)  # type: ignore[misc]
+            running.wait_for("job_summary", count=number)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == ExitCode.OK
+    assert len(running.events("plan")) == 2
