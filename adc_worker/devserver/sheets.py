@@ -51,7 +51,7 @@ def write_sheets(
 ) -> list[Path]:
     """Write `count` JPEGs of `sizes` (width, height) in turn; `subsampling` overrides the grain's."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"sheet-{i:04d}-{'x'.join(map(str, sizes[i % len(sizes)]))}.jpg" for i in range(count)]
+    paths = [folder / f"sheet-{seed}-{i:03d}.jpg" for i in range(count)]
     jpeg = {"quality": grain.quality, "subsampling": subsampling or grain.subsampling, "progressive": progressive}
     for i, path in enumerate(paths):
         sheet = draw_sheet(sizes[i % len(sizes)], (seed, i), noise_sigma=grain.noise_sigma)

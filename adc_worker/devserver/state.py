@@ -1,27 +1,28 @@
-"""What the desk's Antenna knows: projects, pipelines, photographs and jobs, in memory, and their JSON.
-
-Decides nothing over time; `lifecycle` moves jobs from state to state.
-"""
+"""What the desk's Antenna holds in memory, and what happens to a job from its start to its last result."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+from nats.errors import Error as NatsError
 
-DISPATCH_MODES = ("internal", "sync_api", "async_api")
+from adc_worker.devserver.bodies import Failure, Mode, Pipeline, Success
+from adc_worker.devserver.broker import Broker
+
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 SERVED = ("STARTED", "RETRY")  # tasks are handed out in these
-STATUSES = (*FINAL, *SERVED, "CREATED", "PENDING", "CANCELING", "RECEIVED", "UNKNOWN")
-DETECTOR_TYPES = ("detection", "localization", "segmentation")
 MAX_FAILED_SHARE = 0.5
+PROJECT_ID = 1  # the only one, and public
+PROJECT = {"id": PROJECT_ID, "name": "Desk"}
 
 
 def now() -> str:
@@ -30,218 +31,215 @@ def now() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Project:
-    id: int
-    name: str
-    draft: bool  # shown to nobody but the superuser
-
-    def to_json(self) -> dict[str, Any]:
-        return {"id": self.id, "name": self.name, "draft": self.draft, "description": "", "user_permissions": []}
-
-
-@dataclass(frozen=True, slots=True)
 class Capture:
-    """One photograph."""
+    """One photograph; without a file it is somewhere else."""
 
     id: int
-    project_id: int
-    collection_id: int
+    collection: int
     url: str
     file: Path | None
-    width_px: int | None
-    height_px: int | None
-    size_bytes: int | None
+
+    @property
+    def size_bytes(self) -> int | None:
+        return self.file.stat().st_size if self.file is not None and self.file.is_file() else None
 
     def to_json(self) -> dict[str, Any]:
-        row = {"id": self.id, "url": self.url, "path": self.url.rsplit("/", 1)[-1], "project": self.project_id}
-        sizes = {"width": self.width_px, "height": self.height_px, "size": self.size_bytes}
-        return {**row, **sizes, "timestamp": None, "deployment": None, "event": None, "detections_count": 0}
+        row = {"id": self.id, "url": self.url, "path": self.url.rsplit("/", 1)[-1], "project": PROJECT_ID}
+        unknown = dict.fromkeys(("timestamp", "width", "height", "deployment", "event"))
+        return {**row, **unknown, "size": self.size_bytes, "detections_count": 0}
 
 
-@dataclass(slots=True)
-class Pipeline:
-    """A pipeline without algorithms takes results of any algorithm; one that has some insists on them."""
-
-    id: int
-    slug: str
-    name: str
-    version: int = 1
-    description: str = ""
-    algorithms: dict[str, dict[str, Any]] = field(default_factory=dict)  # by key
-
-    def accepts(self, result: Mapping[str, Any]) -> bool:
-        """Whether a result can be saved: one detector there, every algorithm known, no scores empty."""
-        classifications = [c for detection in result["detections"] for c in detection["classifications"]]
-        if result["pipeline"] != self.slug or any(not c["scores"] for c in classifications):
-            return False
-        used = {entry["algorithm"]["key"] for entry in (*result["detections"], *classifications)}
-        detectors = [a for a in self.algorithms.values() if a["task_type"] in DETECTOR_TYPES]
-        return not self.algorithms or (len(detectors) == 1 and used <= self.algorithms.keys())
-
-    def to_json(self) -> dict[str, Any]:
-        row = {"id": self.id, "name": self.name, "slug": self.slug, "version": self.version}
-        return {**row, "description": self.description, "algorithms": list(self.algorithms.values())}
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class JobView:
     """One moment of a job. Image ids are strings, as in tasks; seconds are `time.monotonic`."""
 
     id: int
-    status: str
-    image_ids: Sequence[str]  # in the order given to `add_job`
-    total: int
-    processed: int  # failed ones included
-    failed: int
-    results: Mapping[str, dict[str, Any]]  # what was saved, by image
-    errors: Mapping[str, str]  # error text by image
-    stray_errors: Sequence[str]  # errors that name no image of the job: acknowledged, never counted
-    refused: Sequence[dict[str, Any]]  # results that could not be saved: never acknowledged
-    deliveries: Mapping[str, int]  # how often each image was handed out
-    posts: Mapping[str, int]  # how often each image was posted
-    first_saved_s: float | None
-    last_saved_s: float | None
-
-
-@dataclass(slots=True)
-class Job:
-    id: int
-    name: str
-    project: Project
-    pipeline: Pipeline
-    collection_id: int
-    captures: list[Capture]
-    dispatch_mode: str = "async_api"
     status: str = "CREATED"
-    processed: set[str] = field(default_factory=set)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    stray_errors: list[str] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
-    deliveries: Counter[str] = field(default_factory=Counter)
-    posts: Counter[str] = field(default_factory=Counter)
-    created_at: str = field(default_factory=now)
-    updated_at: str = field(default_factory=now)
-    started_at: str | None = None
-    finished_at: str | None = None
+    image_ids: list[str]  # in the order given to `add_job`
+    processed_ids: set[str] = field(default_factory=set)  # counted, or about to be: failed and refused ones included
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was saved, by image
+    errors: dict[str, str] = field(default_factory=dict)  # error text by image
+    stray_errors: list[str] = field(default_factory=list)  # name no image of the job: acknowledged, never counted
+    refused: list[dict[str, Any]] = field(default_factory=list)  # could not be saved: never acknowledged
+    deliveries: Counter[str] = field(default_factory=Counter)  # how often each image was handed out
+    posts: Counter[str] = field(default_factory=Counter)  # how often each image was posted
     first_saved_s: float | None = None
     last_saved_s: float | None = None
 
     @property
+    def total(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def processed(self) -> int:
+        return len(self.processed_ids)
+
+    @property
+    def failed(self) -> int:
+        return len(self.errors)
+
+
+@dataclass(slots=True, kw_only=True)
+class Job(JobView):
+    pipeline: Pipeline
+    collection: int
+    dispatch_mode: Mode
+    updated_at: str = field(default_factory=now)
+    started_at: str | None = None
+
+    @property
     def counted(self) -> int:
-        return len(self.results.keys() | self.errors.keys())
+        return len(self.results) + len(self.errors.keys() - self.results)
 
     @property
     def mostly_failed(self) -> bool:
-        return len(self.errors) > MAX_FAILED_SHARE * len(self.captures)
+        return self.failed > MAX_FAILED_SHARE * self.total
 
     def move(self, status: str) -> None:
-        self.status = status
-        self.updated_at = now()
+        self.status, self.updated_at = status, now()
         if status == "STARTED":
-            self.started_at, self.finished_at = self.updated_at, None
-        elif status in FINAL:
-            self.finished_at = self.updated_at
+            self.started_at = self.updated_at
 
-    def mark_saved(self) -> None:
-        self.last_saved_s = time.monotonic()
-        self.first_saved_s = self.first_saved_s or self.last_saved_s
-        self.updated_at = now()
+    def record(self, image_ids: Sequence[str], result: Success | Failure) -> None:
+        """Save a result for those of its images that are of this job; what was saved first stays."""
+        new_ids = [image_id for image_id in image_ids if image_id not in self.results]
+        if isinstance(result, Success):
+            self.results.update(dict.fromkeys(new_ids, result.model_dump(mode="json")))
+        elif image_ids:
+            self.errors.update(dict.fromkeys(new_ids, result.error))
+        else:
+            self.stray_errors.append(result.error)
+        if image_ids:
+            self.last_saved_s, self.updated_at = time.monotonic(), now()
+            self.first_saved_s = self.first_saved_s or self.last_saved_s
 
     def reset(self) -> None:
         """Forget all results. The order changes, as it does on a server that shuffles: old subjects name others."""
-        self.captures = self.captures[1:] + self.captures[:1]
-        for counted in (self.processed, self.results, self.errors, self.stray_errors, self.refused):
-            counted.clear()
+        self.image_ids = self.image_ids[1:] + self.image_ids[:1]
+        for kept in (self.processed_ids, self.results, self.errors, self.stray_errors, self.refused):
+            kept.clear()
         self.first_saved_s = self.last_saved_s = None
 
-    def tasks(self) -> list[dict[str, str]]:
-        return [{"id": str(c.id), "image_id": str(c.id), "image_url": c.url} for c in self.captures]
-
     def view(self) -> JobView:
-        return JobView(
-            id=self.id,
-            status=self.status,
-            image_ids=[str(c.id) for c in self.captures],
-            total=len(self.captures),
-            processed=len(self.processed),
-            failed=len(self.errors),
-            results=dict(self.results),
-            errors=dict(self.errors),
-            stray_errors=tuple(self.stray_errors),
-            refused=tuple(self.refused),
-            deliveries=dict(self.deliveries),
-            posts=dict(self.posts),
-            first_saved_s=self.first_saved_s,
-            last_saved_s=self.last_saved_s,
-        )
+        return JobView(**{shown.name: copy(getattr(self, shown.name)) for shown in fields(JobView)})
 
-    def to_json(self, permissions: Sequence[str]) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        share = self.counted / max(1, self.total)
         return {
             "id": self.id,
-            "name": self.name,
+            "name": f"desk {self.pipeline.slug}",
             "status": self.status,
             "dispatch_mode": self.dispatch_mode,
-            "project": self.project.to_json(),
-            "pipeline": self.pipeline.to_json(),
-            "source_image_collection": {"id": self.collection_id, "name": f"collection {self.collection_id}"},
-            "created_at": self.created_at,
+            "project": PROJECT,
+            "pipeline": self.pipeline.model_dump(),
+            "source_image_collection": {"id": self.collection, "name": f"collection {self.collection}"},
             "updated_at": self.updated_at,
             "started_at": self.started_at,
-            "finished_at": self.finished_at,
-            "progress": {"summary": {"status": self.status, "progress": self._share()}, "stages": self._stages()},
-            "user_permissions": list(permissions),
+            "progress": {"summary": {"status": self.status, "progress": share}, "stages": self._stages(share)},
+            "user_permissions": [],
         }
 
-    def _share(self) -> float:
-        return self.counted / max(1, len(self.captures))
-
-    def _stages(self) -> list[dict[str, Any]]:
-        total, processed = len(self.captures), len(self.processed)
-        detections = [d for result in self.results.values() for d in result["detections"]]
-        classified = sum(len(d["classifications"]) for d in detections)
-        results = {"captures": len(self.results), "detections": len(detections), "classifications": classified}
-        counts = {"processed": processed, "remaining": total - processed, "failed": len(self.errors)}
-        done = 1.0 if self.started_at else 0.0
+    def _stages(self, share: float) -> list[dict[str, Any]]:
+        counts = {"processed": self.processed, "remaining": self.total - self.processed, "failed": self.failed}
+        detections = sum(len(result["detections"]) for result in self.results.values())
         return [
-            _stage("collect", done, {"total_images": total}),
-            _stage("process", processed / max(1, total), counts),
-            _stage("results", self._share(), results),
+            _stage("collect", 1.0 if self.started_at else 0.0, total_images=self.total),
+            _stage("process", self.processed / max(1, self.total), **counts),
+            _stage("results", share, captures=len(self.results), detections=detections),
         ]
+
+
+def _stage(key: str, share: float, **counters: int) -> dict[str, Any]:
+    status = "SUCCESS" if share >= 1 else "STARTED" if share > 0 else "CREATED"
+    params = [{"key": name, "value": value} for name, value in counters.items()]
+    return {"key": key, "status": status, "progress": share, "params": params}
 
 
 @dataclass(slots=True)
 class Desk:
-    """Everything this Antenna holds, by id."""
+    """Everything this Antenna holds; one task, `save_for_ever`, saves results one after the other."""
 
-    projects: dict[int, Project] = field(default_factory=dict)
+    broker: Broker
+    save_delay_s: float  # of one result
+    keep_streams: bool  # of finished jobs; Antenna deletes them before the last acknowledgement
+    race_at_end: bool  # play Antenna's race: a job whose results are all saved ends only with one more duplicate
     pipelines: dict[str, Pipeline] = field(default_factory=dict)  # by slug
     captures: dict[int, Capture] = field(default_factory=dict)
     jobs: dict[int, Job] = field(default_factory=dict)
-    _ids: Iterator[int] = field(default_factory=lambda: count(1))
+    ids: Iterator[int] = field(default_factory=lambda: count(1))
+    _queue: asyncio.Queue[tuple[Job, str, Success | Failure]] = field(default_factory=asyncio.Queue)
 
-    def new_id(self) -> int:
-        return next(self._ids)
+    def register(self, posted: Pipeline) -> list[str]:
+        """Algorithms are only ever added. Returns the slug and keys that are new."""
+        created = [] if posted.slug in self.pipelines else [posted.slug]
+        pipeline = self.pipelines.setdefault(posted.slug, posted.model_copy(update={"algorithms": []}))
+        known = {algorithm.key for algorithm in pipeline.algorithms}
+        new = [algorithm for algorithm in posted.algorithms if algorithm.key not in known]
+        pipeline.algorithms += new
+        return created + [algorithm.key for algorithm in new]
 
-    def add_project(self, name: str, *, draft: bool = False) -> Project:
-        project = Project(self.new_id(), name, draft)
-        self.projects[project.id] = project
-        return project
-
-    def pipeline(self, slug: str, name: str | None = None) -> Pipeline:
-        """The pipeline of that slug, made where there is none."""
-        if slug not in self.pipelines:
-            self.pipelines[slug] = Pipeline(self.new_id(), slug, name or slug)
-        return self.pipelines[slug]
-
-    def add_job(self, name: str, project: Project, pipeline: Pipeline, captures: list[Capture], mode: str) -> Job:
-        collection_id = captures[0].collection_id if captures else 0
-        job = Job(self.new_id(), name, project, pipeline, collection_id, captures, mode)
+    async def add_job(self, pipeline: Pipeline, captures: Sequence[Capture], mode: Mode) -> int:
+        self.register(pipeline)
+        self.captures.update({capture.id: capture for capture in captures})
+        job = Job(
+            id=next(self.ids),
+            image_ids=[str(capture.id) for capture in captures],
+            pipeline=self.pipelines[pipeline.slug],
+            collection=captures[0].collection if captures else 0,
+            dispatch_mode=mode,
+        )
         self.jobs[job.id] = job
-        return job
+        await self.start(job)
+        return job.id
 
+    async def start(self, job: Job) -> None:
+        """Publish the job's tasks; without a broker the job fails, as on the real server."""
+        tasks = [{"id": i, "image_id": i, "image_url": self.captures[int(i)].url} for i in job.image_ids]
+        try:
+            if job.dispatch_mode == "async_api":
+                await self.broker.create(job.id, tasks)
+            job.move("STARTED")
+        except NatsError:
+            job.move("FAILURE")
 
-def _stage(key: str, share: float, counts: Mapping[str, int]) -> dict[str, Any]:
-    status = "SUCCESS" if share >= 1 else "STARTED" if share > 0 else "CREATED"
-    params = [{"key": name, "name": name.replace("_", " ").title(), "value": value} for name, value in counts.items()]
-    return {"key": key, "name": key.title(), "status": status, "progress": share, "params": params}
+    async def cancel(self, job: Job) -> None:
+        if job.status not in FINAL:
+            job.move("REVOKED")
+            await self.broker.delete(job.id)
+
+    async def retry(self, job: Job) -> None:
+        job.reset()
+        await self.start(job)
+
+    async def fetch(self, job: Job, n_tasks: int) -> list[dict[str, str]]:
+        tasks = await self.broker.fetch(job.id, n_tasks) if job.status in SERVED else []
+        job.deliveries.update(task["image_id"] for task in tasks)
+        return tasks
+
+    def post(self, job: Job, reply_subject: str, result: Success | Failure) -> None:
+        job.posts.update(result.image_ids)
+        self._queue.put_nowait((job, reply_subject, result))
+
+    async def save_for_ever(self) -> None:
+        while True:
+            await self._save(*await self._queue.get())
+
+    async def _save(self, job: Job, reply_subject: str, result: Success | Failure) -> None:
+        if job.dispatch_mode != "async_api":
+            job.move("FAILURE")
+        if job.status in FINAL:
+            return
+        in_job = set(job.image_ids)
+        image_ids = [image_id for image_id in result.image_ids if image_id in in_job]
+        repeated = all(image_id in job.results or image_id in job.errors for image_id in image_ids)
+        job.processed_ids.update(image_ids)  # counted before the save: a save that fails leaves the job half counted
+        await asyncio.sleep(self.save_delay_s)
+        if isinstance(result, Success) and not job.pipeline.accepts(result):
+            job.refused.append(result.model_dump(mode="json"))
+            return
+        job.record(image_ids, result)
+        if job.counted == job.total and job.status not in FINAL and (repeated or not self.race_at_end):
+            job.move("FAILURE" if job.mostly_failed else "SUCCESS")
+            if not self.keep_streams:
+                await self.broker.delete(job.id)
+        await self.broker.acknowledge(reply_subject)

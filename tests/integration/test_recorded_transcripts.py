@@ -17,11 +17,7 @@ RECORDINGS = Path(__file__).resolve().parents[3] / "shared" / "antenna" / "trans
 
 pytestmark = pytest.mark.skipif(not RECORDINGS.is_dir(), reason=f"no recordings of Antenna at {RECORDINGS}")
 
-CASES = [
-    pytest.param(exchange, name, id=f"{exchange.name}:{name}".replace(" ", "-"))
-    for exchange in EXCHANGES
-    for name in exchange.recorded
-]
+CASES = [pytest.param(exchange, name, id=name) for exchange in EXCHANGES for name in exchange.recorded]
 
 
 @pytest.mark.parametrize(("exchange", "name"), CASES)
