@@ -9,8 +9,10 @@ AdcError
 ├── LinkError              retry inside the lease, then leave the task to its lease
 ├── AntennaError
 │   ├── AntennaUnavailable retry with back-off
+│   │   └── AntennaUnreachable no answer at all; at start a wrong URL
 │   ├── AntennaRefused     401 or 403: stop fetching, say so
 │   └── AntennaRejected    the request is wrong: 400, 404, 413, …
+├── StagingFull            the disk is full: pause, then try again
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
 """
 
@@ -56,6 +58,10 @@ class ImageTooLarge(ImageError):
 
 class LinkError(AdcError):
     """The download failed for a reason that is not in the image: try again, then leave the task to its lease."""
+
+
+class StagingFull(AdcError):
+    """The disk that images are staged on has no space left."""
 
 
 class AntennaError(AdcError):

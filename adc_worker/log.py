@@ -1,27 +1,17 @@
-"""Structured logging to stderr, and the one place that removes secrets from what is written.
-
-Tokens never appear; of a URL everything from the question mark on is cut (presigned URLs sign there).
-"""
+"""Structured logging to stderr; every line passes through redaction."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import structlog
 
-_URL_QUERY = re.compile(r"""((?:https?:/)?/[^\s?#"'<>]+)\?[^\s"'<>]*""", re.IGNORECASE)  # urllib3 logs bare paths
-_TOKEN = re.compile(r"\b(Token|Bearer)\s+\S+", re.IGNORECASE)
+from adc_worker.redaction import redact
 
 LogFormat = Literal["console", "json"]
-
-
-def redact(text: str) -> str:
-    """Cut URL queries and authorization values out of `text`."""
-    return _TOKEN.sub(r"\1 <redacted>", _URL_QUERY.sub(r"\1?<redacted>", text))
 
 
 def _redact_value(value: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE_BYTES = mmap.PAGESIZE
+_STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
 
 
 def _round_up(size_bytes: int) -> int:
@@ -47,18 +48,20 @@ class _Block:
 
     def __init__(self, size_bytes: int, locker: PageLocker | None) -> None:
         self._locker = locker
-        fd = os.memfd_create("adc-arena", os.MFD_CLOEXEC)
+        self.descriptor = os.memfd_create("adc-arena", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size_bytes)
-            self.memory: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, size_bytes), dtype=np.uint8)
-        finally:
-            os.close(fd)  # the mapping keeps a descriptor of its own
-        if locker is not None:
-            locker.lock(self.memory.ctypes.data, size_bytes)
+            os.ftruncate(self.descriptor, size_bytes)
+            self.memory: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), dtype=np.uint8)
+            if locker is not None:
+                locker.lock(self.memory.ctypes.data, size_bytes)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
 
     def close(self) -> None:
         if self._locker is not None:
             self._locker.unlock(self.memory.ctypes.data)
+        os.close(self.descriptor)  # the mapping holds a descriptor of its own
 
 
 class Arena:
@@ -71,11 +74,23 @@ class Arena:
         self._block: _Block | None = None
         self._free: list[Region] = []
         self._used: set[Region] = set()
+        self.generation = 0  # rises when the block is replaced, and its descriptor with it
         self.resize(size_bytes)
 
     @property
     def size_bytes(self) -> int:
         return self._size_bytes
+
+    @property
+    def descriptor(self) -> int:
+        """The memfd of the current block, for processes that map it, too."""
+        return self._mapped().descriptor
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the block that exist: pages appear when they are first written."""
+        with self._lock:
+            return 0 if self._block is None else os.fstat(self._block.descriptor).st_blocks * _STAT_BLOCK_BYTES
 
     @property
     def used_bytes(self) -> int:
@@ -121,6 +136,7 @@ class Arena:
             if self._used:
                 raise ValueError(f"{len(self._used)} regions are in use")
             self._unmap()
+            self.generation += 1
             self._size_bytes = _round_up(size_bytes)
             self._block = _Block(self._size_bytes, self._locker)
             self._free = [Region(0, self._size_bytes)]

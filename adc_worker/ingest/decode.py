@@ -24,7 +24,7 @@ from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.header import FORMATS, ImageHeader, unreadable
 
 _TRUNCATED = "premature end of jpeg file"  # that of a data segment is damage, not an end
-_BAND_PIXELS = 1 << 18
+_BAND_PIXELS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,11 @@ class DecodeEngine(Protocol):
 
     @property
     def workers(self) -> int: ...
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that decode, for whoever adds up memory."""
+        ...
 
     def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
         """Decode `path` into `target`; the future raises ImageUnreadable when that fails."""
@@ -75,6 +80,7 @@ class ThreadEngine:
 
     def __init__(self, arena: Arena, workers: int, scratch_bytes: int) -> None:
         self.workers = workers
+        self.pids: list[int] = []
         self._arena = arena
         self._ledger = ScratchLedger(scratch_bytes)
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
@@ -104,6 +110,7 @@ def decode(path: Path, header: ImageHeader, out: npt.NDArray[np.uint8]) -> Decod
 
 def _decode_jpeg(path: Path, out: npt.NDArray[np.uint8]) -> bool:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        data.madvise(mmap.MADV_WILLNEED)  # it may have been dropped from the page cache
         try:
             decoded = simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=True)
             truncated = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -19,11 +20,13 @@ import torch
 from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport
+from adc_worker.ingest.header import ImageHeader
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.tuning.plan import IngestPlan
 
 _Shape = tuple[int, int, int]
+_Kind = tuple[_Shape, bool]  # what may share a batch: images of one shape, none of which runs alone
 
 
 @dataclass(slots=True)
@@ -81,16 +84,16 @@ class BatchFeeder:
         self._engine = engine
         self._on_failure = on_failure
         self._changed = threading.Condition()
-        self._waiting: dict[_Shape, deque[StagedImage]] = {}
+        self._waiting: dict[_Kind, list[StagedImage]] = {}  # each in the order of staging
         self._ready: deque[DecodedBatch] = deque()
         self._images_decoding = 0
         self._batches_ahead = 0  # being decoded or ready
-        self._batches_in_arena = 0
+        self._in_arena: set[Region] = set()
         self._source_ended = False
         self._stopping = False
         self._failure: BaseException | None = None
         self._ended = False
-        self._enlarged = False  # the arena was made larger for an image that runs alone
+        self._resized = False  # for an image that runs alone
         self.batches_asked = 0
         self.batches_ready = 0  # of those asked for, how many did not have to be waited for
         source.listen(self._wake)
@@ -102,6 +105,16 @@ class BatchFeeder:
             yield batch
             del batch  # or its region's view would live until the next one is ready
 
+    @property
+    def decode_pids(self) -> list[int]:
+        return self._engine.pids
+
+    def apply(self, plan: IngestPlan) -> None:
+        """Form the next batches by another plan; its arena and decode workers must be those of the first."""
+        with self._changed:
+            self._plan = plan
+            self._changed.notify_all()
+
     def stop(self) -> None:
         """Admit nothing more; what is admitted still comes out."""
         with self._changed:
@@ -109,14 +122,18 @@ class BatchFeeder:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop, end the thread and the decoders, and free what nobody took."""
+        """Stop, end the thread and the decoders, free what nobody took, and give back what was not admitted."""
         self.stop()
         self._source.listen(None)
         self._thread.join()
         self._engine.close()
-        while self._ready:
-            with self._ready.popleft():
-                pass
+        with self._changed:
+            self._ready.clear()
+            for region in tuple(self._in_arena):
+                self._release(region)
+            waiting = sorted((image for images in self._waiting.values() for image in images), key=_staged_at)
+            self._waiting.clear()
+        self._source.put_back(waiting)
 
     def _wake(self) -> None:
         with self._changed:
@@ -124,14 +141,15 @@ class BatchFeeder:
 
     def _next_ready(self) -> DecodedBatch | None:
         with self._changed:
-            self.batches_asked += 1
-            self.batches_ready += bool(self._ready)
+            at_once = bool(self._ready)
             while not self._ready and not self._ended and self._failure is None:
                 self._changed.wait()
             if self._failure is not None:
                 raise self._failure
             if not self._ready:
                 return None
+            self.batches_asked += 1
+            self.batches_ready += at_once
             self._batches_ahead -= 1
             self._changed.notify_all()
             return self._ready.popleft()
@@ -155,24 +173,28 @@ class BatchFeeder:
                 self._take_staged()
                 if self._source_ended and not self._waiting:
                     return None
-                shape = self._closable_shape() if self._batches_ahead <= self._plan.prefetch_factor else None
-                if shape is not None:
-                    return self._close_batch(shape)
+                kind = self._closable_kind() if self._batches_ahead <= self._plan.prefetch_factor else None
+                if kind is not None:
+                    return self._close_batch(kind)
                 self._changed.wait(self._seconds_to_next_close())
         return None
 
     def _take_staged(self) -> None:
         images, self._source_ended = self._source.take_all()
         for image in images:
-            self._waiting.setdefault(image.header.shape, deque()).append(image)
+            self._put_waiting(image)
 
-    def _closable_shape(self) -> _Shape | None:
-        """Return the shape whose oldest image waited longest, among those whose batch may close now."""
+    def _put_waiting(self, image: StagedImage) -> None:
+        kind = (image.header.shape, self._runs_alone(image.header))
+        insort(self._waiting.setdefault(kind, []), image, key=_staged_at)
+
+    def _closable_kind(self) -> _Kind | None:
+        """Return the kind whose oldest image waited longest, among those whose batch may close now."""
         now = time.monotonic()
         idle = self._images_decoding < self._engine.workers
         closable = [
-            (images[0].staged_at, shape)
-            for shape, images in self._waiting.items()
+            (images[0].staged_at, kind)
+            for kind, images in self._waiting.items()
             if idle
             or self._source_ended
             or len(images) >= self._images_per_batch(images[0])
@@ -186,68 +208,83 @@ class BatchFeeder:
         oldest = min(images[0].staged_at for images in self._waiting.values())
         return max(0.0, oldest + self._plan.batch_wait_s - time.monotonic())
 
+    def _runs_alone(self, header: ImageHeader) -> bool:
+        return header.pixel_bytes > self._plan.arena_bytes or header.scratch_bytes > self._plan.scratch_bytes
+
     def _images_per_batch(self, image: StagedImage) -> int:
+        if self._runs_alone(image.header):
+            return 1
         return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
 
-    def _close_batch(self, shape: _Shape) -> list[StagedImage]:
-        waiting = self._waiting[shape]
-        images = [waiting.popleft() for _ in range(min(len(waiting), self._images_per_batch(waiting[0])))]
-        if not waiting:
-            del self._waiting[shape]
-        return images
+    def _close_batch(self, kind: _Kind) -> list[StagedImage]:
+        waiting = self._waiting.pop(kind)
+        count = self._images_per_batch(waiting[0])
+        if waiting[count:]:
+            self._waiting[kind] = waiting[count:]
+        return waiting[:count]
 
     def _admit(self, images: list[StagedImage]) -> None:
         """Allocate the batch's region, waiting for memory if need be, and start its decodes."""
-        if images[0].header.pixel_bytes > self._plan.solo_bytes:
-            self._refuse(images)
+        needed = self._bytes_needed(images[0].header)
+        if needed > self._plan.solo_bytes:
+            for image in images:
+                self._on_failure(
+                    image,
+                    ImageTooLarge(
+                        f"decoding it needs {needed} bytes; this worker has {self._plan.solo_bytes} for one image"
+                    ),
+                )
             return
         region = self._allocate(images)
         if region is None:
+            for image in images:
+                self._put_waiting(image)
             return
         image_bytes = images[0].header.pixel_bytes
         batch = _Decoding(region, images[0].header.shape, images, [None] * len(images), len(images))
         with self._changed:
             self._batches_ahead += 1
-            self._batches_in_arena += 1
             self._images_decoding += len(images)
         for row, image in enumerate(images):
             target = Region(region.offset + row * image_bytes, image_bytes)
             future = self._engine.submit(image.path, image.header, target)
             future.add_done_callback(partial(self._on_decoded, batch, row))
 
+    def _bytes_needed(self, header: ImageHeader) -> int:
+        """Return what the image needs alone: its pixels, and what its decoder uses beyond the plan's scratch."""
+        return header.pixel_bytes + max(0, header.scratch_bytes - self._plan.scratch_bytes)
+
     def _allocate(self, images: list[StagedImage]) -> Region | None:
-        image_bytes = images[0].header.pixel_bytes
+        header = images[0].header
+        runs_alone = self._runs_alone(header)
         with self._changed:
             while not self._stopping:
-                region = self._arena.allocate(image_bytes * len(images))
+                region = None if runs_alone else self._arena.allocate(header.pixel_bytes * len(images))
+                if region is None and not self._in_arena:
+                    region = self._make_room(images, runs_alone=runs_alone)
                 if region is not None:
+                    self._in_arena.add(region)
                     return region
-                if self._batches_in_arena == 0:
-                    self._make_room(images, image_bytes)
-                else:
-                    self._changed.wait()
+                self._changed.wait()
         return None
 
-    def _refuse(self, images: list[StagedImage]) -> None:
-        needed = images[0].header.pixel_bytes
-        for image in images:
-            self._on_failure(
-                image,
-                ImageTooLarge(
-                    f"decoded it needs {needed} bytes; this worker has {self._plan.solo_bytes} for one image"
-                ),
-            )
+    def _make_room(self, images: list[StagedImage], *, runs_alone: bool) -> Region | None:
+        """Nothing is in flight: one image is always admitted, whatever its size.
 
-    def _make_room(self, images: list[StagedImage], image_bytes: int) -> None:
-        """Nothing is in flight and the batch does not fit: let its first image run alone, whatever its size."""
-        for image in reversed(images[1:]):
-            self._waiting.setdefault(image.header.shape, deque()).appendleft(image)
+        One that exceeds the arena, or whose decoder exceeds the plan's scratch, gets an arena of just its size, so that
+        the pages of the usual one do not count beside it.
+        """
+        for image in images[1:]:
+            self._put_waiting(image)
         del images[1:]
-        if image_bytes > self._arena.size_bytes:
-            self._arena.resize(image_bytes)
-            self._enlarged = True
+        if runs_alone:
+            self._arena.resize(images[0].header.pixel_bytes)
+            self._resized = True
+        return self._arena.allocate(images[0].header.pixel_bytes)
 
     def _on_decoded(self, batch: _Decoding, row: int, future: Future[DecodeReport]) -> None:
+        if future.cancelled():
+            return  # close() frees what is left
         error = future.exception()
         batch.outcomes[row] = error if error is not None else future.result()
         with self._changed:
@@ -291,14 +328,20 @@ class BatchFeeder:
 
     def _fail(self, error: BaseException | None) -> None:
         with self._changed:
-            self._failure = error
+            self._failure = self._failure or error
             self._changed.notify_all()
 
     def _release(self, region: Region) -> None:
         with self._changed:
+            if region not in self._in_arena:
+                return  # close() was earlier
             self._arena.free(region)
-            self._batches_in_arena -= 1
-            if self._enlarged and self._batches_in_arena == 0:
+            self._in_arena.remove(region)
+            if self._resized and not self._in_arena:
                 self._arena.resize(self._plan.arena_bytes)
-                self._enlarged = False
+                self._resized = False
             self._changed.notify_all()
+
+
+def _staged_at(image: StagedImage) -> float:
+    return image.staged_at

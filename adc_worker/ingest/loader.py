@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,11 +11,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.ingest.arena import Arena
-from adc_worker.ingest.decode import ThreadEngine
+from adc_worker.ingest.decode import DecodeEngine, ThreadEngine
+from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.tuning.plan import IngestPlan
+
+# What a loader is built around: another arena or other decode workers take another loader.
+_FIXED_FIELDS = ("arena_bytes", "decode_workers", "decode_engine", "scratch_bytes", "pin_memory")
 
 
 class _ReadyBatches(IterableDataset[DecodedBatch]):
@@ -50,6 +54,25 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         """Share of the batches asked for that were ready at once."""
         return self._feeder.batches_ready / max(1, self._feeder.batches_asked)
 
+    @property
+    def decode_pids(self) -> list[int]:
+        """The processes that decode for this loader; none where threads do."""
+        return self._feeder.decode_pids
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that decoded pixels take now: what the arena has touched so far."""
+        return self._arena.resident_bytes
+
+    def apply(self, plan: IngestPlan) -> bool:
+        """Follow another plan from the next batch on; False when that takes a new loader."""
+        if any(getattr(plan, name) != getattr(self.plan, name) for name in _FIXED_FIELDS):
+            return False
+        self.plan = plan
+        self.prefetch_factor = plan.prefetch_factor
+        self._feeder.apply(plan)
+        return True
+
     def stop(self) -> None:
         """Admit nothing more; what is admitted still comes out."""
         self._feeder.stop()
@@ -66,12 +89,18 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         self.close()
 
 
+_ENGINES: Mapping[str, Callable[[Arena, int, int], DecodeEngine]] = {
+    "threads": ThreadEngine,
+    "processes": ProcessEngine,
+}
+
+
 def build_dataloader(
     plan: IngestPlan, source: StagedQueue, on_failure: Callable[[StagedImage, ImageError], None]
 ) -> JobDataLoader:
     """Build the loader of a job. `on_failure` hears of images that cannot be decoded, from a decode thread."""
     arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
-    engine = ThreadEngine(arena, plan.decode_workers, plan.scratch_bytes)
+    engine = _ENGINES[plan.decode_engine](arena, plan.decode_workers, plan.scratch_bytes)
     return JobDataLoader(plan, BatchFeeder(plan, source, arena, engine, on_failure), arena)
 
 

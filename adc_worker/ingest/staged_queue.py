@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from adc_worker.ingest.staging import StagedImage
 
@@ -22,9 +23,18 @@ class StagedQueue:
         return len(self._images)
 
     def put(self, image: StagedImage, *, urgent: bool = False) -> None:
-        """Append an image; an urgent one (on its last delivery) goes to the front."""
+        """Append an image; an urgent one (on its last delivery) goes to the front, here and in the feeder."""
         with self._changed:
-            (self._images.appendleft if urgent else self._images.append)(image)
+            if urgent:
+                self._images.appendleft(replace(image, staged_at=0.0))
+            else:
+                self._images.append(image)
+        self._notify()
+
+    def put_back(self, images: Sequence[StagedImage]) -> None:
+        """Give images back that were taken and not used; they come out again in this order, before all others."""
+        with self._changed:
+            self._images.extendleft(reversed(images))
         self._notify()
 
     def end(self) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
-from adc_worker.errors import ConfigurationError, ImageError
+from adc_worker.errors import ConfigurationError, ImageError, StagingFull
+from adc_worker.ingest import page_cache
+from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
 
 _PARTIAL = ".part"
+# Staged files up to this total stay in the page cache, for the decoder that reads them next; the rest waits on disk.
+CACHED_AHEAD_BYTES = 128_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +31,20 @@ class StagedImage:
     path: Path
     header: ImageHeader
     download: DownloadStats
-    staged_at: float  # monotonic seconds
+    staged_at: float  # monotonic seconds; 0 when it is urgent
 
 
 class StagingArea:
     """A private folder of compressed images, one file per held task, named by the task's number alone."""
 
-    def __init__(self, folder: Path, client: ImageClient, max_pixels: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        client: ImageClient,
+        max_pixels: int,
+        most_bytes: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._folder = folder
         self._client = client
         self._max_pixels = max_pixels
@@ -42,6 +55,8 @@ class StagingArea:
             raise ConfigurationError(
                 f"AMI_STAGING_PATH (or AMI_USER_DATA_PATH): cannot use {folder}: {error.strerror}"
             ) from error
+        self._now = now
+        self.disk = DiskBudget(folder, most_bytes, now)
 
     def stage(self, task_id: int, task: Task, cancelled: Callable[[], bool]) -> StagedImage:
         """Download a task's image, unless an earlier run already did, and read its header.
@@ -49,18 +64,37 @@ class StagingArea:
         Raises:
             ImageError: the evidence is in the image; the file is removed.
             LinkError: try again later.
+            StagingFull: the disk is full; no fault of the image's, and a pause is on.
         """
         path = self._folder / f"{task_id}.img"
-        stats = DownloadStats(0.0, 0.0, path.stat().st_size) if path.exists() else self._fetch(path, task, cancelled)
+        if path.exists():
+            # A power cut may have taken bytes that were not on the disk yet: what cannot be read is asked for again.
+            with suppress(ImageError):
+                return self._staged(task_id, task, path, DownloadStats(0.0, 0.0, path.stat().st_size))
+        self.disk.reserve(task_id)
+        try:
+            return self._staged(task_id, task, path, self._fetch(path, task, cancelled))
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            self.disk.disk_full(task_id)
+            raise StagingFull(str(error)) from error
+        finally:
+            if not path.exists():
+                self.disk.release(task_id)
+
+    def _staged(self, task_id: int, task: Task, path: Path, stats: DownloadStats) -> StagedImage:
         try:
             header = read_header(path, self._max_pixels)
         except ImageError:
             path.unlink(missing_ok=True)
             raise
-        return StagedImage(task_id, task, path, header, stats, time.monotonic())
+        self.disk.charge(task_id, header.compressed_bytes)
+        return StagedImage(task_id, task, path, header, stats, self._now())
 
     def discard(self, task_id: int) -> None:
         (self._folder / f"{task_id}.img").unlink(missing_ok=True)
+        self.disk.release(task_id)
 
     def sweep(self, known_ids: Callable[[], set[int]]) -> int:
         """Remove the files of tasks the journal does not know (any more); return how many.
@@ -79,6 +113,8 @@ class StagingArea:
         fd = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             stats = self._client.download(task.image_url, fd, cancelled)
+            if self.disk.used_bytes > CACHED_AHEAD_BYTES:
+                page_cache.drop(fd)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -89,4 +125,4 @@ class StagingArea:
 
 
 def _is_ours(file: Path) -> bool:
-    return file.suffix in {".img", _PARTIAL} and file.stem.isdigit()
+    return file.suffix in {".img", _PARTIAL} and file.stem.isdecimal()

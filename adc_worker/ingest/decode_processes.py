@@ -1,0 +1,137 @@
+"""The second decode engine: torch-free processes that map the arena and decode into it.
+
+For images that may crash a decoder, and for jobs whose inference decode threads disturb.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from adc_worker.errors import ImageUnreadable, WorkerFault
+from adc_worker.ingest.arena import Arena, Region
+from adc_worker.ingest.decode import DecodeReport, ScratchLedger
+from adc_worker.ingest.decode_worker import MESSAGE_BYTES
+from adc_worker.ingest.header import ImageHeader
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+
+# A death of the process's own making is evidence against the image; a kill from outside is not.
+_OWN_DEATHS = frozenset({-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE})
+STRIKES = 2  # design, "The journal": two strikes make an error result
+
+
+class DecoderDied(Exception):
+    """The decode process ended before it answered."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"decode process ended with {exit_code}")
+        self.exit_code = exit_code
+
+
+class DecodeProcess:
+    """One decode process and the socket that commands it; it ends when the socket closes."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "adc_worker.ingest.decode_worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket = ours
+        self._arena_generation = -1
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def decode(self, arena: Arena, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
+        """Decode in the process; raises DecoderDied, or ImageUnreadable with the decoder's words."""
+        task = {"path": str(path), "header": asdict(header), "offset": target.offset}
+        try:
+            if self._arena_generation != arena.generation:
+                announcement = json.dumps({"arena_bytes": arena.size_bytes}).encode()
+                socket.send_fds(self._socket, [announcement], [arena.descriptor])
+                self._arena_generation = arena.generation
+            self._socket.send(json.dumps(task).encode())
+            answer = self._socket.recv(MESSAGE_BYTES)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b""
+        if not answer:
+            raise DecoderDied(self._process.wait())
+        told = json.loads(answer)
+        if "error" in told:
+            raise ImageUnreadable(told["error"])
+        return DecodeReport(**told)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.kill()  # it holds nothing that a kill could spoil
+        self._process.wait()
+
+
+class ProcessEngine:
+    """Decode processes, and one more that waits: a process that dies is replaced without waiting for a start."""
+
+    def __init__(self, arena: Arena, workers: int, scratch_bytes: int) -> None:
+        self.workers = workers
+        self._arena = arena
+        self._ledger = ScratchLedger(scratch_bytes)
+        self._idle: queue.SimpleQueue[DecodeProcess] = queue.SimpleQueue()
+        self._processes: set[DecodeProcess] = set()
+        for _ in range(workers + 1):
+            self._idle.put(self._start())
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in tuple(self._processes)]
+
+    def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
+        return self._executor.submit(self._decode, path, header, target)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().close()
+        self._processes.clear()
+
+    def _start(self) -> DecodeProcess:
+        process = DecodeProcess()
+        self._processes.add(process)
+        return process
+
+    def _decode(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
+        with self._ledger.charge(header.scratch_bytes):
+            strikes = 0
+            while True:
+                process = self._idle.get()
+                try:
+                    report = process.decode(self._arena, path, header, target)
+                except DecoderDied as died:
+                    process.close()
+                    self._processes.discard(process)
+                    process = self._start()
+                    if (
+                        died.exit_code >= 0
+                    ):  # an exception, told on stderr; as in a decode thread it is ours, not the image's
+                        raise WorkerFault(str(died)) from None
+                    strikes += died.exit_code in _OWN_DEATHS
+                    _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes)
+                    if strikes == STRIKES:
+                        name = signal.Signals(-died.exit_code).name
+                        raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None
+                else:
+                    return report
+                finally:
+                    self._idle.put(process)  # at the end: the one that waited is next

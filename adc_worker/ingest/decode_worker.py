@@ -1,0 +1,60 @@
+"""A decode process: maps the arena, decodes what it is told to, and ends when its owner is gone. Imports no torch.
+
+Messages are JSON over a SEQPACKET socket; the arena's memfd travels beside the message that announces it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adc_worker.errors import ImageUnreadable
+from adc_worker.ingest.decode import decode
+from adc_worker.ingest.header import ImageHeader
+
+MESSAGE_BYTES = 1 << 16
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer one message after the other until the other end closes."""
+    arena = mmap.mmap(-1, mmap.PAGESIZE)
+    while True:
+        message, descriptors, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, 1)
+        if not message:
+            return
+        task = json.loads(message)
+        if "arena_bytes" in task:
+            arena = mmap.mmap(descriptors[0], task["arena_bytes"])
+            os.close(descriptors[0])  # the mapping holds the memory
+        else:
+            connection.send(json.dumps(_answer(task, arena)).encode())
+
+
+def _answer(task: dict[str, Any], arena: mmap.mmap) -> dict[str, Any]:
+    header = ImageHeader(**task["header"])
+    out = np.frombuffer(arena, np.uint8, count=header.pixel_bytes, offset=task["offset"]).reshape(header.shape)
+    try:
+        report = decode(Path(task["path"]), header, out)
+    except ImageUnreadable as error:
+        return {"error": str(error)}
+    return {"decode_s": report.decode_s, "truncated": report.truncated}
+
+
+def main() -> None:
+    # Signals of a terminal or a supervisor reach whole groups; the end of the socket is what ends this process.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()

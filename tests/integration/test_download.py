@@ -1,0 +1,275 @@
+"""Downloads over real HTTP: what reaches the disk, whose fault a failure is, and what is asked of the image's host."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from adc_worker.errors import ImageError, ImageMissing, ImageTooLarge, LinkError
+from adc_worker.ingest.download import DownloadStats, ImageClient, _redirected
+from tests.support.image_server import ImageServer, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_BYTES = 3_000_000
+BODY = bytes(range(256)) * 4096  # one MiB
+PATIENCE_S = 20.0
+
+Fetch = Callable[..., tuple[bytes, DownloadStats]]
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[ImageServer]:
+    with ImageServer() as images:
+        yield images
+
+
+@pytest.fixture
+def fetch(tmp_path: Path, server: ImageServer) -> Iterator[Fetch]:
+    """Download a path of the server's, or a whole URL, and return the file's bytes."""
+    with ImageClient(MAX_BYTES) as client:
+
+        def download(where: str, cancelled: Callable[[], bool] = lambda: False) -> tuple[bytes, DownloadStats]:
+            url = server.url(where) if where.startswith("/") else where
+            fd = os.open(tmp_path / "body", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+            try:
+                stats = client.download(url, fd, cancelled)
+            finally:
+                os.close(fd)
+            return (tmp_path / "body").read_bytes(), stats
+
+        yield download
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_reaches_the_file(server: ImageServer, fetch: Fetch, *, chunked: bool) -> None:
+    """Byte for byte, with a length or without."""
+    server.replies["/a.jpg"] = Reply(BODY, chunked=chunked)
+    body, stats = fetch("/a.jpg")
+    assert body == BODY
+    assert stats.size_bytes == len(BODY)
+    assert 0 < stats.first_byte_s <= stats.total_s
+
+
+def test_only_what_is_needed_is_said(server: ImageServer, fetch: Fetch) -> None:
+    """Bytes as they are; no token, no cookie, not even one the host set before."""
+    server.replies["/a.jpg"] = Reply(b"x", headers={"Set-Cookie": "session=1"})
+    fetch("/a.jpg")
+    fetch("/a.jpg")
+    for request in server.requests:
+        assert set(request.headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
+        assert request.headers["Accept-Encoding"] == "identity"
+        assert request.headers["User-Agent"].startswith("adc-worker/")
+
+
+def test_a_connection_is_used_again(server: ImageServer, fetch: Fetch) -> None:
+    """After whole bodies, with a length or in chunks."""
+    server.replies["/a.jpg"] = Reply(BODY)
+    server.replies["/b.jpg"] = Reply(BODY, chunked=True)
+    for path in ("/a.jpg", "/b.jpg", "/a.jpg"):
+        fetch(path)
+    assert len({request.client_port for request in server.requests}) == 1
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_missing_image_is_the_images_fault(server: ImageServer, fetch: Fetch, status: int) -> None:
+    """Nobody needs to try again."""
+    server.replies["/a.jpg"] = Reply(b"gone", status=status)
+    with pytest.raises(ImageMissing, match=str(status)):
+        fetch("/a.jpg")
+
+
+@pytest.mark.parametrize("status", [204, 206, 304, 401, 403, 429, 500, 503])
+def test_every_other_status_is_the_links_fault(server: ImageServer, fetch: Fetch, status: int) -> None:
+    """It may be different later."""
+    server.replies["/a.jpg"] = Reply(b"" if status in {204, 304} else b"no", status=status)
+    with pytest.raises(LinkError, match=str(status)):
+        fetch("/a.jpg")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_that_was_not_read_does_not_spoil_the_next(
+    server: ImageServer, fetch: Fetch, *, chunked: bool
+) -> None:
+    """Its connection is not used again, however its end is told."""
+    server.replies["/a.jpg"] = Reply(BODY)
+    server.replies["/error"] = Reply(BODY, status=500, chunked=chunked)
+    for _round in range(5):
+        with pytest.raises(LinkError, match="500"):
+            fetch("/error")
+        assert fetch("/a.jpg")[0] == BODY
+
+
+def test_too_many_bytes_are_refused_before_they_come(server: ImageServer, fetch: Fetch, tmp_path: Path) -> None:
+    """By Content-Length, with both numbers."""
+    server.replies["/a.jpg"] = Reply(b"x", length=str(MAX_BYTES + 1))
+    with pytest.raises(ImageTooLarge, match=f"{MAX_BYTES + 1} bytes; this worker takes {MAX_BYTES} "):
+        fetch("/a.jpg")
+    assert (tmp_path / "body").stat().st_size == 0
+
+
+def test_too_many_bytes_are_refused_while_they_come(server: ImageServer, fetch: Fetch, tmp_path: Path) -> None:
+    """Without a length the stream is cut at the limit."""
+    server.replies["/a.jpg"] = Reply(BODY * 4, chunked=True)
+    with pytest.raises(ImageTooLarge, match=f"takes {MAX_BYTES} "):
+        fetch("/a.jpg")
+    assert (tmp_path / "body").stat().st_size <= MAX_BYTES
+
+
+def test_exactly_the_limit_is_taken(server: ImageServer, fetch: Fetch) -> None:
+    """The limit is the largest that is accepted."""
+    server.replies["/a.jpg"] = Reply(bytes(MAX_BYTES))
+    assert fetch("/a.jpg")[1].size_bytes == MAX_BYTES
+
+
+def test_a_body_that_ends_early_is_the_links_fault(server: ImageServer, fetch: Fetch) -> None:
+    """A truncated download is not a truncated photograph."""
+    server.replies["/a.jpg"] = Reply(BODY, length=str(len(BODY) + 1))
+    with pytest.raises(LinkError, match="broke off"):
+        fetch("/a.jpg")
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "5, 6", "1, 1"])
+def test_a_strange_length_does_no_harm(server: ImageServer, fetch: Fetch, length: str) -> None:
+    """It ends as a body or as a link's fault."""
+    server.replies["/a.jpg"] = Reply(b"x", length=length)
+    with suppress(LinkError):
+        assert fetch("/a.jpg")[0] == b"x"
+
+
+def test_redirects_are_followed_three_times(server: ImageServer, fetch: Fetch) -> None:
+    """Absolute and relative; the fourth is too many."""
+    server.replies["/0"] = Reply(b"moved", status=302, headers={"Location": server.url("/1")})
+    for hop in range(1, 4):
+        server.replies[f"/{hop}"] = Reply(b"moved", status=307, headers={"Location": str(hop + 1)})
+    server.replies["/4"] = Reply(BODY)
+    assert fetch("/1")[0] == BODY
+    with pytest.raises(LinkError, match="redirects more than 3 times"):
+        fetch("/0")
+
+
+@pytest.mark.parametrize("location", ["ftp://elsewhere.test/a.jpg", "file:///etc/passwd", "http://[", "http://a:b/"])
+def test_a_redirect_to_anything_but_the_web_is_refused(server: ImageServer, fetch: Fetch, location: str) -> None:
+    """Where the host sends us is not the image's fault."""
+    server.replies["/a.jpg"] = Reply(status=302, headers={"Location": location})
+    with pytest.raises((LinkError, ImageError)):  # a port that is none shows only when it is asked
+        fetch("/a.jpg")
+
+
+def test_a_redirect_may_not_leave_encryption() -> None:
+    """Towards it, and within it, is fine."""
+    assert _redirected("http://a.test/x", "https://b.test/y") == "https://b.test/y"
+    assert _redirected("https://a.test/x", "/y") == "https://a.test/y"
+    with pytest.raises(LinkError, match="from https to http, which is refused"):
+        _redirected("HTTPS://a.test/x", "http://a.test/x")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "a.jpg",
+        "ftp://images.test/a.jpg",
+        "file:///etc/passwd",
+        "http://",
+        "http:///a.jpg",
+        "http://[::1/a.jpg",
+        "http://images.test:notaport/a.jpg",
+        "http://" + "a" * 70 + ".test/a.jpg",
+        "http://..test/a.jpg",
+    ],
+)
+def test_what_is_no_url_is_the_images_fault(fetch: Fetch, url: str) -> None:
+    """Whatever Antenna sends as a URL, the worker lives on."""
+    with pytest.raises(ImageError):
+        fetch(url)
+
+
+def test_a_host_that_is_not_there_is_the_links_fault(fetch: Fetch) -> None:
+    """Refused connections are tried again."""
+    with ImageServer() as gone:
+        url = gone.url("/a.jpg")
+    with pytest.raises(LinkError, match="cannot reach"):
+        fetch(url)
+
+
+def test_a_path_with_any_characters_is_asked_for(server: ImageServer, fetch: Fetch) -> None:
+    """Spaces and umlauts are quoted, what is quoted already stays."""
+    server.replies["/K%C3%A4fer%20%26%20Co.jpg"] = Reply(b"x")
+    assert fetch("/Käfer %26 Co.jpg")[0] == b"x"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_cancelling_breaks_off_a_body_on_its_way(server: ImageServer, fetch: Fetch, *, chunked: bool) -> None:
+    """With the next bytes that come, however few; and the next download gets a connection of its own."""
+    hold, begun = threading.Event(), threading.Event()
+    server.replies["/slow.jpg"] = Reply(BODY, chunked=chunked, hold=hold)
+    server.replies["/a.jpg"] = Reply(BODY)
+
+    def cancelled() -> bool:
+        begun.set()
+        return True
+
+    with ThreadPoolExecutor(1) as executor:
+        download = executor.submit(fetch, "/slow.jpg", cancelled)
+        try:
+            assert begun.wait(PATIENCE_S)
+            with pytest.raises(LinkError, match="cancelled"):
+                download.result(PATIENCE_S)
+        finally:
+            hold.set()
+    assert fetch("/a.jpg")[0] == BODY
+
+
+@pytest.mark.parametrize("credentials", ["", "user:p%40ss@"])
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, credentials: str) -> None:
+    """With its credentials; hosts in no_proxy are asked directly."""
+    with ImageServer() as proxy, ImageServer() as direct:
+        monkeypatch.setenv("http_proxy", f"http://{credentials}127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        proxy.replies["http://images.test/a.jpg"] = Reply(b"by proxy")
+        direct.replies["/a.jpg"] = Reply(b"direct")
+        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+            client.download("http://images.test/a.jpg", file.fileno(), lambda: False)
+            client.download(direct.url("/a.jpg"), file.fileno(), lambda: False)
+        assert (tmp_path / "body").read_bytes() == b"by proxydirect"
+        said = {name.lower(): value for name, value in proxy.requests[0].headers.items()}
+        assert said.get("proxy-authorization") == ("Basic dXNlcjpwQHNz" if credentials else None)
+
+
+def test_a_proxy_without_a_scheme_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As curl does."""
+    with ImageServer() as proxy:
+        monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
+        proxy.replies["http://images.test/a.jpg"] = Reply(b"x")
+        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+            assert client.download("http://images.test/a.jpg", file.fileno(), lambda: False).size_bytes == 1
+
+
+def test_many_downloads_at_once_share_a_client(server: ImageServer, tmp_path: Path) -> None:
+    """Thirty-two threads, every body in its own file, no connection left open."""
+    for number in range(32):
+        server.replies[f"/{number}"] = Reply(bytes([number]) * 50_000)
+    with ImageClient(MAX_BYTES) as client, ThreadPoolExecutor(32) as executor:
+
+        def download(number: int) -> bool:
+            with (tmp_path / str(number)).open("wb") as file:
+                client.download(server.url(f"/{number}"), file.fileno(), lambda: False)
+            return (tmp_path / str(number)).read_bytes() == bytes([number]) * 50_000
+
+        assert all(executor.map(download, range(32)))

@@ -1,0 +1,106 @@
+"""A tiny HTTP server on 127.0.0.1 that answers as told and remembers what it was asked. Also plays a proxy."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        length: what Content-Length claims; the truth when None.
+        chunked: send in chunks, without a length.
+        hold: sent after the first byte of the body; the rest follows when it is set.
+    """
+
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    length: str | None = None
+    chunked: bool = False
+    hold: threading.Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    target: str
+    headers: dict[str, str]
+    client_port: int
+
+
+class ImageServer:
+    """Routes by request target (a whole URL where it is a proxy); what is unknown is 404."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, Reply | Callable[[], Reply]] = {}
+        self.requests: list[Request] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server._answer(self)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = False  # closing waits for them
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._http.server_address[1])
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self.requests.append(Request(handler.path, dict(handler.headers), handler.client_address[1]))
+        reply = self.replies.get(handler.path, Reply(b"no such image", status=404))
+        reply = reply if isinstance(reply, Reply) else reply()
+        handler.send_response(reply.status)
+        for name, value in reply.headers.items():
+            handler.send_header(name, value)
+        if reply.chunked:
+            handler.send_header("Transfer-Encoding", "chunked")
+        else:
+            handler.send_header("Content-Length", reply.length or str(len(reply.body)))
+        handler.end_headers()
+        try:
+            self._send_body(handler, reply)
+        except (BrokenPipeError, ConnectionResetError):
+            handler.close_connection = True  # the client had enough
+        if reply.length is not None:
+            handler.close_connection = True
+
+    def _send_body(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
+        parts = [reply.body] if reply.hold is None else [reply.body[:1], reply.body[1:]]
+        for index, part in enumerate(parts):
+            if index and reply.hold is not None:
+                reply.hold.wait()
+            if reply.chunked:
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+            else:
+                handler.wfile.write(part)
+        if reply.chunked:
+            handler.wfile.write(b"0\r\n\r\n")

@@ -1,0 +1,172 @@
+"""What is read from a header: kind, size as stored, cost; and what is refused before a pixel is decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from adc_worker.errors import ImageTooLarge, ImageUnreadable
+from adc_worker.ingest.header import ImageHeader, read_header
+from tests.support.images import SIZE_PX, bare_jpeg_header, encoded, header, jpeg, picture, written
+
+MAX_PIXELS = 400_000_000
+
+
+def _read(tmp_path: Path, data: bytes, name: str = "1.img", max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    return read_header(written(tmp_path / name, data), max_pixels)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode", "options", "in_place"),
+    [
+        ("JPEG", "RGB", {"subsampling": 0}, True),
+        ("JPEG", "RGB", {"subsampling": 1}, True),
+        ("JPEG", "RGB", {"subsampling": 2}, True),
+        ("JPEG", "RGB", {"progressive": True}, True),
+        ("JPEG", "L", {}, True),
+        ("JPEG", "CMYK", {}, False),
+        ("PNG", "RGB", {}, False),
+        ("PNG", "RGBA", {}, False),
+        ("PNG", "P", {}, False),
+        ("PNG", "L", {}, False),
+        ("PNG", "1", {}, False),
+        ("PNG", "I;16", {}, False),
+        ("TIFF", "RGB", {}, False),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}, False),
+        ("TIFF", "CMYK", {}, False),
+        ("WEBP", "RGB", {}, False),
+        ("WEBP", "RGB", {"lossless": True}, False),
+        ("WEBP", "RGBA", {}, False),
+    ],
+)
+def test_every_kind_is_read(
+    tmp_path: Path, image_format: str, mode: str, options: dict[str, Any], *, in_place: bool
+) -> None:
+    """Format, mode, size and bytes of the file; only plain JPEG takes the fast decoder."""
+    data = encoded(picture(mode=mode), image_format, **options)
+    read = _read(tmp_path, data)
+    assert (read.format, read.mode, read.width_px, read.height_px) == (image_format, mode, *SIZE_PX)
+    assert read.progressive == options.get("progressive", False)
+    assert read.compressed_bytes == len(data)
+    assert read.jpeg_in_place == in_place
+    assert read.shape == (SIZE_PX[1], SIZE_PX[0], 3)
+    assert read.pixel_bytes == 3 * SIZE_PX[0] * SIZE_PX[1]
+
+
+@pytest.mark.parametrize(("subsampling", "halved"), [(0, False), (1, False), (2, True)])
+def test_halved_chroma_is_told_from_the_rest(tmp_path: Path, subsampling: int, *, halved: bool) -> None:
+    """4:2:0 is what cameras write; 4:2:2 costs as much as 4:4:4."""
+    assert _read(tmp_path, jpeg(subsampling=subsampling)).chroma_halved == halved
+
+
+def test_a_phone_photograph_with_a_second_frame_is_a_jpeg(tmp_path: Path) -> None:
+    """MPO is a JPEG with more pictures behind it: the fast decoder takes the first."""
+    data = encoded(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
+    assert _read(tmp_path, data).jpeg_in_place
+
+
+def test_the_extension_does_not_matter(tmp_path: Path) -> None:
+    """A PNG that calls itself JPEG is a PNG."""
+    assert _read(tmp_path, encoded(picture(), "PNG"), name="1.jpg").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"<!DOCTYPE html><html></html>", "HTML or XML page of 28 bytes"),
+        (b"\n  <html><body>Sign in</body></html>", "HTML or XML page"),
+        (b"<?xml version='1.0'?><Error/>", "HTML or XML page"),
+        (b"Not found", "not an image this worker takes .*: 9 bytes starting with b'not found'"),
+        (b"\x00" * 100, "not an image"),
+        (b"\xff", "not an image"),
+        (b"\xff\xd8\xff", "not an image"),
+        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "not an image|broken image header"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR\x00\x00", "not an image|broken image header"),
+        (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "not an image|broken image header"),
+        (b"II*\x00\xff\xff\xff\xff", "not an image|broken image header"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, data: bytes, message: str) -> None:
+    """The message tells Antenna's users what came instead."""
+    with pytest.raises(ImageUnreadable, match=message):
+        _read(tmp_path, data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_header_cut_anywhere_is_read_or_called_unreadable(tmp_path: Path, image_format: str) -> None:
+    """No other exception comes out of Pillow's plugins, however short the file."""
+    data = encoded(picture(20, 10), image_format)
+    for cut in range(1, min(len(data), 400), 3):
+        try:
+            assert _read(tmp_path, data[:cut]).width_px == 20
+        except ImageUnreadable:
+            continue
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_header_with_any_bytes_damaged_is_read_or_refused(tmp_path: Path, image_format: str) -> None:
+    """What a disk or a proxy does to bytes ends as a header or as an ImageError, never as anything else."""
+    data = encoded(picture(20, 10), image_format)
+    for position in [*range(0, min(len(data), 150), 2), *range(max(0, len(data) - 150), len(data), 2)]:
+        broken = data[:position] + b"\xff\x00" + data[position + 2 :]
+        try:
+            _read(tmp_path, broken)
+        except (ImageUnreadable, ImageTooLarge):
+            continue
+
+
+@pytest.mark.parametrize(("width_px", "height_px"), [(1, 1), (1, 60000), (60000, 1)])
+def test_extreme_shapes_are_taken(tmp_path: Path, width_px: int, height_px: int) -> None:
+    """One pixel is an image, and so is a line of them."""
+    data = encoded(Image.new("RGB", (width_px, height_px)), "PNG")
+    assert _read(tmp_path, data).shape == (height_px, width_px, 3)
+
+
+def test_too_many_pixels_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    """The header alone is enough; Pillow's own bomb check stays out of it."""
+    with pytest.raises(ImageTooLarge, match=r"65500x65500 is 4290250000 pixels; this worker takes 400000000 "):
+        _read(tmp_path, bare_jpeg_header(65500, 65500))
+    assert _read(tmp_path, bare_jpeg_header(20_000, 20_000)).pixel_bytes == 1_200_000_000
+
+
+def test_exactly_the_limit_is_taken(tmp_path: Path) -> None:
+    """The limit is the largest that is accepted."""
+    assert _read(tmp_path, jpeg(20, 10), max_pixels=200).width_px == 20
+    with pytest.raises(ImageTooLarge):
+        _read(tmp_path, jpeg(20, 10), max_pixels=199)
+
+
+def test_exif_orientation_keeps_the_stored_size(tmp_path: Path) -> None:
+    """Boxes are in stored pixels, as Antenna shows them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert _read(tmp_path, jpeg(30, 20, exif=exif.tobytes())).shape == (20, 30, 3)
+
+
+def test_scratch_grows_from_baseline_to_webp() -> None:
+    """The order of the measured costs, per pixel."""
+    baseline = header(100, 100)
+    kinds = [
+        baseline,
+        header(100, 100, progressive=True),
+        ImageHeader("JPEG", 100, 100, "RGB", progressive=True, chroma_halved=False, compressed_bytes=1),
+        header(100, 100, image_format="PNG"),
+        header(100, 100, mode="CMYK", progressive=True),
+        header(100, 100, image_format="WEBP"),
+    ]
+    costs = [kind.scratch_bytes for kind in kinds]
+    assert costs == sorted(set(costs))
+
+
+def test_a_file_that_is_gone_is_a_fault_of_this_machine(tmp_path: Path) -> None:
+    """Nothing that the system says about a file becomes an error of the image."""
+    with pytest.raises(FileNotFoundError):
+        read_header(tmp_path / "gone.img", MAX_PIXELS)

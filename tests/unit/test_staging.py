@@ -1,0 +1,191 @@
+"""The staging folder: private, one file per task, whole files only; reused, swept, and not trusted blindly."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from adc_worker.errors import ConfigurationError, ImageTooLarge, ImageUnreadable, LinkError, StagingFull
+from adc_worker.ingest.disk_budget import PAUSE_S
+from adc_worker.ingest.download import DownloadStats, ImageClient
+from adc_worker.ingest.staging import StagingArea
+from tests.support.images import jpeg, task, written
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MAX_PIXELS = 1_000_000
+
+
+class FakeClient(ImageClient):
+    """Writes what it was given, or raises it; looks at the folder while the file is partial."""
+
+    def __init__(self, folder: Path, *answers: bytes | BaseException) -> None:
+        self.answers = list(answers)
+        self.urls: list[str] = []
+        self.names_meanwhile: list[str] = []
+        self._folder = folder
+
+    def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
+        assert not cancelled()
+        self.urls.append(url)
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            os.write(fd, b"half of it")
+            raise answer
+        os.write(fd, answer)
+        self.names_meanwhile = _names(self._folder)
+        return DownloadStats(0.1, 0.2, len(answer))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def _stage(folder: Path, client: FakeClient, number: int = 7, max_pixels: int = MAX_PIXELS) -> Any:
+    return StagingArea(folder, client, max_pixels).stage(number, task(number), lambda: False)
+
+
+def test_an_image_is_staged_under_its_tasks_number(tmp_path: Path) -> None:
+    """With its header, its task, and what the download took."""
+    data = jpeg(30, 20)
+    client = FakeClient(tmp_path, data)
+    image = _stage(tmp_path, client)
+    assert image.path == tmp_path / "7.img"
+    assert image.path.read_bytes() == data
+    assert (image.id, image.task, image.header.shape) == (7, task(7), (20, 30, 3))
+    assert image.download == DownloadStats(0.1, 0.2, len(data))
+    assert client.urls == [task(7).image_url]
+
+
+def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> None:
+    """It is written under another name and renamed."""
+    client = FakeClient(tmp_path, jpeg())
+    _stage(tmp_path, client)
+    assert client.names_meanwhile == ["7.part"]
+    assert _names(tmp_path) == ["7.img"]
+
+
+def test_folder_and_files_are_private(tmp_path: Path) -> None:
+    """Also when the folder was there before, open to all."""
+    folder = tmp_path / "deep" / "staging"
+    folder.mkdir(parents=True, mode=0o755)
+    path = _stage(folder, FakeClient(folder, jpeg())).path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("error", [LinkError("broke off"), OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_download_that_fails_leaves_no_file(tmp_path: Path, error: BaseException) -> None:
+    """Whatever the reason; the error is passed on."""
+    with pytest.raises(type(error)):
+        _stage(tmp_path, FakeClient(tmp_path, error))
+    assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_as_such_and_leaves_neither_file_nor_charge(tmp_path: Path, number: int) -> None:
+    """No fault of the image's: a pause is on, and after it the same task is staged."""
+    now = [100.0]
+    client = FakeClient(tmp_path, OSError(number, "No space left on device"), jpeg())
+    area = StagingArea(tmp_path, client, MAX_PIXELS, now=lambda: now[0])
+    with pytest.raises(StagingFull):
+        area.stage(7, task(7), lambda: False)
+    assert _names(tmp_path) == []
+    assert area.disk.used_bytes == 0
+    assert not area.disk.has_room()
+    now[0] += PAUSE_S
+    assert area.disk.has_room()
+    assert area.stage(7, task(7), lambda: False).path.exists()
+
+
+def test_the_disk_is_charged_for_a_file_as_long_as_it_is_there(tmp_path: Path) -> None:
+    """Downloaded or found there, until it is discarded; what failed is not charged."""
+    data = jpeg()
+    written(tmp_path / "8.img", data)
+    area = StagingArea(tmp_path, FakeClient(tmp_path, data, b"", LinkError("broke off")), MAX_PIXELS)
+    area.stage(7, task(7), lambda: False)
+    area.stage(8, task(8), lambda: False)
+    for failing in (9, 10):
+        with pytest.raises((ImageUnreadable, LinkError)):
+            area.stage(failing, task(failing), lambda: False)
+    assert area.disk.used_bytes == 2 * len(data)
+    area.discard(7)
+    area.discard(7)
+    assert area.disk.used_bytes == len(data)
+
+
+def test_a_staged_file_is_used_without_a_request(tmp_path: Path) -> None:
+    """A restart downloads nothing twice."""
+    data = jpeg()
+    written(tmp_path / "7.img", data)
+    image = _stage(tmp_path, FakeClient(tmp_path))
+    assert image.download == DownloadStats(0.0, 0.0, len(data))
+
+
+@pytest.mark.parametrize("leftover", [b"", bytes(5000)])
+def test_a_staged_file_that_a_power_cut_emptied_is_downloaded_again(tmp_path: Path, leftover: bytes) -> None:
+    """The image is not blamed for what happened to this disk."""
+    written(tmp_path / "7.img", leftover)
+    data = jpeg()
+    assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
+
+
+def test_a_partial_file_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
+    """None of its bytes remain."""
+    written(tmp_path / "7.part", bytes(1_000_000))
+    data = jpeg()
+    assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("data", "max_pixels", "error"),
+    [(b"<html>", MAX_PIXELS, ImageUnreadable), (b"", MAX_PIXELS, ImageUnreadable), (jpeg(20, 10), 199, ImageTooLarge)],
+)
+def test_a_file_that_cannot_be_used_is_removed(
+    tmp_path: Path, data: bytes, max_pixels: int, error: type[Exception]
+) -> None:
+    """Its task ends with that error."""
+    with pytest.raises(error):
+        _stage(tmp_path, FakeClient(tmp_path, data), max_pixels=max_pixels)
+    assert _names(tmp_path) == []
+
+
+def test_sweeping_keeps_what_the_journal_knows(tmp_path: Path) -> None:
+    """And what is not the staging area's own."""
+    for name in ("1.img", "2.img", "2.part", "3.part", "notes.txt", "x.img", "\N{SUPERSCRIPT TWO}.img"):
+        written(tmp_path / name, b"x")
+    assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(lambda: {1}) == 3
+    assert _names(tmp_path) == ["1.img", "notes.txt", "x.img", "\N{SUPERSCRIPT TWO}.img"]
+
+
+def test_sweeping_does_not_touch_what_appears_meanwhile(tmp_path: Path) -> None:
+    """A task recorded after the question was asked keeps its file."""
+
+    def known() -> set[int]:
+        written(tmp_path / "9.img", b"x")
+        return set()
+
+    assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(known) == 0
+    assert _names(tmp_path) == ["9.img"]
+
+
+def test_discarding_removes_the_file_and_forgives_its_absence(tmp_path: Path) -> None:
+    """A task's end may be told twice."""
+    area = StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS)
+    written(tmp_path / "7.img", b"x")
+    area.discard(7)
+    area.discard(7)
+    assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_folder_that_cannot_be_used_is_a_matter_of_configuration(tmp_path: Path, below: str) -> None:
+    """The message names the variable and the folder."""
+    file = written(tmp_path / "file", b"")
+    with pytest.raises(ConfigurationError, match=rf"AMI_STAGING_PATH .*cannot use {file / below}: \w"):
+        StagingArea(file / below, FakeClient(tmp_path), MAX_PIXELS)
