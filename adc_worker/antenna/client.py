@@ -67,10 +67,11 @@ class AntennaClient:
         body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count}, timeout=timeout)
         return _read(wire.parse_tasks, body)
 
-    def post_results(self, job_id: int, entries: Sequence[tuple[str, bytes]]) -> None:
-        """Post (reply_subject, serialised result) pairs; accepted means queued at Antenna, not saved."""
-        headers = {"Content-Type": "application/json"}
-        self._send("POST", f"/jobs/{job_id}/result/", content=wire.result_post(entries), headers=headers)
+    def post_results(self, job_id: int, entries: Sequence[wire.PostEntry]) -> None:
+        """Post serialised results, part by part; accepted means queued at Antenna, not saved."""
+        size_bytes, parts = wire.result_post(entries)
+        headers = {"Content-Type": "application/json", "Content-Length": str(size_bytes)}
+        self._send("POST", f"/jobs/{job_id}/result/", content=parts, headers=headers)
 
     def _send(self, method: str, path: str, **arguments: Any) -> bytes:
         try:
@@ -97,7 +98,7 @@ def _error_for(response: httpx.Response, request: str) -> AntennaError:
     if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _RETRY_STATUS:
         return AntennaUnavailable(message)
     if response.is_redirect:
-        target = response.headers["location"].partition("?")[0]
+        target = response.headers.get("location", "").partition("?")[0]
         return AntennaRejected(f"{message}; it redirects to {target}: correct AMI_ANTENNA_API_BASE_URL", status)
     return AntennaRejected(message, status)
 

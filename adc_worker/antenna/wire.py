@@ -5,7 +5,7 @@ Unknown fields are ignored; a task that lacks one it needs is dropped alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -111,15 +111,21 @@ class Detection:
 
 def success_result(
     task: Task, pipeline_slug: str, detections: Sequence[Detection], total_time_s: float, timestamp: str
-) -> bytes:
-    """Serialise one image's result; arrays go straight from float32 to text, never through Python floats."""
-    body = {
+) -> Iterator[bytes]:
+    """Serialise one image's result, detection by detection: a large classifier's reaches 200 MB.
+
+    Arrays go straight from float32 to text, never through Python floats.
+    """
+    start = {
         "pipeline": pipeline_slug,
         "total_time": total_time_s,
         "source_images": [{"id": task.image_id, "url": task.image_url}],
-        "detections": [_detection(task, detection, timestamp) for detection in detections],
     }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    yield orjson.dumps(start)[:-1] + b',"detections":['
+    for index, detection in enumerate(detections):
+        body = orjson.dumps(_detection(task, detection, timestamp), option=orjson.OPT_SERIALIZE_NUMPY)
+        yield b"," + body if index else body
+    yield b"]}"
 
 
 def error_result(image_id: str, text: str) -> bytes:
@@ -129,12 +135,31 @@ def error_result(image_id: str, text: str) -> bytes:
     return orjson.dumps({"error": text, "image_id": image_id})
 
 
-def result_post(entries: Sequence[tuple[str, bytes]]) -> bytes:
-    """Join (reply_subject, serialised result) pairs into the body of one post."""
-    joined = b",".join(
-        b'{"reply_subject":' + orjson.dumps(subject) + b',"result":' + result + b"}" for subject, result in entries
-    )
-    return b'{"results":[' + joined + b"]}"
+@dataclass(frozen=True, slots=True)
+class PostEntry:
+    """A serialised result on its way to Antenna; `parts` can be asked for anew when a post is repeated."""
+
+    reply_subject: str
+    size_bytes: int
+    parts: Callable[[], Iterable[bytes]]
+
+
+def result_post(entries: Sequence[PostEntry]) -> tuple[int, Iterator[bytes]]:
+    """Return the body of one post: its size in bytes, and its parts, none of them larger than a result's own."""
+    heads = [b'{"reply_subject":' + orjson.dumps(entry.reply_subject) + b',"result":' for entry in entries]
+    start, separator, end = b'{"results":[', b",", b"]}"
+    commas = max(0, len(entries) - 1)
+    size_bytes = len(start) + sum(map(len, heads)) + commas + len(entries) + len(end)
+
+    def parts() -> Iterator[bytes]:
+        yield start
+        for index, (head, entry) in enumerate(zip(heads, entries, strict=True)):
+            yield separator + head if index else head
+            yield from entry.parts()
+            yield b"}"
+        yield end
+
+    return size_bytes + sum(entry.size_bytes for entry in entries), parts()
 
 
 def _algorithm(ref: AlgorithmRef) -> dict[str, str]:

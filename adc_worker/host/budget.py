@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ class HostBudget:
         limit_bytes: the memory limit that binds this worker and all its processes.
         limit_source: where it was found.
         available_bytes: what the host can still give (MemAvailable).
-        used_bytes: anonymous + shared memory of this worker's process tree now.
+        used_bytes: anonymous memory of this worker's processes now, between jobs: without an arena.
         cores: cores this process may run on.
-        disk_free_bytes: free space where images are staged.
+        staging_bytes: what staged images may take.
+        staging_in_memory: whether they take it from memory, for want of a disk.
         descriptors: open files allowed.
         gpu: whether inference runs on a GPU.
     """
@@ -31,17 +32,20 @@ class HostBudget:
     available_bytes: int
     used_bytes: int
     cores: int
-    disk_free_bytes: int
+    staging_bytes: int
     descriptors: int
     gpu: bool = False
+    staging_in_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.limit_bytes <= 0 or self.cores < 1:
             raise ValueError(f"a host has memory and at least one core, not {self}")
 
 
-def measure(staging_path: Path, tree_root_pid: int, limit_bytes: int | None, *, gpu: bool) -> HostBudget:
-    """Measure the host; `limit_bytes` is AMI_MEMORY_LIMIT_BYTES, `tree_root_pid` the process whose tree counts."""
+def measure(
+    pids: Iterable[int], limit_bytes: int | None, staging_bytes: int, *, staging_in_memory: bool, gpu: bool
+) -> HostBudget:
+    """Measure the host; `limit_bytes` is AMI_MEMORY_LIMIT_BYTES, `pids` are this worker's processes."""
     found = memory.memory_limit()
     limit, source = found.limit_bytes, found.source
     if limit_bytes is not None and limit_bytes < limit:
@@ -50,9 +54,10 @@ def measure(staging_path: Path, tree_root_pid: int, limit_bytes: int | None, *, 
         limit_bytes=limit,
         limit_source=source,
         available_bytes=found.available_bytes,
-        used_bytes=memory.tree_memory_bytes(tree_root_pid),
+        used_bytes=memory.anonymous_bytes(pids),
         cores=len(os.sched_getaffinity(0)),
-        disk_free_bytes=shutil.disk_usage(staging_path).free,
+        staging_bytes=staging_bytes,
+        staging_in_memory=staging_in_memory,
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         gpu=gpu,
     )

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,18 @@ CREATE TABLE adc_task (
 );
 CREATE TABLE adc_result (
     task_id INTEGER PRIMARY KEY REFERENCES adc_task (id) ON DELETE CASCADE,
-    body BLOB NOT NULL,
+    size_bytes INTEGER NOT NULL,
     kept_at REAL NOT NULL
+);
+CREATE TABLE adc_result_part (  -- a serialised result in pieces of about a megabyte: no whole one is ever in memory
+    task_id INTEGER NOT NULL REFERENCES adc_result (task_id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (task_id, number)
 );
 CREATE INDEX adc_task_slot ON adc_task (slot, job_id);
 """
+_PART_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class KeptResult:
     """A result that waits for Antenna to accept it."""
 
     held: HeldTask
-    body: bytes
+    size_bytes: int
 
 
 class Journal:
@@ -97,14 +104,36 @@ class Journal:
                 held.append(HeldTask(int(cursor.lastrowid or 0), job_id, task, now))
         return held
 
-    def keep(self, results: Sequence[tuple[int, bytes]]) -> None:
-        """Keep (task id, serialised result) pairs in one transaction; on return they survive a power cut."""
-        now = time.time()
+    def keep(self, results: Iterable[tuple[int, Iterable[bytes]]]) -> int:
+        """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
+
+        On return they survive a power cut. Parts are taken one by one, so that they may be made on the way.
+        """
         with self._lock, self._db:
-            self._db.executemany(
-                "INSERT OR REPLACE INTO adc_result (task_id, body, kept_at) VALUES (?, ?, ?)",
-                [(task_id, body, now) for task_id, body in results],
-            )
+            return sum(self._keep(task_id, parts) for task_id, parts in results)
+
+    def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
+        self._db.execute("DELETE FROM adc_result WHERE task_id = ?", (task_id,))
+        self._db.execute("INSERT INTO adc_result VALUES (?, 0, ?)", (task_id, time.time()))
+        size_bytes = 0
+        for number, part in enumerate(_coalesced(parts)):
+            self._db.execute("INSERT INTO adc_result_part VALUES (?, ?, ?)", (task_id, number, part))
+            size_bytes += len(part)
+        self._db.execute("UPDATE adc_result SET size_bytes = ? WHERE task_id = ?", (size_bytes, task_id))
+        return size_bytes
+
+    def parts(self, task_id: int) -> Iterator[bytes]:
+        """Return a kept result piece by piece; another may be kept or forgotten meanwhile."""
+        number = 0
+        while True:
+            with self._lock:
+                row = self._db.execute(
+                    "SELECT body FROM adc_result_part WHERE task_id = ? AND number = ?", (task_id, number)
+                ).fetchone()
+            if row is None:
+                return
+            yield row[0]
+            number += 1
 
     def forget(self, task_ids: Iterable[int]) -> None:
         """Remove tasks whose outcome Antenna has accepted, or whose lease was given up."""
@@ -113,33 +142,38 @@ class Journal:
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet, oldest first."""
-        rows = self._rows("t.job_id = ? AND r.task_id IS NULL", (job_id,), "NULL")
-        return [held for held, _body in rows]
+        rows = self._rows("t.job_id = ? AND r.task_id IS NULL", (job_id,))
+        return [held for held, _size_bytes in rows]
 
     def known_ids(self) -> set[int]:
         """Return the tasks of every slot: the ones whose staged files belong to somebody."""
         with self._lock:
             return {int(row[0]) for row in self._db.execute("SELECT id FROM adc_task")}
 
-    def unposted(self, excluding: Iterable[int], limit: int, most_bytes: int) -> list[KeptResult]:
-        """Return kept results, oldest first, without those in `excluding`: up to `limit`, `most_bytes` or one."""
+    def unposted(
+        self, excluding: Iterable[int], limit: int, most_bytes: int, *, alone: bool = True
+    ) -> list[KeptResult]:
+        """Return kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
+
+        A result that exceeds `most_bytes` comes by itself, and only to a caller that says it is `alone`.
+        """
         excluded = set(excluding)
         chosen: list[int] = []
-        with self._lock:  # sizes first: bodies are megabytes, and a backlog has thousands
+        with self._lock:
             sizes = self._db.execute(
-                "SELECT r.task_id, length(r.body) FROM adc_result r JOIN adc_task t ON t.id = r.task_id"
+                "SELECT r.task_id, r.size_bytes FROM adc_result r JOIN adc_task t ON t.id = r.task_id"
                 " WHERE t.slot = ? ORDER BY r.task_id",
                 (self.slot,),
             )
             for task_id, size_bytes in sizes:
                 most_bytes -= 0 if task_id in excluded else size_bytes
-                if len(chosen) == limit or (chosen and most_bytes < 0):
+                if len(chosen) == limit or (most_bytes < 0 and (chosen or not alone)):
                     break
                 if task_id not in excluded:
                     chosen.append(task_id)
             sizes.close()
-        rows = self._rows(f"t.id IN ({','.join(map(str, chosen))})", (), "r.body")
-        return [KeptResult(held, body) for held, body in rows if body is not None]
+        rows = self._rows(f"t.id IN ({','.join(map(str, chosen))})", ())
+        return [KeptResult(held, size_bytes) for held, size_bytes in rows]
 
     def held_count(self, job_id: int) -> int:
         """Count a job's tasks that Antenna may still be waiting for."""
@@ -156,9 +190,9 @@ class Journal:
             ).fetchone()
         return int(row[0])
 
-    def _rows(self, where: str, arguments: tuple[object, ...], body: str) -> list[tuple[HeldTask, bytes | None]]:
+    def _rows(self, where: str, arguments: tuple[object, ...]) -> list[tuple[HeldTask, int]]:
         query = (
-            f"SELECT t.id, t.job_id, t.image_id, t.image_url, t.reply_subject, t.fetched_at, {body}"  # noqa: S608 (only this file's literals and integers)
+            "SELECT t.id, t.job_id, t.image_id, t.image_url, t.reply_subject, t.fetched_at, coalesce(r.size_bytes, 0)"  # noqa: S608 (only this file's literals and integers)
             f" FROM adc_task t LEFT JOIN adc_result r ON r.task_id = t.id WHERE t.slot = ? AND {where}"
             " ORDER BY t.id"
         )
@@ -230,3 +264,17 @@ class Journal:
             finally:
                 with suppress(OSError):
                     os.close(fd)
+
+
+def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Join small parts, so that an ordinary result is one row."""
+    waiting: list[bytes] = []
+    size_bytes = 0
+    for part in parts:
+        waiting.append(part)
+        size_bytes += len(part)
+        if size_bytes >= _PART_BYTES:
+            yield b"".join(waiting)
+            waiting, size_bytes = [], 0
+    if waiting:
+        yield b"".join(waiting)

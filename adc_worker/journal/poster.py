@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
-from adc_worker.antenna.wire import error_result
+from adc_worker.antenna.wire import PostEntry, error_result
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected
 from adc_worker.journal.journal import Journal, KeptResult
 from adc_worker.log import get_logger
@@ -28,7 +29,7 @@ _FINAL = frozenset({_JOB_UNKNOWN, _TOO_LARGE, _INVALID})
 
 
 class ResultReceiver(Protocol):
-    def post_results(self, job_id: int, entries: Sequence[tuple[str, bytes]]) -> None: ...
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Poster:
         self._changed = threading.Condition()
         self._posting: set[int] = set()
         self._under_way = 0
+        self._oversize = False
         self._closing = False
         self._dropped = threading.Event()  # cuts short every back-off
         self._refused = False
@@ -112,11 +114,14 @@ class Poster:
         """Wait for results and a free post, and claim one post's worth; empty when closing."""
         with self._changed:
             while not self._closing and self.failure is None:
-                if self._under_way < self._limits.pending_posts:
+                if self._under_way < self._limits.pending_posts and not self._oversize:
+                    # A post that exceeds the limit takes minutes; nothing beside it makes that longer.
+                    alone = self._under_way == 0
                     group = self._group(
-                        self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes)
+                        self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes, alone=alone)
                     )
                     if group:
+                        self._oversize = sum(kept.size_bytes for kept in group) > self._limits.post_bytes
                         self._posting.update(kept.held.id for kept in group)
                         self._under_way += 1
                         return group
@@ -136,15 +141,14 @@ class Poster:
             with self._changed:
                 self._posting.difference_update(kept.held.id for kept in group)
                 self._under_way -= 1
+                self._oversize = False  # if it was, nothing else is under way
                 self._changed.notify_all()
 
     def _post_until_settled(self, group: Sequence[KeptResult]) -> None:
         backoff_s = self._first_backoff_s
         while True:
             try:
-                self._receiver.post_results(
-                    group[0].held.job_id, [(kept.held.task.reply_subject, kept.body) for kept in group]
-                )
+                self._receiver.post_results(group[0].held.job_id, [self._entry(kept) for kept in group])
             except AntennaError as error:
                 if isinstance(error, AntennaRejected) and error.status in _FINAL:
                     self._settle_rejected(group, error)
@@ -170,7 +174,7 @@ class Poster:
             middle = len(group) // 2
             self._post_until_settled(group[:middle])
             self._post_until_settled(group[middle:])
-        elif not group[0].body.startswith(b'{"error":'):
+        elif not next(self._journal.parts(group[0].held.id)).startswith(b'{"error":'):
             self._replace_with_error(group[0], error)
         else:
             _log.error("result_rejected", job_id=group[0].held.job_id, error=str(error))
@@ -178,15 +182,17 @@ class Poster:
 
     def _replace_with_error(self, kept: KeptResult, error: AntennaRejected) -> None:
         text = (
-            f"Antenna refused a result of {len(kept.body)} bytes as too large"
+            f"Antenna refused a result of {kept.size_bytes} bytes as too large"
             f" (AMI_ANTENNA_MAX_POST_BYTES is {self._limits.post_bytes})"
             if error.status == _TOO_LARGE
             else f"Antenna refused the result: {error}"
         )
         _log.error("result_replaced_by_error", job_id=kept.held.job_id, image_id=kept.held.task.image_id, reason=text)
-        body = error_result(kept.held.task.image_id, text)
-        self._journal.keep([(kept.held.id, body)])
-        self._post_until_settled([KeptResult(kept.held, body)])
+        size_bytes = self._journal.keep([(kept.held.id, [error_result(kept.held.task.image_id, text)])])
+        self._post_until_settled([KeptResult(kept.held, size_bytes)])
+
+    def _entry(self, kept: KeptResult) -> PostEntry:
+        return PostEntry(kept.held.task.reply_subject, kept.size_bytes, partial(self._journal.parts, kept.held.id))
 
     def _done(self, group: Sequence[KeptResult]) -> None:
         self._journal.forget(kept.held.id for kept in group)

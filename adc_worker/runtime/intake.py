@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
-from adc_worker.errors import AntennaError, ImageError, LinkError
+from adc_worker.errors import AntennaError, ImageError, LinkError, StagingFull
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
@@ -172,13 +172,19 @@ class Intake:
     def _can_start_download(self) -> bool:
         if self._stopped.is_set():
             return self._downloading == 0
-        return bool(self._to_download) and self._downloading < self._limits.downloads
+        return self._may_download()
+
+    def _may_download(self) -> bool:
+        busy = self._downloading >= self._limits.downloads
+        return bool(self._to_download) and not busy and self._staging.disk.has_room()
 
     def _start_downloads(self) -> None:
         with self._changed:
-            while self._to_download and self._downloading < self._limits.downloads and not self._stopped.is_set():
+            while not self._stopped.is_set() and self._may_download():
                 self._downloading += 1
-                self._executor.submit(self._download, self._to_download.popleft())
+                held = self._to_download.popleft()
+                self._staging.disk.reserve(held.id)  # here, or all that start at once would find the same room
+                self._executor.submit(self._download, held)
 
     def _download(self, held: HeldTask) -> None:
         try:
@@ -199,6 +205,10 @@ class Intake:
         while not self._stopped.is_set():
             try:
                 image = self._staging.stage(held.id, held.task, self._stopped.is_set)
+            except StagingFull:
+                with self._changed:
+                    self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
+                return
             except ImageError as error:
                 self._outcomes.fail(held.id, held.task, error)
                 return

@@ -11,20 +11,23 @@ from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
-from adc_worker.host.memory import tree_memory_bytes
+from adc_worker.host.budget import HostBudget
+from adc_worker.host.memory import anonymous_bytes
 from adc_worker.ingest.loader import JobDataLoader, build_dataloader
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.runtime.inference import infer_and_keep
+from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
 from adc_worker.settings import Settings
+from adc_worker.tuning.drift import DriftWatch
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
+from adc_worker.tuning.probe_report import ProbeReport
 
 _log = get_logger(__name__)
 
@@ -45,13 +48,14 @@ class WorkerContext:
     policy: IngestPolicy
     lease: LeaseTerms
     stopping: threading.Event
-    tree_root_pid: int
+    pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
 
-    def host(self, pipeline: Pipeline) -> budget.HostBudget:
+    def host(self, pipeline: Pipeline) -> HostBudget:
         return budget.measure(
-            self.settings.effective_staging_path,
-            self.tree_root_pid,
+            self.pids,
             self.settings.memory_limit_bytes,
+            self.staging.disk.limit_bytes,
+            staging_in_memory=self.staging.disk.in_memory,
             gpu=pipeline.device.type == "cuda",
         )
 
@@ -76,7 +80,6 @@ def ceilings(settings: Settings) -> Ceilings:
         fixed_decode_workers=settings.num_workers or 4,
         pin_memory=settings.antenna_api_dataloader_pin_memory,
         images_per_call=settings.localization_batch_size,
-        staging_bytes=settings.staging_max_bytes,
     )
 
 
@@ -132,20 +135,34 @@ class _JobRun:
         report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
         if report is None:
             return
+        drift = DriftWatch(report)
+        plan: IngestPlan | None = self._made_plan(report, host)
+        while plan is not None:
+            with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
+                plan = self._feed(loader, drift, host)
+                self._readiness = loader.readiness
+
+    def _made_plan(self, report: ProbeReport, host: HostBudget) -> IngestPlan:
         self._plan = plan = self._context.policy.plan(report, host, self._context.lease)
         self._intake.apply(IntakeLimits.of(plan))
         self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
-        with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
-            self._feed(loader)
-            self._readiness = loader.readiness
+        return plan
 
-    def _feed(self, loader: JobDataLoader) -> None:
+    def _feed(self, loader: JobDataLoader, drift: DriftWatch, host: HostBudget) -> IngestPlan | None:
+        """Infer what the loader brings; return a plan when it takes another loader to follow it."""
+        next_plan: IngestPlan | None = None
         for batch in loader:
             with batch:
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
                 images = len(batch.staged)
+            report = drift.observe(measured_image(batch.staged, batch.reports, stats))
+            if report is not None and next_plan is None:
+                changed = self._made_plan(report, host)
+                if not loader.apply(changed):
+                    next_plan = changed
+                    loader.stop()
             self._inference_s += stats.inference_s
-            memory_bytes = tree_memory_bytes(self._context.tree_root_pid)
+            memory_bytes = self._memory_bytes(loader)
             self._peak_bytes = max(self._peak_bytes, memory_bytes)
             self._log.info(
                 "batch",
@@ -162,6 +179,12 @@ class _JobRun:
             if self._context.stopping.is_set():
                 self._intake.stop()
                 loader.stop()
+        return None if self._context.stopping.is_set() else next_plan
+
+    def _memory_bytes(self, loader: JobDataLoader) -> int:
+        disk = self._context.staging.disk
+        staged = disk.used_bytes if disk.in_memory else 0
+        return anonymous_bytes((*self._context.pids, *loader.decode_pids)) + loader.resident_bytes + staged
 
     def _check_background(self) -> None:
         for name, failure in (("intake", self._intake.failure), ("poster", self._context.poster.failure)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from adc_worker.antenna.wire import Task, error_result
@@ -22,7 +22,7 @@ class ImageResult:
     """One image's serialised result on its way into the journal."""
 
     task_id: int
-    body: bytes
+    parts: Iterable[bytes]
     detections: int
     truncated: bool
 
@@ -52,18 +52,19 @@ class JobOutcomes:
         """Call `listener` after every outcome."""
         self._on_settled = listener
 
-    def succeed(self, results: Sequence[ImageResult]) -> None:
-        """Keep results: on return they survive a crash and their staged files are gone."""
-        self._journal.keep([(result.task_id, result.body) for result in results])
+    def succeed(self, results: Sequence[ImageResult]) -> int:
+        """Keep results, return their bytes: they survive a crash from here on, and their staged files are gone."""
+        size_bytes = self._journal.keep((result.task_id, result.parts) for result in results)
         with self._lock:
             self.done += len(results)
             self.detections += sum(result.detections for result in results)
             self.truncated += sum(result.truncated for result in results)
         self._settle([result.task_id for result in results])
+        return size_bytes
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:
         """Keep an error result: the evidence is in the image."""
-        self._journal.keep([(task_id, error_result(task.image_id, str(error)))])
+        self._journal.keep([(task_id, [error_result(task.image_id, str(error))])])
         with self._lock:
             self.failed[type(error).__name__] += 1
         self._log.warning("image_failed", image_id=task.image_id, url=task.image_url, error=str(error))

@@ -12,7 +12,7 @@ from adc_worker.ingest.decode import decode
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.runtime.inference import infer_and_keep
+from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
@@ -58,18 +58,4 @@ def _measure(image: StagedImage, pipeline: Pipeline, host: HostBudget, outcomes:
     finally:
         arena.free(region)
         arena.close()
-    return (
-        ImageProbe(
-            compressed_bytes=header.compressed_bytes,
-            width_px=header.width_px,
-            height_px=header.height_px,
-            decode_scratch_bytes=header.scratch_bytes,
-            first_byte_s=image.download.first_byte_s,
-            download_s=image.download.total_s,
-            decode_s=report.decode_s,
-            inference_s=stats.inference_s,
-            detections=stats.detections,
-            result_bytes=stats.result_bytes,
-        ),
-        peak_bytes,
-    )
+    return measured_image([image], [report], stats), peak_bytes

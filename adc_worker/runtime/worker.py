@@ -16,7 +16,6 @@ import torch
 from adc_worker import log, settings
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.wire import JobRef
 from adc_worker.errors import (
     AntennaError,
     AntennaRefused,
@@ -76,7 +75,7 @@ class WorkerLoop:
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._polled_once = False
+        self._contacted = False
 
     def run(self) -> None:
         """Return when draining, or when idle and that was asked for."""
@@ -103,32 +102,36 @@ class WorkerLoop:
     def _pass(self) -> bool:
         """Poll once and work on what is listed; True when any task was taken."""
         jobs = self._context.client.jobs(list(self._specs), self._options.project)
-        self._polled_once = True
         random.shuffle(jobs)  # a fleet that polls together must not queue at the same job
-        worked = [self._work_on(job) for job in jobs if not self._context.stopping.is_set()]
-        return any(worked)
-
-    def _work_on(self, job: JobRef) -> bool:
-        if job.pipeline_slug not in self._specs:
-            return False
-        summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
-        gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
-        return summary.tasks > 0
+        tasks, error = 0, None
+        for job in jobs:
+            if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
+                summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
+                gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
+                tasks += summary.tasks
+                error = error or summary.error
+        if error is not None and not tasks:
+            raise error
+        self._contacted = True
+        return tasks > 0
 
     def _pipeline(self, slug: str) -> Pipeline:
         if slug not in self._loaded:
             started = time.monotonic()
             sizes = CallSizes(self._config.localization_batch_size, self._config.classification_batch_size)
             self._loaded[slug] = registry.load(self._specs[slug], self._device, sizes)
+            gc.collect()
+            gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
             _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
         return self._loaded[slug]
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""
-        if self._polled_once:
+        if self._contacted:
             return
         if isinstance(error, AntennaRefused):
-            raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}") from error
+            hint = " (fetching tasks takes a superuser's token)" if "/tasks/" in str(error) else ""
+            raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}{hint}") from error
         if isinstance(error, AntennaUnreachable | AntennaRejected):
             raise ConfigurationError(
                 f"AMI_ANTENNA_API_BASE_URL {self._config.antenna_api_base_url}: {error}"
@@ -139,8 +142,8 @@ class WorkerLoop:
         self._context.stopping.wait(pause_s * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, no secret)
 
 
-def run(options: WorkerOptions, config: Settings, stop: Stop) -> None:
-    """Build what outlives a job, work until stopped, and flush."""
+def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPolicy | None = None) -> None:
+    """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own."""
     for folder in (config.user_data_path, config.effective_staging_path):
         _make_folder(folder)
     journal = Journal(config.journal_path)
@@ -148,7 +151,7 @@ def run(options: WorkerOptions, config: Settings, stop: Stop) -> None:
         AntennaClient(config.antenna_api_base_url, config.token) as client,
         ImageClient(config.image_max_bytes) as images,
     ):
-        staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels)
+        staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         swept = staging.sweep(journal.known_ids)
         _log.info("journal_open", path=str(config.journal_path), slot=journal.slot, swept_files=swept)
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
@@ -158,10 +161,10 @@ def run(options: WorkerOptions, config: Settings, stop: Stop) -> None:
             journal=journal,
             poster=poster,
             staging=staging,
-            policy=IngestPolicy(ceilings(config)),
+            policy=policy or IngestPolicy(ceilings(config)),
             lease=LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver),
             stopping=stop.draining,
-            tree_root_pid=os.getppid(),
+            pids=(os.getppid(), os.getpid()),
         )
         try:
             WorkerLoop(options, config, context).run()

@@ -28,9 +28,10 @@ DOWNLOAD_HEADROOM = 1.5
 DECODE_HEADROOM = 1.5
 FETCH_COVER_S = 2.0  # an empty fetch takes 0.6 s and others up to 0.17 s (contract); staged work covers three of them
 TASKS_PER_FETCH_MAX = 64
-RESERVE_BYTES = 64 * _MB  # interpreter heaps, connection buffers, a post being assembled
-DISK_SHARE = 0.5
-RESULTS_WAITING_BATCHES = 2  # one being kept, one being posted
+# Interpreter heaps, connection buffers, 16 MB of results on their way into the journal, a megabyte of each post. The
+# results of one image are in what inference was measured to need.
+RESERVE_BYTES = 64 * _MB
+PAGE_BYTES = 4096  # the arena's regions start and end at pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,6 @@ class Ceilings:
     fixed_decode_workers: int = 4
     pin_memory: bool | None = None
     images_per_call: int = 8
-    staging_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,13 @@ class _Rates:
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """Memory left for decoded pixels, and what was set aside before."""
+    """How memory is shared between running decodes and the images of batches with all they need."""
 
-    arena_bytes: int
+    decode_workers: int
     scratch_bytes: int
+    images_bytes: int
     hard_bytes: int  # the same up to the hard limit, for one image at a time
+    staged_bytes: int  # compressed images, where those are in memory
 
 
 class IngestPolicy:
@@ -84,29 +86,29 @@ class IngestPolicy:
     def plan(self, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> IngestPlan:
         """Return the plan for a job that looks like `report` on a machine like `host`."""
         why: dict[str, str] = {}
-        workers = self._decode_workers(report, host, why)
+        room = self._room(report, host, self._wanted_workers(report, host, why), why)
+        workers = room.decode_workers
         downloads_most = self._downloads_most()
         rates = _Rates(downloads_most / report.download_s, workers / max(report.decode_s, 1e-6), 1 / report.inference_s)
         rate = rates.slowest
-        room = self._room(report, host, workers)
         held = lease.held_limit(rate)
         why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {lease.ack_wait_s:.0f} s of lease = {held}"
         wanted = self._wanted_batch(report, why)
-        batch, memory_binds = self._fit_batch(report, room, min(wanted, max(1, held // 2)), why)
-        prefetch = self._prefetch(report, room, batch * report.tensor_bytes_per_image, why)
-        arena = self._arena(report, room, batch * report.tensor_bytes_per_image, prefetch, why)
+        batch = self._fit_batch(report, room, wanted, max(1, held // 2), why)
+        prefetch = self._prefetch(report, room, wanted, why)
+        arena = self._arena(report, room, batch, prefetch, why)
         batch_bytes = self._batch_bytes(report, arena, why)
         downloads = self._downloads(report, rate, downloads_most, why)
         staged = self._staged_ahead(report, host, rate, downloads, batch, held, why)
         fetch = self._fetch_size(rate, staged, why)
-        working_set = report.inference_peak_bytes * min(self._ceilings.images_per_call, batch)
-        results = RESULTS_WAITING_BATCHES * batch * report.result_bytes
-        peak = report.base_bytes + arena + room.scratch_bytes + working_set + results + RESERVE_BYTES
+        working_set = self._working_set(report, batch)
+        reserve = RESERVE_BYTES + room.staged_bytes
+        peak = report.base_bytes + arena + room.scratch_bytes + working_set + reserve
         why["peak_bytes"] = (
             f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(room.scratch_bytes)}"
-            f" + inference {_mb(working_set)} + results {_mb(results)} + reserve {_mb(RESERVE_BYTES)} = {_mb(peak)}"
+            f" + inference {_mb(working_set)} + reserve {_mb(reserve)} = {_mb(peak)}"
         )
-        binds = "memory" if memory_binds else "lease" if held <= batch else rates.binds
+        binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else rates.binds
         why["images_per_s"] = (
             f"link {rates.link:.1f} ({downloads_most} downloads of {report.download_s:.2f} s), "
             f"decode {rates.decode:.1f} ({workers} x {report.decode_s:.3f} s), "
@@ -137,10 +139,11 @@ class IngestPolicy:
     def _fixed(self) -> bool:
         return self._ceilings.mode == "fixed"
 
-    def _decode_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
+    def _wanted_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
         if self._fixed:
-            why["decode_workers"] = "AMI_NUM_WORKERS or its old default"
-            return self._ceilings.fixed_decode_workers
+            workers = _at_most(self._ceilings.fixed_decode_workers, self._ceilings.decode_workers)
+            why["decode_workers"] = f"AMI_NUM_WORKERS or its old default: {workers}"
+            return workers
         needed = math.ceil(DECODE_HEADROOM * report.decode_s / report.inference_s)
         workers = _at_most(max(1, min(needed, host.cores)), self._ceilings.decode_workers)
         why["decode_workers"] = (
@@ -150,67 +153,88 @@ class IngestPolicy:
         return workers
 
     def _downloads_most(self) -> int:
-        return _at_most(FIXED_DOWNLOADS if self._fixed else DOWNLOADS_MAX, self._ceilings.downloads)
+        if self._fixed:
+            return self._ceilings.downloads or FIXED_DOWNLOADS
+        return _at_most(DOWNLOADS_MAX, self._ceilings.downloads)
 
-    def _room(self, report: ProbeReport, host: HostBudget, workers: int) -> _Room:
-        scratch = workers * (report.decode_scratch_bytes + report.compressed_bytes)
-        soft = min(int(self._ceilings.soft_cap * host.limit_bytes), report.base_bytes + host.available_bytes)
-        taken = report.base_bytes + scratch + RESERVE_BYTES + RESULTS_WAITING_BATCHES * report.result_bytes
-        hard = min(host.limit_bytes, report.base_bytes + host.available_bytes) - taken - report.inference_peak_bytes
-        return _Room(soft - taken, scratch, hard)
+    def _room(self, report: ProbeReport, host: HostBudget, wanted_workers: int, why: dict[str, str]) -> _Room:
+        """Share memory between decodes and images; in proportion where it is scarce, so that more takes none away."""
+        scratch, image = report.decode_scratch_bytes + report.compressed_bytes, self._bytes_per_image(report)
+        staged = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
+        taken = report.base_bytes + RESERVE_BYTES + staged
+        soft = min(int(self._ceilings.soft_cap * host.limit_bytes), report.base_bytes + host.available_bytes) - taken
+        hard = min(host.limit_bytes, report.base_bytes + host.available_bytes) - taken
+        workers = max(1, min(wanted_workers, soft // (scratch + image)))
+        left = min(soft - scratch, max(soft * image // (scratch + image), soft - wanted_workers * scratch))
+        why["decode_workers"] += f"; {_mb(max(0, soft))} holds {max(0, soft // (scratch + image))}"
+        solo = hard - workers * scratch - self._working_set(report, 1)
+        return _Room(workers, workers * scratch, left, solo, staged)
+
+    def _working_set(self, report: ProbeReport, batch: int) -> int:
+        return report.inference_peak_bytes * min(self._ceilings.images_per_call, batch)
+
+    def _bytes_per_image(self, report: ProbeReport) -> int:
+        """Return what an image more in a batch costs: its place in each batch of the arena, and inference."""
+        return BATCHES_IN_ARENA * _place(report) + report.inference_peak_bytes
 
     def _wanted_batch(self, report: ProbeReport, why: dict[str, str]) -> int:
         if self._fixed:
             why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
             return self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
         ratio = report.download_inference_ratio
-        wanted = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio)))
-        why["batch_size"] = f"download:inference {ratio:.2f} asks for {wanted}"
-        return wanted
+        asked = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio)))
+        holds = max(1, BATCH_BYTES_CAP // report.tensor_bytes_per_image)
+        why["batch_size"] = (
+            f"download:inference {ratio:.2f} asks for {asked}; {_mb(report.tensor_bytes_per_image)} an image: "
+            f"{_mb(BATCH_BYTES_CAP)} a batch holds {holds}"
+        )
+        return min(asked, holds)
 
-    def _fit_batch(self, report: ProbeReport, room: _Room, wanted: int, why: dict[str, str]) -> tuple[int, bool]:
-        """Return the batch size that memory allows, and whether memory forbids one image even in a third."""
-        image = report.tensor_bytes_per_image
-        per_image = (
-            BATCHES_IN_ARENA * image + report.inference_peak_bytes + RESULTS_WAITING_BATCHES * report.result_bytes
-        )
-        fits = max(1, room.arena_bytes // per_image)
-        capped = wanted if self._fixed else min(wanted, max(1, BATCH_BYTES_CAP // image))
-        batch = min(capped, fits)
+    def _fit_batch(self, report: ProbeReport, room: _Room, wanted: int, lease: int, why: dict[str, str]) -> int:
+        fits = max(1, room.images_bytes // self._bytes_per_image(report))
+        batch = min(wanted, lease, fits)
         why["batch_size"] += (
-            f"; {_mb(image)} an image: {_mb(BATCH_BYTES_CAP)} a batch holds {max(1, BATCH_BYTES_CAP // image)}, "
-            f"a third of {_mb(max(0, room.arena_bytes))} holds {fits}: {batch}"
+            f"; {_mb(max(0, room.images_bytes))} for images, {BATCHES_IN_ARENA} batches and inference holds"
+            f" {fits}, half the lease {lease}: {batch}"
         )
-        return batch, fits < capped
+        return batch
 
     def _batch_bytes(self, report: ProbeReport, arena_bytes: int, why: dict[str, str]) -> int:
         value = max(report.tensor_bytes_per_image, arena_bytes // BATCHES_IN_ARENA)
         why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(value)}"
         return value
 
-    def _prefetch(self, report: ProbeReport, room: _Room, batch_bytes: int, why: dict[str, str]) -> int:
+    def _prefetch(self, report: ProbeReport, room: _Room, wanted_batch: int, why: dict[str, str]) -> int:
+        """Return the batches decoded ahead: more than one only where memory holds the batches that were wanted."""
         ratio = report.download_inference_ratio
-        wanted = FIXED_PREFETCH if self._fixed else min(PREFETCH_MAX, max(1, math.ceil(ratio)))
-        cap = room.arena_bytes if self._fixed else min(ARENA_BYTES_CAP, room.arena_bytes)
-        fits = max(1, cap // batch_bytes - (BATCHES_IN_ARENA - 1))
+        wanted = min(PREFETCH_MAX, max(1, math.ceil(ratio)))
+        cap = self._pixels(report, room, wanted_batch)
+        if self._fixed:
+            wanted = self._ceilings.prefetch_factor or FIXED_PREFETCH
+        else:
+            cap = min(ARENA_BYTES_CAP, cap)
+        fits = max(1, cap // (wanted_batch * _place(report)) - (BATCHES_IN_ARENA - 1))
         prefetch = _at_most(min(wanted, fits), self._ceilings.prefetch_factor)
         why["prefetch_factor"] = f"download:inference {ratio:.2f} asks for {wanted}, {_mb(max(0, cap))} holds {fits}"
         return prefetch
 
-    def _arena(self, report: ProbeReport, room: _Room, batch_bytes: int, prefetch: int, why: dict[str, str]) -> int:
+    def _arena(self, report: ProbeReport, room: _Room, batch: int, prefetch: int, why: dict[str, str]) -> int:
+        batch_bytes = batch * _place(report)
         wanted = (prefetch + BATCHES_IN_ARENA - 1) * batch_bytes
-        arena = max(report.tensor_bytes_per_image, min(wanted, max(room.arena_bytes, 0)))
+        left = self._pixels(report, room, batch)
+        arena = max(_place(report), min(wanted, left))
         why["arena_bytes"] = (
             f"({prefetch} ready + 1 inferred + 1 decoding) x {_mb(batch_bytes)} = {_mb(wanted)}, "
-            f"{_mb(max(0, room.arena_bytes))} left for it"
+            f"{_mb(max(0, left))} left for it"
         )
         return arena
 
+    def _pixels(self, report: ProbeReport, room: _Room, batch: int) -> int:
+        return room.images_bytes - self._working_set(report, batch)
+
     def _downloads(self, report: ProbeReport, rate: float, most: int, why: dict[str, str]) -> int:
         busy = DOWNLOAD_HEADROOM * rate * report.download_s
-        downloads = (
-            _at_most(8, self._ceilings.downloads) if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
-        )
+        downloads = most if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
         why["download_concurrency"] = (
             f"{rate:.2f} images/s x {report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
         )
@@ -221,18 +245,19 @@ class IngestPolicy:
         why: dict[str, str],
     ) -> int:  # fmt: skip
         wanted = downloads + 2 * batch + math.ceil(rate * FETCH_COVER_S)
-        disk = _at_most(int(DISK_SHARE * host.disk_free_bytes), self._ceilings.staging_bytes)
-        fits = max(1, disk // report.compressed_bytes)
+        fits = max(1, host.staging_bytes // report.compressed_bytes)
         staged = max(1, min(wanted, held, fits))
         why["staged_ahead"] = (
             f"{downloads} downloading + 2 batches of {batch} + {FETCH_COVER_S:.0f} s of fetching = {wanted}; "
-            f"lease allows {held}, disk {fits}"
+            f"lease allows {held}, {'memory' if host.staging_in_memory else 'disk'} {fits}"
         )
         return staged
 
     def _fetch_size(self, rate: float, staged: int, why: dict[str, str]) -> int:
-        wanted = max(1, math.ceil(rate * FETCH_COVER_S))
-        fetch = _at_most(min(wanted, staged, TASKS_PER_FETCH_MAX), self._ceilings.tasks_per_fetch)
+        wanted = min(TASKS_PER_FETCH_MAX, max(1, math.ceil(rate * FETCH_COVER_S)))
+        if self._fixed:
+            wanted = self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
+        fetch = _at_most(min(wanted, staged), self._ceilings.tasks_per_fetch)
         why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
         return fetch
 
@@ -246,6 +271,11 @@ class IngestPolicy:
             else "off until a measurement on a GPU says otherwise"
         )
         return bool(host.gpu and permitted)
+
+
+def _place(report: ProbeReport) -> int:
+    """Return an image's bytes in the arena: whole pages."""
+    return -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
 
 
 def _at_most(value: int, ceiling: int | None) -> int:

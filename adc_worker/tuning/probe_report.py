@@ -46,6 +46,11 @@ class ProbeReport:
         if not self.images:
             raise ValueError("a probe report needs at least one image")
 
+    def for_images_like(self, seen: ImageProbe) -> ProbeReport:
+        """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
+        scale = seen.tensor_bytes / self.tensor_bytes_per_image
+        return ProbeReport((seen,), self.base_bytes, int(self.inference_peak_bytes * scale))
+
     @property
     def tensor_bytes_per_image(self) -> int:
         """Bytes of one decoded image; the largest seen, since memory is planned with it."""

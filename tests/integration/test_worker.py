@@ -141,13 +141,19 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert "Traceback" not in "\n".join(log.lines)
 
 
-def test_a_token_that_antenna_refuses_is_said_at_once(server: DevServer, tmp_path: Path) -> None:
-    env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_AUTH_TOKEN": "0" * 40})
+@pytest.mark.parametrize("kind", ["unknown", "member"])
+def test_a_token_that_antenna_refuses_is_said_at_once(
+    server: DevServer, sheets: list[Path], tmp_path: Path, kind: str
+) -> None:
+    """One that Antenna does not know, and one that may poll but not fetch: a successful poll proves nothing."""
+    server.add_job("light_sheet_blobs", sheets)
+    token = {"unknown": "0" * 40, "member": server.member_token}[kind]
+    env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_AUTH_TOKEN": token})
     code, log = run_to_end(env, *BLOBS, "--exit-when-idle")
     assert code == ExitCode.CONFIGURATION
-    (line,) = [line for line in log.lines if "Invalid token" in line]
-    assert "AMI_ANTENNA_API_AUTH_TOKEN" in line
-    assert "0" * 40 not in "\n".join(log.lines)
+    (line,) = [line for line in log.lines if "AMI_ANTENNA_API_AUTH_TOKEN" in line]
+    assert {"unknown": "Invalid token", "member": "superuser"}[kind] in line
+    assert token not in "\n".join(log.lines)
 
 
 def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(

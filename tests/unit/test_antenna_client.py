@@ -1,0 +1,204 @@
+"""The client asks as the contract says, and turns every answer into a value or into what must be done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import httpx
+import orjson
+import pytest
+
+from adc_worker.antenna.client import TASKS_READ_TIMEOUT_S, AntennaClient
+from adc_worker.antenna.wire import JobRef, PostEntry
+from adc_worker.errors import (
+    AntennaError,
+    AntennaRefused,
+    AntennaRejected,
+    AntennaUnavailable,
+    AntennaUnreachable,
+)
+
+TOKEN = "0123456789abcdef0123456789abcdef01234567"
+EMPTY = {"tasks": [], "results": [], "id": 7, "status": "STARTED"}
+
+
+class Antenna(httpx.MockTransport):
+    """Answers every request with one answer and remembers what was asked."""
+
+    def __init__(self, answer: Callable[[httpx.Request], httpx.Response] | httpx.Response | None = None) -> None:
+        super().__init__(self._respond)
+        self._answer = answer or httpx.Response(200, json=EMPTY)
+        self.requests: list[httpx.Request] = []
+
+    def _respond(self, request: httpx.Request) -> httpx.Response:
+        request.read()  # a streamed body is there once it was read
+        self.requests.append(request)
+        return self._answer if isinstance(self._answer, httpx.Response) else self._answer(request)
+
+
+def client(antenna: Antenna) -> AntennaClient:
+    return AntennaClient("http://antenna.test/api/v2", TOKEN, transport=antenna)
+
+
+def error_of(response: httpx.Response) -> AntennaError:
+    with client(Antenna(response)) as asked, pytest.raises(AntennaError) as caught:
+        asked.fetch_tasks(7, 2)
+    return caught.value
+
+
+def test_every_request_goes_to_a_path_that_ends_in_a_slash_with_the_token() -> None:
+    """Without the slash Antenna redirects a POST into a GET."""
+    antenna = Antenna()
+    with client(antenna) as asked:
+        asked.jobs(["moths"])
+        asked.job(7)
+        asked.fetch_tasks(7, 2)
+        asked.post_results(7, [])
+    assert [(request.method, request.url.path) for request in antenna.requests] == [
+        ("GET", "/api/v2/jobs/"),
+        ("GET", "/api/v2/jobs/7/"),
+        ("POST", "/api/v2/jobs/7/tasks/"),
+        ("POST", "/api/v2/jobs/7/result/"),
+    ]
+    assert {request.headers["authorization"] for request in antenna.requests} == {f"Token {TOKEN}"}
+    assert all(request.headers["user-agent"].startswith("adc-worker/") for request in antenna.requests)
+
+
+def test_jobs_are_asked_for_in_the_one_way_that_lists_them_all() -> None:
+    """ids_only without a limit answers with one random job; without a status with jobs that have no tasks."""
+    antenna = Antenna()
+    with client(antenna) as asked:
+        asked.jobs(["moths", "blobs"])
+    assert dict(antenna.requests[0].url.params) == {
+        "pipeline__slug__in": "moths,blobs",
+        "ids_only": "1",
+        "incomplete_only": "1",
+        "dispatch_mode": "async_api",
+        "status": "STARTED",
+        "limit": "50",
+    }
+
+
+def test_jobs_of_one_project_only_are_asked_for_when_that_is_wanted() -> None:
+    """`--project` reaches Antenna."""
+    antenna = Antenna()
+    with client(antenna) as asked:
+        asked.jobs(["moths"], project=3)
+    assert antenna.requests[0].url.params["project"] == "3"
+
+
+def test_the_listed_jobs_are_returned() -> None:
+    """As values."""
+    answer = httpx.Response(200, json={"count": 1, "results": [{"id": 12, "pipeline_slug": "moths"}]})
+    with client(Antenna(answer)) as asked:
+        assert asked.jobs(["moths"]) == [JobRef(id=12, pipeline_slug="moths")]
+
+
+def test_a_fetch_says_how_many_and_waits_longer_than_antenna_does() -> None:
+    """With NATS down the answer comes after 120 s; a fetch that is given up has still spent its deliveries."""
+    antenna = Antenna()
+    with client(antenna) as asked:
+        asked.fetch_tasks(7, 24)
+    (request,) = antenna.requests
+    assert orjson.loads(request.content) == {"batch_size": 24}
+    assert request.headers["content-type"] == "application/json"
+    assert request.extensions["timeout"]["read"] == TASKS_READ_TIMEOUT_S > 120
+
+
+ERROR = b'{"error":"e","image_id":"1"}'
+
+
+def test_results_are_posted_as_json() -> None:
+    """Anything else is answered with 415."""
+    antenna = Antenna()
+    with client(antenna) as asked:
+        asked.post_results(7, [PostEntry("subject", len(ERROR), lambda: [ERROR[:5], ERROR[5:]])])
+    (request,) = antenna.requests
+    assert request.headers["content-length"] == str(len(request.content))
+    assert "transfer-encoding" not in request.headers
+    assert request.headers["content-type"] == "application/json"
+    assert orjson.loads(request.content) == {
+        "results": [{"reply_subject": "subject", "result": {"error": "e", "image_id": "1"}}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (401, AntennaRefused),
+        (403, AntennaRefused),
+        (408, AntennaUnavailable),
+        (425, AntennaUnavailable),
+        (429, AntennaUnavailable),
+        (500, AntennaUnavailable),
+        (502, AntennaUnavailable),
+        (503, AntennaUnavailable),
+        (504, AntennaUnavailable),
+        (400, AntennaRejected),
+        (404, AntennaRejected),
+        (405, AntennaRejected),
+        (413, AntennaRejected),
+        (415, AntennaRejected),
+    ],
+)
+def test_a_status_decides_what_is_to_be_done(status: int, kind: type[AntennaError]) -> None:
+    """Exactly that class: a refusal is no reason to retry, an outage none to drop a result."""
+    error = error_of(httpx.Response(status, json={"detail": "because of this"}))
+    assert type(error) is kind
+    assert str(error) == f"POST /jobs/7/tasks/ answered {status}: because of this"
+    assert getattr(error, "status", status) == status
+
+
+def test_a_list_of_problems_is_shown() -> None:
+    """Antenna says which result of a post was invalid."""
+    assert "not async_api" in str(error_of(httpx.Response(400, json=["Job is not async_api"])))
+
+
+def test_a_page_of_a_proxy_is_shown_in_part() -> None:
+    """HTML is no answer of Antenna's."""
+    message = str(error_of(httpx.Response(502, html=f"<html>Bad Gateway{'!' * 5000}</html>")))
+    assert "<html>Bad Gateway" in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed_but_explained(status: int) -> None:
+    """A token must not travel to another host, and its setting can be corrected."""
+    headers = {"location": "https://elsewhere.test/api/v2/jobs/7/tasks/?next=secret"}
+    antenna = Antenna(httpx.Response(status, headers=headers))
+    with client(antenna) as asked, pytest.raises(AntennaRejected) as caught:
+        asked.fetch_tasks(7, 2)
+    assert len(antenna.requests) == 1
+    assert "redirects to https://elsewhere.test/api/v2/jobs/7/tasks/: correct AMI_ANTENNA_API_BASE_URL" in str(
+        caught.value
+    )
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("headers", [{}, {"location": "http://[broken"}])
+def test_a_redirect_to_nowhere_is_rejected_like_any_other(headers: dict[str, str]) -> None:
+    """The client raises nothing but its own errors."""
+    assert isinstance(error_of(httpx.Response(302, headers=headers)), AntennaRejected)
+
+
+@pytest.mark.parametrize(
+    "kind", [httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.WriteError]
+)
+def test_without_an_answer_antenna_is_unreachable(kind: type[httpx.TransportError]) -> None:
+    """Whatever broke on the way; the cause is kept."""
+
+    def break_off(request: httpx.Request) -> httpx.Response:
+        raise kind("no way", request=request)
+
+    with client(Antenna(break_off)) as asked, pytest.raises(AntennaUnreachable) as caught:
+        asked.job(7)
+    assert str(caught.value) == f"GET /jobs/7/: {kind.__name__}: no way"
+
+
+@pytest.mark.parametrize("body", [b"<html>It works!</html>", b"", b"[]", b'{"tasks": 1, "results": 1}'])
+def test_an_answer_that_is_not_antennas_is_an_outage(body: bytes) -> None:
+    """A captive portal answers 200 with HTML; that must not read as 'no work', nor end the worker."""
+    with client(Antenna(httpx.Response(200, content=body))) as asked:
+        for ask in (lambda: asked.fetch_tasks(7, 1), lambda: asked.jobs(["moths"]), lambda: asked.job(7)):
+            with pytest.raises(AntennaUnavailable, match="not what its contract says"):
+                ask()

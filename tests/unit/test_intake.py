@@ -1,0 +1,201 @@
+"""From fetched tasks to staged images, with a disk that is full or small."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.wire import Task
+from adc_worker.ingest.disk_budget import PAUSE_S
+from adc_worker.ingest.download import DownloadStats, ImageClient
+from adc_worker.ingest.staging import StagedImage, StagingArea
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import Poster, PosterLimits
+from adc_worker.runtime.intake import Intake, IntakeLimits
+from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from tests.support.fakes import Receiver, result, task
+from tests.support.images import jpeg
+from tests.support.waiting import wait_until
+
+JOB = 7
+DATA = jpeg()
+FULL = OSError(28, "No space left on device")
+
+
+class Queue(AntennaClient):
+    """An Antenna that has these tasks and no others."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = list(tasks)
+
+    def fetch_tasks(self, job_id: int, count: int) -> list[Task]:
+        assert job_id == JOB
+        fetched, self._tasks = self._tasks[:count], self._tasks[count:]
+        return fetched
+
+
+class Images(ImageClient):
+    """An image host; `faults` are raised once each, by address, and nothing arrives before `gate` opens."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, Exception] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
+        with self._lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            wait_until(lambda: self.gate.is_set() or cancelled())
+            if fault := self.faults.pop(url, None):
+                raise fault
+            os.write(fd, DATA)
+            return DownloadStats(0.1, 0.2, len(DATA))
+        finally:
+            with self._lock:
+                self.at_once -= 1
+
+
+@dataclass
+class Job:
+    """An intake and what it works with; time moves when the test says so."""
+
+    folder: Path
+    most_bytes: int | None = None
+    images: Images = field(default_factory=Images)
+    now_s: float = 100.0
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.folder / "journal.db")
+        self.poster = Poster(self.journal, Receiver(), PosterLimits(1, 10_000))
+        self.staging = StagingArea(
+            self.folder / "staging", self.images, 1_000_000, self.most_bytes, now=lambda: self.now_s
+        )
+        self.outcomes = JobOutcomes(JOB, self.journal, self.staging, self.poster)
+        self.stopping = threading.Event()
+
+    def start(self, tasks: int, downloads: int) -> Intake:
+        limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
+        queue = Queue([task(number) for number in range(1, tasks + 1)])
+        self.intake = Intake(JOB, queue, self.journal, self.staging, self.outcomes, LeaseTerms(), limits, self.stopping)
+        self.intake.start()
+        return self.intake
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.intake.wake()
+
+    def infer(self) -> StagedImage | None:
+        """Take the next staged image and keep a result for it."""
+        image = self.intake.staged.get()
+        if image is not None:
+            body = result(int(image.task.image_id))
+            self.outcomes.succeed([ImageResult(image.id, [body], detections=0, truncated=False)])
+        return image
+
+    def infer_all(self) -> list[str]:
+        """Return the images that still come."""
+        images = []
+        while (image := self.infer()) is not None:
+            images.append(image.task.image_id)
+        return images
+
+    def close(self) -> None:
+        self.images.gate.set()
+        self.intake.close()
+        self.poster.close(0)
+        self.journal.close()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(most_bytes: int | None = None) -> Job:
+        made.append(Job(tmp_path, most_bytes))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
+def _found_full(job: Job) -> bool:
+    return not job.images.faults and job.intake._downloading == 0 and not job.staging.disk.has_room()
+
+
+def test_a_task_that_finds_the_disk_full_is_staged_after_the_pause(jobs: Callable[..., Job]) -> None:
+    """Neither failed, nor given up, nor lost: it waits in its place, and so do those behind it."""
+    job = jobs()
+    job.images.faults = {task(3).image_url: FULL}
+    job.start(tasks=6, downloads=1)
+    wait_until(lambda: _found_full(job))
+    assert [image.task.image_id for image in (job.infer(), job.infer()) if image] == ["1", "2"]
+    assert (job.outcomes.settled, len(job.intake.staged)) == (2, 0)
+    assert len(job.journal.unfinished(JOB)) == 4
+    job.pass_time(PAUSE_S)
+    assert job.infer_all() == ["3", "4", "5", "6"]
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (6, 0, 0)
+    assert job.intake.failure is None
+
+
+def test_many_downloads_that_find_the_disk_full_together_are_all_made_up_for(jobs: Callable[..., Job]) -> None:
+    """Also when it is still full after the first pause."""
+    job = jobs()
+    everything_fails = {task(number).image_url: FULL for number in range(1, 9)}
+    job.images.faults = dict(everything_fails)
+    job.images.gate.clear()
+    job.start(tasks=8, downloads=8)
+    wait_until(lambda: job.images.at_once == 8)
+    job.images.gate.set()
+    wait_until(lambda: not job.images.faults and job.intake._downloading == 0)
+    job.images.faults = dict(everything_fails)
+    job.pass_time(PAUSE_S)
+    wait_until(lambda: len(job.images.faults) == 7 and job.intake._downloading == 0)  # one at a time now
+    job.images.faults.clear()
+    job.pass_time(PAUSE_S)
+    assert sorted(job.infer_all()) == [str(number) for number in range(1, 9)]
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (8, 0, 0)
+
+
+def test_a_stop_during_the_pause_leaves_the_tasks_on_record(jobs: Callable[..., Job]) -> None:
+    """The next start finds them there."""
+    job = jobs()
+    job.images.faults = {task(1).image_url: FULL}
+    intake = job.start(tasks=3, downloads=1)
+    wait_until(lambda: _found_full(job))
+    intake.stop()
+    assert job.infer_all() == []
+    assert len(job.journal.unfinished(JOB)) == 3
+
+
+def test_downloads_that_start_together_do_not_all_take_the_same_room(jobs: Callable[..., Job]) -> None:
+    """Each is charged before the next may start: what is staged stays within the limit."""
+    job = jobs(most_bytes=2 * len(DATA))
+    job.staging.disk.charge(999, len(DATA))  # how large images are is known by now
+    job.staging.disk.release(999)
+    job.images.gate.clear()
+    job.start(tasks=8, downloads=8)
+    wait_until(lambda: job.images.at_once == 2)
+    job.intake.wake()
+    job.images.gate.set()
+    assert sorted(job.infer_all()) == [str(number) for number in range(1, 9)]
+    assert job.images.most_at_once <= 2
+
+
+def test_a_limit_below_one_image_takes_one_after_the_other(jobs: Callable[..., Job]) -> None:
+    """The job ends all the same."""
+    job = jobs(most_bytes=1)
+    job.start(tasks=5, downloads=4)
+    assert sorted(job.infer_all()) == [str(number) for number in range(1, 6)]
+    assert job.images.most_at_once == 1

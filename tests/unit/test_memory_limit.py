@@ -1,0 +1,175 @@
+"""The memory limit that binds, in every form a kernel or a container runtime writes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adc_worker.host.budget import measure
+from adc_worker.host.memory import PeakResidentMemory, anonymous_bytes, memory_limit
+from tests.support.waiting import wait_until
+
+GIB = 1024**3
+V1_UNLIMITED = 9223372036854771712
+MEMINFO = (
+    "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nHugePages_Total:       0\n"
+)
+
+
+class Tree:
+    """A / of its own, with 16 GiB of which 8 are available."""
+
+    def __init__(self, root: Path, cgroup: str) -> None:
+        self.root = root
+        self.write("proc/meminfo", MEMINFO)
+        self.write("proc/self/cgroup", cgroup)
+
+    def write(self, path: str, text: object) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n" if not isinstance(text, str) else text)
+
+    def limit(self) -> tuple[int, str]:
+        found = memory_limit(self.root)
+        assert found.available_bytes == 8 * GIB
+        return found.limit_bytes, found.source.removeprefix(f"{self.root}/")
+
+
+def test_without_any_cgroup_limit_the_machine_binds(tmp_path: Path) -> None:
+    """An absent controller writes no file."""
+    assert Tree(tmp_path, "0::/\n").limit() == (16 * GIB, "MemTotal")
+
+
+def test_v2_max_means_no_limit(tmp_path: Path) -> None:
+    """In words."""
+    tree = Tree(tmp_path, "0::/system.slice/ami.service\n")
+    tree.write("sys/fs/cgroup/system.slice/ami.service/memory.max", "max\n")
+    assert tree.limit() == (16 * GIB, "MemTotal")
+
+
+def test_v2_limit_of_the_own_group_binds(tmp_path: Path) -> None:
+    """As MemoryMax= of a service does."""
+    tree = Tree(tmp_path, "0::/system.slice/ami.service\n")
+    tree.write("sys/fs/cgroup/system.slice/ami.service/memory.max", 4 * GIB)
+    assert tree.limit() == (4 * GIB, "sys/fs/cgroup/system.slice/ami.service/memory.max")
+
+
+def test_v2_memory_high_binds_too(tmp_path: Path) -> None:
+    """Above it the kernel throttles until nothing moves."""
+    tree = Tree(tmp_path, "0::/ami\n")
+    tree.write("sys/fs/cgroup/ami/memory.max", 4 * GIB)
+    tree.write("sys/fs/cgroup/ami/memory.high", 3 * GIB)
+    assert tree.limit() == (3 * GIB, "sys/fs/cgroup/ami/memory.high")
+
+
+def test_the_limit_of_every_ancestor_holds(tmp_path: Path) -> None:
+    """The smallest one, wherever it is."""
+    tree = Tree(tmp_path, "0::/slice/pod/worker\n")
+    tree.write("sys/fs/cgroup/slice/memory.max", 6 * GIB)
+    tree.write("sys/fs/cgroup/slice/pod/memory.max", 2 * GIB)
+    tree.write("sys/fs/cgroup/slice/pod/worker/memory.max", 5 * GIB)
+    tree.write("sys/fs/cgroup/slice/other/memory.max", 1 * GIB)
+    assert tree.limit() == (2 * GIB, "sys/fs/cgroup/slice/pod/memory.max")
+
+
+def test_a_limit_above_the_machines_memory_does_not_bind(tmp_path: Path) -> None:
+    """It is no promise of memory."""
+    tree = Tree(tmp_path, "0::/\n")
+    tree.write("sys/fs/cgroup/memory.max", 64 * GIB)
+    assert tree.limit() == (16 * GIB, "MemTotal")
+
+
+@pytest.mark.parametrize("path", ["/", "/kubepods/besteffort/pod1/abc", "/../../system.slice/docker-abc.scope"])
+def test_inside_a_namespace_the_mount_itself_is_ours(tmp_path: Path, path: str) -> None:
+    """Containers see their own group at the mount, and may see a path that does not exist below it."""
+    tree = Tree(tmp_path, f"0::{path}\n")
+    tree.write("sys/fs/cgroup/memory.max", 2 * GIB)
+    assert tree.limit() == (2 * GIB, "sys/fs/cgroup/memory.max")
+
+
+def test_v1_limit_of_the_own_group_binds(tmp_path: Path) -> None:
+    """The memory controller's line counts, whatever shares it."""
+    tree = Tree(tmp_path, "12:cpuset:/other\n5:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n")
+    tree.write("sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", 3 * GIB)
+    tree.write("sys/fs/cgroup/memory/other/memory.limit_in_bytes", 1 * GIB)
+    assert tree.limit() == (3 * GIB, "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes")
+
+
+def test_v1_unlimited_is_a_huge_number(tmp_path: Path) -> None:
+    """And an ancestor's limit still holds."""
+    tree = Tree(tmp_path, "5:memory:/docker/abc\n")
+    tree.write("sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", V1_UNLIMITED)
+    assert tree.limit() == (16 * GIB, "MemTotal")
+    tree.write("sys/fs/cgroup/memory/memory.limit_in_bytes", 7 * GIB)
+    assert tree.limit() == (7 * GIB, "sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def test_v1_inside_a_container_the_mount_is_ours(tmp_path: Path) -> None:
+    """Docker bind-mounts the group over the controller's root."""
+    tree = Tree(tmp_path, "5:memory:/docker/abc\n")
+    tree.write("sys/fs/cgroup/memory/memory.limit_in_bytes", 1 * GIB)
+    assert tree.limit() == (1 * GIB, "sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def test_a_hybrid_host_limits_by_either(tmp_path: Path) -> None:
+    """Both hierarchies are listed; memory is in one of them."""
+    tree = Tree(tmp_path, "5:memory:/user.slice\n0::/user.slice/session.scope\n")
+    tree.write("sys/fs/cgroup/memory/user.slice/memory.limit_in_bytes", 6 * GIB)
+    assert tree.limit() == (6 * GIB, "sys/fs/cgroup/memory/user.slice/memory.limit_in_bytes")
+    tree.write("sys/fs/cgroup/user.slice/memory.max", 5 * GIB)
+    assert tree.limit() == (5 * GIB, "sys/fs/cgroup/user.slice/memory.max")
+
+
+def test_a_path_with_a_colon_is_one_path(tmp_path: Path) -> None:
+    """Not every runtime escapes them."""
+    tree = Tree(tmp_path, "0::/system.slice/cri:abc\n")
+    tree.write("sys/fs/cgroup/system.slice/cri:abc/memory.max", 2 * GIB)
+    assert tree.limit() == (2 * GIB, "sys/fs/cgroup/system.slice/cri:abc/memory.max")
+
+
+def test_the_operators_limit_binds_when_it_is_the_smaller() -> None:
+    """AMI_MEMORY_LIMIT_BYTES can lower what the host gives and not raise it."""
+    lower = measure([os.getpid()], 100_000_000, 1, staging_in_memory=False, gpu=False)
+    assert (lower.limit_bytes, lower.limit_source) == (100_000_000, "AMI_MEMORY_LIMIT_BYTES")
+    higher = measure([os.getpid()], 1 << 60, 1, staging_in_memory=False, gpu=False)
+    assert higher.limit_bytes == memory_limit().limit_bytes
+    assert higher.limit_source != "AMI_MEMORY_LIMIT_BYTES"
+
+
+def test_memory_of_a_process_rises_with_what_is_touched() -> None:
+    """Anonymous memory counts from the moment it is written to."""
+    before = anonymous_bytes([os.getpid()])
+    block = bytearray(32 << 20)
+    grown = anonymous_bytes([os.getpid()]) - before
+    assert len(block) - (4 << 20) <= grown <= len(block) + (16 << 20)
+
+
+def test_processes_that_have_ended_count_nothing() -> None:
+    """A decode process may die between being listed and being read; one still to be waited for has no memory either."""
+    ended = subprocess.Popen(["true"])
+    wait_until(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE)
+    assert anonymous_bytes([ended.pid]) == 0
+    ended.wait()
+    assert anonymous_bytes([ended.pid]) == 0
+
+
+def test_a_budget_says_what_its_processes_use_and_where_images_are_staged() -> None:
+    """The processes are added up, the staging limit is passed on."""
+    alone = measure([os.getpid()], None, 5, staging_in_memory=True, gpu=False)
+    twice = measure([os.getpid(), os.getpid()], None, 5, staging_in_memory=True, gpu=False)
+    assert twice.used_bytes == pytest.approx(2 * alone.used_bytes, rel=0.1)
+    assert (alone.staging_bytes, alone.staging_in_memory) == (5, True)
+
+
+def test_a_peak_is_seen_although_nobody_looked_at_that_moment() -> None:
+    """The kernel records it; what came before the measurement does not count."""
+    del (earlier := [bytearray(64 << 20)])[0]
+    assert not earlier
+    peak = PeakResidentMemory()
+    del (block := [bytearray(32 << 20)])[0]
+    assert not block
+    assert 28 << 20 <= peak.growth_bytes() <= 48 << 20

@@ -1,0 +1,96 @@
+"""The two values between measuring and feeding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.host.budget import HostBudget
+from adc_worker.tuning.policy import IngestPolicy
+from adc_worker.tuning.probe_report import ProbeReport
+from tests.support.fakes import GB, host, image_probe, report
+
+PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
+
+
+def test_memory_is_planned_with_the_largest_and_time_with_the_mean() -> None:
+    """Two images that do not represent each other."""
+    small = image_probe(width_px=100, height_px=100, compressed_bytes=10, decode_scratch_bytes=40, result_bytes=7)
+    large = image_probe(width_px=200, height_px=100, compressed_bytes=30, decode_scratch_bytes=20, result_bytes=3)
+    measured = ProbeReport((replace(large, download_s=1, decode_s=1), replace(small, download_s=3, decode_s=2)), 0, 0)
+    assert measured.tensor_bytes_per_image == 60_000
+    assert (measured.compressed_bytes, measured.decode_scratch_bytes, measured.result_bytes) == (30, 40, 7)
+    assert (measured.download_s, measured.decode_s) == (2, 1.5)
+
+
+def test_inference_is_timed_by_the_last_image() -> None:
+    """The first call of a model pays for its set-up."""
+    measured = ProbeReport((image_probe(inference_s=9), image_probe(inference_s=0.5, download_s=1)), 0, 0)
+    assert measured.inference_s == 0.5
+    assert measured.download_inference_ratio == pytest.approx(0.6 / 0.5)
+
+
+def test_an_image_that_an_earlier_run_downloaded_tells_nothing_about_the_link() -> None:
+    """After a crash both may be on disk already, and that must not stop the worker a second time."""
+    on_disk = image_probe(download_s=0)
+    assert ProbeReport((on_disk, image_probe(download_s=3)), 0, 0).download_s == 3
+    assert IngestPolicy().plan(report(on_disk), host(), LeaseTerms()).images_per_s > 0
+
+
+def test_an_inference_that_takes_no_time_at_all_is_no_division_by_zero() -> None:
+    """A clock may be coarse."""
+    assert IngestPolicy().plan(report(image_probe(inference_s=0, decode_s=0)), host(), LeaseTerms()).batch_size >= 1
+
+
+def test_a_report_needs_an_image() -> None:
+    """Nothing is guessed."""
+    with pytest.raises(ValueError, match="at least one image"):
+        ProbeReport((), 0, 0)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "batch_size",
+        "batch_bytes",
+        "prefetch_factor",
+        "decode_workers",
+        "arena_bytes",
+        "download_concurrency",
+        "staged_ahead",
+        "fetch_size",
+        "held_limit",
+    ],
+)
+def test_a_plan_that_would_stand_still_is_refused(field: str) -> None:
+    """With the offending value."""
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
+        replace(PLAN, **{field: 0})  # type: ignore[arg-type]
+
+
+def test_a_plans_reasons_cannot_be_changed() -> None:
+    """Neither through the plan nor through the dict they came in."""
+    reasons = {"batch_size": "because"}
+    made = replace(PLAN, why=reasons)
+    reasons["batch_size"] = "not"
+    assert made.why["batch_size"] == "because"
+    with pytest.raises(TypeError):
+        made.why["batch_size"] = "not"  # type: ignore[index]
+
+
+def test_a_plans_log_fields_are_flat() -> None:
+    """The reasons go into a field of their own."""
+    logged = PLAN.log_fields()
+    assert logged["batch_size"] == 4
+    assert "why" not in logged
+    assert all(isinstance(value, int | float | str) for value in logged.values())
+
+
+def test_a_host_without_memory_or_cores_is_a_measuring_error() -> None:
+    """Not something to plan with."""
+    with pytest.raises(ValueError, match="limit_bytes=0"):
+        host(limit_bytes=0)
+    with pytest.raises(ValueError, match="cores=0"):
+        HostBudget(GB, "MemTotal", GB, 0, 0, GB, 1024)

@@ -1,0 +1,392 @@
+"""Kept results reach Antenna once they can, in posts of a bounded size, and none is lost on the way."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+
+from adc_worker.errors import AntennaRefused, AntennaRejected, AntennaUnavailable
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import RESULTS_PER_POST, Poster, PosterLimits
+from tests.support.fakes import Receiver, is_error, result, task
+from tests.support.waiting import wait_until
+
+Entries = Sequence[tuple[str, bytes]]
+SOON_S = 0.0005
+ALL = 1 << 40
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "journal.db")
+    yield journal
+    journal.close()
+
+
+@contextmanager
+def posting(journal: Journal, receiver: Receiver, posts: int = 1, post_bytes: int = 10_000) -> Iterator[Poster]:
+    """Run a poster; leaving stops it without a flush."""
+    poster = Poster(journal, receiver, PosterLimits(posts, post_bytes), first_backoff_s=SOON_S)
+    try:
+        yield poster
+    finally:
+        poster.close(0)
+
+
+def keep(journal: Journal, numbers: Sequence[int], job_id: int = 7, size_bytes: int = 40) -> list[bytes]:
+    """Record and keep results of these images; return their bodies."""
+    held = journal.record(job_id, [task(number) for number in numbers])
+    kept = [result(number, size_bytes) for number in numbers]
+    journal.keep((one.id, [body]) for one, body in zip(held, kept, strict=True))
+    return kept
+
+
+def sizes(receiver: Receiver) -> list[int]:
+    return [len(entries) for _job_id, entries in receiver.posts]
+
+
+def bad(*numbers: int) -> Callable[[int, Entries], None]:
+    """Refuse every post that holds a result of these images, as Antenna refuses whole posts."""
+
+    def fault(_job_id: int, entries: Entries) -> None:
+        refused = [body for _subject, body in entries if body in {result(number) for number in numbers}]
+        if refused:
+            raise AntennaRejected("answered 400: invalid box", 400)
+
+    return fault
+
+
+def times(count: int, error: Exception) -> Callable[[int, Entries], None]:
+    """Fail that often, then accept."""
+    left = [count]
+
+    def fault(_job_id: int, _entries: Entries) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise error
+
+    return fault
+
+
+def test_a_kept_result_is_posted_with_its_subject_and_forgotten(journal: Journal) -> None:
+    """`wake` is all it takes."""
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        (body,) = keep(journal, [1])
+        poster.wake()
+        assert poster.wait_idle(5)
+    assert receiver.posts == [(7, [(task(1).reply_subject, body)])]
+    assert journal.known_ids() == set()
+
+
+def test_results_of_an_earlier_run_are_posted_at_start(journal: Journal) -> None:
+    """Nobody needs to wake it."""
+    kept = keep(journal, [1, 2])
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert list(receiver.bodies) == kept
+
+
+def test_a_post_holds_results_of_one_job(journal: Journal) -> None:
+    """The job is in the path."""
+    keep(journal, [1, 2], job_id=7)
+    keep(journal, [3], job_id=8)
+    keep(journal, [4], job_id=7)
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert [(job_id, len(entries)) for job_id, entries in receiver.posts] == [(7, 2), (8, 1), (7, 1)]
+
+
+def test_a_post_holds_no_more_bytes_than_allowed(journal: Journal) -> None:
+    """Two of 40 bytes fit into 100, a third would not."""
+    keep(journal, range(5))
+    receiver = Receiver()
+    with posting(journal, receiver, post_bytes=100) as poster:
+        assert poster.wait_idle(5)
+    assert sizes(receiver) == [2, 2, 1]
+
+
+def test_a_result_larger_than_a_post_goes_alone(journal: Journal) -> None:
+    """It is tried: Antenna's own limit may be another."""
+    keep(journal, [1])
+    (large,) = keep(journal, [2], size_bytes=500)
+    keep(journal, [3])
+    receiver = Receiver()
+    with posting(journal, receiver, post_bytes=100) as poster:
+        assert poster.wait_idle(5)
+    assert sizes(receiver) == [1, 1, 1]
+    assert receiver.posts[1][1][0][1] == large
+
+
+def test_a_post_holds_no_more_results_than_allowed(journal: Journal) -> None:
+    """Antenna queues each one by itself."""
+    keep(journal, range(RESULTS_PER_POST + 1))
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert sizes(receiver) == [RESULTS_PER_POST, 1]
+
+
+def test_one_bad_result_costs_itself_alone(journal: Journal) -> None:
+    """Antenna refuses whole posts; halving finds the one, which becomes an error of its image."""
+    kept = keep(journal, range(8))
+    receiver = Receiver(bad(5))
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    good = [body for body in kept if body != result(5)]
+    (error,) = [body for body in receiver.bodies if is_error(body)]
+    assert orjson.loads(error) == {"error": "Antenna refused the result: answered 400: invalid box", "image_id": "5"}
+    assert receiver.bodies == {**dict.fromkeys(good, 1), error: 1}
+    assert receiver.attempts <= 1 + 2 * 3 + 1
+    assert journal.known_ids() == set()
+
+
+def test_the_error_of_a_bad_result_is_posted_with_the_subject_of_its_task(journal: Journal) -> None:
+    """Or another image's lease would be acknowledged."""
+    keep(journal, [1, 2, 3])
+    receiver = Receiver(bad(2))
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    (subject,) = [subject for _job, entries in receiver.posts for subject, body in entries if is_error(body)]
+    assert subject == task(2).reply_subject
+
+
+def test_a_post_too_large_for_a_proxy_is_halved(journal: Journal) -> None:
+    """Its limit is unknown and often below ours; nothing becomes an error for that."""
+
+    def at_most_two(_job_id: int, entries: Entries) -> None:
+        if len(entries) > 2:
+            raise AntennaRejected("answered 413", 413)
+
+    kept = keep(journal, range(7))
+    receiver = Receiver(at_most_two)
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+def test_a_result_too_large_by_itself_becomes_an_error_with_both_numbers(journal: Journal) -> None:
+    """The image's users learn why it has no detections."""
+
+    def at_most_400_bytes(_job_id: int, entries: Entries) -> None:
+        if sum(len(body) for _subject, body in entries) > 400:
+            raise AntennaRejected("answered 413", 413)
+
+    keep(journal, [1], size_bytes=500)
+    receiver = Receiver(at_most_400_bytes)
+    with posting(journal, receiver, post_bytes=9999) as poster:
+        assert poster.wait_idle(5)
+    (body,) = receiver.bodies
+    assert orjson.loads(body) == {
+        "error": "Antenna refused a result of 500 bytes as too large (AMI_ANTENNA_MAX_POST_BYTES is 9999)",
+        "image_id": "1",
+    }
+
+
+def test_an_error_that_is_refused_itself_is_given_up(journal: Journal) -> None:
+    """There is nothing left to say about that image, and the others wait."""
+    receiver = Receiver(times(2, AntennaRejected("answered 400", 400)))
+    keep(journal, [1])
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert (receiver.attempts, receiver.posts) == (2, [])
+    assert journal.known_ids() == set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AntennaUnavailable("answered 503"),
+        AntennaRefused("answered 403"),
+        AntennaRejected("answered 301", 301),
+        AntennaRejected("answered 405", 405),
+    ],
+)
+def test_what_tells_nothing_about_a_result_costs_none(journal: Journal, error: Exception) -> None:
+    """An outage, a revoked token, a maintenance page: the same post is tried until it is accepted."""
+    kept = keep(journal, [1, 2])
+    receiver = Receiver(times(5, error))
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert receiver.attempts == 6
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+def test_results_of_a_job_that_is_gone_are_dropped(journal: Journal) -> None:
+    """404: nobody wants them; other jobs' results go on."""
+
+    def no_job_7(job_id: int, _entries: Entries) -> None:
+        if job_id == 7:
+            raise AntennaRejected("answered 404", 404)
+
+    keep(journal, [1, 2], job_id=7)
+    kept = keep(journal, [3], job_id=8)
+    receiver = Receiver(no_job_7)
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert receiver.attempts == 2
+    assert list(receiver.bodies) == kept
+    assert journal.known_ids() == set()
+
+
+def test_a_refused_token_shows_until_it_is_accepted_again(journal: Journal) -> None:
+    """Fetching stops on that flag."""
+    accept = threading.Event()
+
+    def refuse(_job_id: int, _entries: Entries) -> None:
+        if not accept.is_set():
+            raise AntennaRefused("answered 403")
+
+    keep(journal, [1])
+    with posting(journal, Receiver(refuse)) as poster:
+        wait_until(lambda: poster.refused)
+        accept.set()
+        assert poster.wait_idle(5)
+        assert not poster.refused
+
+
+def test_no_more_posts_are_under_way_than_allowed_and_no_fewer(journal: Journal) -> None:
+    """Three posts that wait for each other, out of nine results."""
+    under_way, most, lock = [0], [0], threading.Lock()
+    three = threading.Barrier(3)
+
+    def wait_for_two_others(_job_id: int, _entries: Entries) -> None:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        three.wait(5)
+        with lock:
+            under_way[0] -= 1
+
+    kept = keep(journal, range(9))
+    receiver = Receiver(wait_for_two_others)
+    with posting(journal, receiver, posts=3, post_bytes=50) as poster:  # one result each
+        assert poster.wait_idle(5)
+    assert most == [3]
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+def test_a_post_under_way_is_not_sent_twice(journal: Journal) -> None:
+    """New results go beside it, without what it already holds."""
+    first_may_end = threading.Event()
+    keep(journal, [1])
+
+    def hold_first(_job_id: int, entries: Entries) -> None:
+        if entries[0][1] == result(1):
+            first_may_end.wait(5)
+
+    receiver = Receiver(hold_first)
+    with posting(journal, receiver, posts=2) as poster:
+        wait_until(lambda: receiver.attempts == 1)
+        keep(journal, [2])
+        poster.wake()
+        wait_until(lambda: receiver.posts)
+        assert list(receiver.bodies) == [result(2)]
+        first_may_end.set()
+        assert poster.wait_idle(5)
+    assert receiver.bodies == {result(1): 1, result(2): 1}
+
+
+def test_closing_posts_what_is_kept(journal: Journal) -> None:
+    """Also what needs a second try."""
+    receiver = Receiver(times(1, AntennaUnavailable("answered 503")))
+    poster = Poster(journal, receiver, PosterLimits(1, 10_000), first_backoff_s=SOON_S)
+    kept = keep(journal, [1, 2])
+    poster.wake()
+    poster.close(5)
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+def test_closing_at_once_leaves_the_rest_in_the_journal(journal: Journal) -> None:
+    """A back-off of minutes is cut short; the next run posts it."""
+    kept = keep(journal, [1, 2])
+    receiver = Receiver(times(1, AntennaUnavailable("answered 503")))
+    poster = Poster(journal, receiver, PosterLimits(1, 10_000), first_backoff_s=600)
+    wait_until(lambda: receiver.attempts == 1)
+    poster.close(0)
+    assert receiver.attempts == 1
+    assert [b"".join(journal.parts(one.held.id)) for one in journal.unposted([], 10, ALL)] == kept
+
+
+def test_waiting_for_an_unreachable_antenna_ends_in_time(journal: Journal) -> None:
+    """With the news that something is left."""
+    keep(journal, [1])
+    receiver = Receiver(times(1, AntennaUnavailable("answered 503")))
+    poster = Poster(journal, receiver, PosterLimits(1, 10_000), first_backoff_s=600)
+    assert not poster.wait_idle(0.01)
+    poster.close(0)
+
+
+def test_an_unexpected_error_is_reported_and_stops_the_poster(journal: Journal) -> None:
+    """Whoever waits is told; the result stays, and is not tried in a loop without a pause."""
+    error = KeyError("a bug")
+    kept = keep(journal, [1])
+    receiver = Receiver(times(1000, error))
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: poster.failure is not None)
+        assert poster.failure is error
+        assert not poster.wait_idle(5)
+        poster._thread.join(5)
+        assert not poster._thread.is_alive()
+    assert receiver.attempts == 1
+    assert [b"".join(journal.parts(one.held.id)) for one in journal.unposted([], 10, ALL)] == kept
+
+
+def test_a_journal_that_fails_is_reported_too(tmp_path: Path) -> None:
+    """The thread that reads it must not die in silence."""
+    journal = Journal(tmp_path / "journal.db")
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        journal.close()
+        poster.wake()
+        wait_until(lambda: poster.failure is not None)
+
+
+def test_a_listener_hears_of_every_settled_post_until_it_leaves(journal: Journal) -> None:
+    """Intake counts what is still leased by it."""
+    heard = threading.Semaphore(0)
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        poster.listen(heard.release)
+        keep(journal, [1])
+        poster.wake()
+        assert heard.acquire(timeout=5)
+        poster.listen(None)
+        keep(journal, [2])
+        poster.wake()
+        assert poster.wait_idle(5)
+    assert not heard.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_under_random_faults_every_image_has_exactly_one_outcome(journal: Journal, seed: int) -> None:
+    """Outages and bad results at random: each image ends with its result, or, if bad, with its error."""
+    chance = random.Random(seed)  # noqa: S311 (repeatable)
+    spoilt = set(chance.sample(range(60), 6))
+    refuse = bad(*spoilt)
+
+    def fault(job_id: int, entries: Entries) -> None:
+        if chance.random() < 0.3:
+            raise AntennaUnavailable("answered 502")
+        refuse(job_id, entries)
+
+    receiver = Receiver(fault)
+    with posting(journal, receiver, posts=3, post_bytes=200) as poster:
+        for start in range(0, 60, 6):
+            keep(journal, range(start, start + 6), job_id=start % 4)
+            poster.wake()
+        assert poster.wait_idle(20)
+    errors = {orjson.loads(body)["image_id"] for body in receiver.bodies if is_error(body)}
+    results = {body for body in receiver.bodies if not is_error(body)}
+    assert errors == {str(number) for number in spoilt}
+    assert results == {result(number) for number in range(60) if number not in spoilt}
+    assert set(receiver.bodies.values()) == {1}
+    assert journal.known_ids() == set()

@@ -1,0 +1,181 @@
+"""The JSON between worker and Antenna, held to the contract."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from pydantic import ValidationError
+
+from adc_worker.antenna.wire import (
+    AlgorithmRef,
+    Classification,
+    Detection,
+    JobRef,
+    JobState,
+    PostEntry,
+    Task,
+    error_result,
+    parse_jobs,
+    parse_tasks,
+    result_post,
+    success_result,
+)
+
+ENTRY = {"id": "5", "image_id": "5", "image_url": "https://h/5.jpg", "reply_subject": "$JS.ACK.x"}
+TASK = Task(image_id="5", image_url="https://h/5.jpg", reply_subject="$JS.ACK.x")
+DETECTOR, CLASSIFIER = AlgorithmRef("Sheet", "sheet"), AlgorithmRef("Moths", "moths")
+WHEN = "2026-07-01T23:15:00"
+
+
+def fetch_answer(*entries: Any) -> bytes:
+    return orjson.dumps({"tasks": list(entries)})
+
+
+def classification(*, terminal: bool = True) -> Classification:
+    scores, logits = np.array([0.1, 0.9], np.float32), np.array([-2.5, 1 / 3], np.float32)
+    return Classification("Noctua pronuba", scores, logits, CLASSIFIER, terminal)
+
+
+def test_a_fetch_brings_tasks_in_order() -> None:
+    """Fields a later Antenna adds are ignored."""
+    body = fetch_answer({**ENTRY, "priority": 3, "config": {"a": 1}}, {**ENTRY, "image_id": "6"})
+    assert parse_tasks(body) == [TASK, TASK.model_copy(update={"image_id": "6"})]
+
+
+def test_an_empty_fetch_brings_none() -> None:
+    """It can mean six things, and none of them is an error."""
+    assert parse_tasks(b'{"tasks": []}') == []
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        {key: value for key, value in ENTRY.items() if key != "reply_subject"},
+        {**ENTRY, "image_url": None},
+        {**ENTRY, "image_id": ["5"]},
+        "text",
+        None,
+    ],
+)
+def test_a_malformed_task_is_dropped_alone(malformed: object) -> None:
+    """Its lease lapses; the others are worked on."""
+    assert parse_tasks(fetch_answer(ENTRY, malformed, ENTRY)) == [TASK, TASK]
+
+
+def test_ids_may_be_numbers() -> None:
+    """Antenna sends text today and has sent numbers before."""
+    assert parse_tasks(fetch_answer({**ENTRY, "image_id": 5})) == [TASK]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"tasks": null}', b'{"tasks": {}}'])
+def test_an_answer_of_another_form_is_an_error(body: bytes) -> None:
+    """It must not be taken for 'no tasks'."""
+    with pytest.raises(ValidationError):
+        parse_tasks(body)
+
+
+def test_the_job_list_is_read_and_a_malformed_row_is_skipped() -> None:
+    """A job without pipeline is none of ours."""
+    rows = [
+        {"id": 12, "pipeline_slug": "moths", "user_permissions": []},
+        {"id": 13, "pipeline_slug": None},
+        {"id": "14", "pipeline_slug": "blobs"},
+    ]
+    body = {"count": 3, "next": None, "results": rows}
+    assert parse_jobs(orjson.dumps(body)) == [
+        JobRef(id=12, pipeline_slug="moths"),
+        JobRef(id=14, pipeline_slug="blobs"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "served"),
+    [
+        ("STARTED", True),
+        ("RETRY", True),
+        ("CREATED", False),
+        ("PENDING", False),
+        ("CANCELING", False),
+        ("SUCCESS", False),
+    ],
+)
+def test_tasks_are_served_in_two_states(status: str, served: bool) -> None:
+    """The contract names ten."""
+    job = JobState.model_validate_json(orjson.dumps({"id": 1, "status": status, "progress": {"stages": []}}))
+    assert job.is_served is served
+    assert job.started_at is None
+
+
+def test_a_success_is_written_as_the_contract_says() -> None:
+    """Every key, and no other."""
+    detections = [Detection((1, 2, 30, 40), DETECTOR, [classification(), classification(terminal=False)])]
+    written = orjson.loads(b"".join(success_result(TASK, "contract_moths", detections, 1.25, WHEN)))
+    one = {
+        "classification": "Noctua pronuba",
+        "scores": [0.1, 0.9],
+        "logits": [-2.5, 0.33333334],
+        "algorithm": {"name": "Moths", "key": "moths"},
+        "terminal": True,
+        "timestamp": WHEN,
+    }
+    assert written == {
+        "pipeline": "contract_moths",
+        "total_time": 1.25,
+        "source_images": [{"id": "5", "url": "https://h/5.jpg"}],
+        "detections": [
+            {
+                "source_image_id": "5",
+                "bbox": {"x1": 1, "y1": 2, "x2": 30, "y2": 40},
+                "algorithm": {"name": "Sheet", "key": "sheet"},
+                "timestamp": WHEN,
+                "classifications": [one, {**one, "terminal": False}],
+            }
+        ],
+    }
+
+
+def test_scores_keep_the_digits_of_float32_and_no_more() -> None:
+    """0.1 as a double of a float32 is 0.10000000149011612: twice the bytes for nothing."""
+    written = b"".join(success_result(TASK, "p", [Detection((0, 0, 1, 1), DETECTOR, [classification()])], 1.0, WHEN))
+    assert b'"scores":[0.1,0.9],"logits":[-2.5,0.33333334]' in written
+
+
+def test_boxes_are_whole_numbers() -> None:
+    """Antenna matches detections by exact values; numpy's integers are written like Python's."""
+    x1, y1, x2, y2 = np.array([1, 2, 30, 40])
+    written = b"".join(success_result(TASK, "p", [Detection((x1, y1, x2, y2), DETECTOR)], 1.0, WHEN))
+    assert b'"bbox":{"x1":1,"y1":2,"x2":30,"y2":40}' in written
+
+
+def test_nothing_found_is_a_result_too() -> None:
+    """Antenna records it."""
+    assert orjson.loads(b"".join(success_result(TASK, "p", [], 1.0, WHEN)))["detections"] == []
+
+
+def test_an_error_names_its_image() -> None:
+    """Without it the job could never finish."""
+    assert orjson.loads(error_result("5", 'broken "header"')) == {"error": 'broken "header"', "image_id": "5"}
+    with pytest.raises(ValueError, match="needs an image id"):
+        error_result("", "broken")
+
+
+def test_a_post_holds_every_result_under_its_subject() -> None:
+    """Results are joined as they are, without being read again."""
+    results = {"$JS.ACK.x": error_result("5", "a"), 'odd "subject"': error_result("6", "b")}
+    entries = [PostEntry(subject, len(body), partial(iter, [body[:3], body[3:]])) for subject, body in results.items()]
+    size_bytes, parts = result_post(entries)
+    post = b"".join(parts)
+    assert size_bytes == len(post)
+    assert orjson.loads(post) == {
+        "results": [
+            {"reply_subject": "$JS.ACK.x", "result": {"error": "a", "image_id": "5"}},
+            {"reply_subject": 'odd "subject"', "result": {"error": "b", "image_id": "6"}},
+        ]
+    }
+    size_bytes, parts = result_post([])
+    post = b"".join(parts)
+    assert (orjson.loads(post), size_bytes) == ({"results": []}, len(post))
