@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from adc_worker.cli.devserver import FOLDER, images_in
 from adc_worker.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ SAVE_DELAY_S = 0.05  # a real Antenna takes 0.3-0.9 s; nobody wants to watch tha
 SAVED_WITHIN_S = 60.0  # after the worker has ended, Antenna may still be saving
 GRACE_S = 5.0
 MB = 1_000_000
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class _WorkerNews:
 @click.option(
     "--images",
     "image_dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Use the photographs of this folder instead of generated ones.",
 )
 @click.option("--count", default=40, show_default=True, help="How many images to generate; two of them are bad.")
@@ -92,7 +92,7 @@ def demo_command(image_dir: Path | None, count: int, output: Path) -> None:
         tempfile.TemporaryDirectory(prefix="adc-demo-") as folder,
         DevServer(save_delay_s=SAVE_DELAY_S) as server,
     ):
-        files = _own_images(image_dir) if image_dir else _generated(Path(folder) / "images", count, console)
+        files = images_in(image_dir) if image_dir else _generated(Path(folder) / "images", count, console)
         job_id = server.add_job(PIPELINE, files)
         console.print(f"Antenna at {server.url}, job {job_id} with {len(files)} images")
         news = _run_worker(server, job_id, Path(folder), console)
@@ -111,13 +111,6 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _own_images(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.resolve().iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
-    if not files:
-        raise click.ClickException(f"{folder} has no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
-    return files
 
 
 def _generated(folder: Path, count: int, console: Console) -> list[Path]:
