@@ -39,8 +39,9 @@ import urllib3
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adc_worker.devserver.sheets import LARGE, TYPICAL, write_sheets
+from adc_worker.ingest import page_cache
 from adc_worker.ingest.decode import decode
-from adc_worker.ingest.download import ImageClient
+from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient
 from adc_worker.ingest.header import read_header
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.hardware import caption
@@ -307,31 +308,18 @@ def _spread_ms(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds) * 1e3:.1f} [{min(seconds) * 1e3:.1f}-{max(seconds) * 1e3:.1f}]"
 
 
-SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER = 1, 2, 4
 CACHESTAT = 451  # the system call's number on x86-64 and arm64, Linux 6.5
-WINDOW_BYTES = 8 * MIB
+WINDOW_BYTES = WRITE_BACK_BYTES
 FILES = 20
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _sync_file_range(fd: int, start: int, size_bytes: int, flags: int) -> None:
-    arguments = (ctypes.c_int(fd), ctypes.c_int64(start), ctypes.c_int64(size_bytes), ctypes.c_uint(flags))
-    if libc.sync_file_range(*arguments):
-        raise OSError(ctypes.get_errno(), "sync_file_range")
 
 
 def _keep(_fd: int, _written: int) -> None:
     """Leave everything to the kernel."""
 
 
-def _sync_and_drop(fd: int, written: int) -> None:
-    """Start writing the window that is full, wait for the one before it and drop that."""
-    start = written - WINDOW_BYTES
-    _sync_file_range(fd, start, WINDOW_BYTES, SYNC_FILE_RANGE_WRITE)
-    if start >= WINDOW_BYTES:
-        flags = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
-        _sync_file_range(fd, start - WINDOW_BYTES, WINDOW_BYTES, flags)
-        os.posix_fadvise(fd, start - WINDOW_BYTES, WINDOW_BYTES, os.POSIX_FADV_DONTNEED)
+def _write_back(fd: int, written: int) -> None:
+    page_cache.write_back(fd, written - WINDOW_BYTES, written)
 
 
 def _drop(fd: int, written: int) -> None:
@@ -354,8 +342,8 @@ def _nothing_at_end(_fd: int) -> None:
 
 WRITERS: dict[str, tuple[Callable[[int, int], None], Callable[[int], None]]] = {
     "write": (_keep, _nothing_at_end),
+    "ours: write, page_cache.write_back per 8 MiB, page_cache.drop at the end": (_write_back, page_cache.drop),
     "write, fadvise(DONTNEED) per 8 MiB and at the end": (_drop, _drop_at_end),
-    "write, sync_file_range + DONTNEED per 8 MiB": (_sync_and_drop, _drop_at_end),
     "write, fdatasync + DONTNEED at the end": (_keep, _sync_and_drop_at_end),
     "write, fadvise per 8 MiB, fdatasync + DONTNEED at the end": (_drop, _sync_and_drop_at_end),
 }

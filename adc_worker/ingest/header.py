@@ -17,15 +17,17 @@ CHANNELS = 3
 _SNIFF_BYTES = 64
 _SUBSAMPLED_420 = (2, 2)
 
-# Decoder's own memory in bytes per pixel, beside the output: measurements, "Peak memory of one 4096x3072 decode"
-# (3.4 of which 3.0 are output; progressive 6.3 and 9.4). Through Pillow, band by band
-# (tests/unit/test_decode.py, 3000x2000): at most 5.8, progressive CMYK 12.1, WebP 16.1.
-SCRATCH_BASELINE = 0.4
-SCRATCH_PROGRESSIVE_420 = 3.3
-SCRATCH_PROGRESSIVE_444 = 6.4
-SCRATCH_PILLOW = 8.0
-SCRATCH_PILLOW_PROGRESSIVE = 12.5
-SCRATCH_WEBP = 16.5
+# Decoder's own memory in bytes per pixel, beside the output; measured figures from benchmarks/decode.py in brackets.
+SCRATCH_BASELINE = 0.4  # [0.0]
+# A decoder that meets its components one scan after the other keeps every coefficient until the last.
+SCRATCH_BUFFERED_420 = 3.3  # [progressive 3.0]
+SCRATCH_BUFFERED_444 = 6.4  # [progressive 4:2:2 4.0, 4:4:4 6.0, baseline with a scan per component 6.0]
+SCRATCH_PILLOW = 8.0  # [PNG 1.2-4.3, CMYK 4.3]
+SCRATCH_PILLOW_BUFFERED = 12.5  # [progressive CMYK 12.0]
+SCRATCH_TIFF = 10.5  # [strips 4.3, one strip of 16 bits 10.0]
+SCRATCH_WEBP = 17.5  # [16.1, with alpha 16.8]
+
+_SOI, _SOS = 0xD8, 0xDA
 
 # The check is ours and comes with both numbers; Pillow's only warns at 89 Mpx and knows no reason.
 Image.MAX_IMAGE_PIXELS = None
@@ -39,7 +41,7 @@ class ImageHeader:
     width_px: int
     height_px: int
     mode: str
-    progressive: bool
+    buffered: bool  # progressive, or a scan per component: decoding keeps all coefficients
     chroma_halved: bool
     compressed_bytes: int
 
@@ -64,11 +66,13 @@ class ImageHeader:
         pixels = self.width_px * self.height_px
         if self.format == "WEBP":
             return int(SCRATCH_WEBP * pixels)
+        if self.format == "TIFF":
+            return int(SCRATCH_TIFF * pixels)
         if not self.jpeg_in_place:
-            return int((SCRATCH_PILLOW_PROGRESSIVE if self.progressive else SCRATCH_PILLOW) * pixels)
-        if not self.progressive:
+            return int((SCRATCH_PILLOW_BUFFERED if self.buffered else SCRATCH_PILLOW) * pixels)
+        if not self.buffered:
             return int(SCRATCH_BASELINE * pixels)
-        return int((SCRATCH_PROGRESSIVE_420 if self.chroma_halved else SCRATCH_PROGRESSIVE_444) * pixels)
+        return int((SCRATCH_BUFFERED_420 if self.chroma_halved else SCRATCH_BUFFERED_444) * pixels)
 
 
 def read_header(path: Path, max_pixels: int) -> ImageHeader:
@@ -84,7 +88,7 @@ def read_header(path: Path, max_pixels: int) -> ImageHeader:
     with unreadable("broken image header"):
         try:
             with Image.open(path, formats=FORMATS) as image:
-                header = _header_of(image, size_bytes)
+                header = _header_of(image, path, size_bytes)
         except UnidentifiedImageError:
             raise ImageUnreadable(_what_it_is(path, size_bytes)) from None
     pixels = header.width_px * header.height_px
@@ -109,7 +113,7 @@ def unreadable(what: str) -> Iterator[None]:
         raise ImageUnreadable(f"{what}: {redact(str(error))}") from error
 
 
-def _header_of(image: Image.Image, size_bytes: int) -> ImageHeader:
+def _header_of(image: Image.Image, path: Path, size_bytes: int) -> ImageHeader:
     # JpegImageFile.layer: one (id, horizontal sampling, vertical sampling, table) per component.
     layers = getattr(image, "layer", [])
     return ImageHeader(
@@ -117,10 +121,22 @@ def _header_of(image: Image.Image, size_bytes: int) -> ImageHeader:
         width_px=image.width,
         height_px=image.height,
         mode=image.mode,
-        progressive=bool(image.info.get("progressive")),
+        buffered=bool(image.info.get("progressive")) or (len(layers) > 1 and _first_scan(path) != len(layers)),
         chroma_halved=bool(layers) and tuple(layers[0][1:3]) == _SUBSAMPLED_420,
         compressed_bytes=size_bytes,
     )
+
+
+def _first_scan(path: Path) -> int:
+    """Return how many components a JPEG's first scan has (ITU T.81, B.2.3); 0 when it cannot be found."""
+    with path.open("rb") as file:
+        if file.read(2) != bytes((0xFF, _SOI)):
+            return 0
+        while len(start := file.read(4)) == 4 and start[0] == 0xFF:  # noqa: PLR2004 (marker and length of a segment)
+            if start[1] == _SOS:
+                return file.read(1)[0]
+            file.seek(int.from_bytes(start[2:]) - 2, 1)
+    return 0
 
 
 def _what_it_is(path: Path, size_bytes: int) -> str:

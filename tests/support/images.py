@@ -55,10 +55,10 @@ def by_pillow(data: bytes) -> npt.NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
-def bare_jpeg_header(width_px: int, height_px: int) -> bytes:
-    """Return a baseline JPEG's start up to its scan, of any size, without pixels."""
+def bare_jpeg_header(width_px: int, height_px: int, *, scan_components: int = 3) -> bytes:
+    """Return a baseline JPEG's start up to its first scan, of any size, without pixels."""
     frame = bytes([8]) + height_px.to_bytes(2) + width_px.to_bytes(2) + bytes([3, 1, 0x22, 0, 2, 0x11, 0, 3, 0x11, 0])
-    scan = bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0])
+    scan = bytes([scan_components, *[1, 0, 2, 0, 3, 0][: 2 * scan_components], 0, 63, 0])
     segments = [(0xC0, frame), (0xDA, scan)]
     return b"\xff\xd8" + b"".join(
         bytes([0xFF, code]) + (len(body) + 2).to_bytes(2) + body for code, body in segments
@@ -70,9 +70,9 @@ def task(number: int = 0, url: str = "http://images.test/a.jpg") -> Task:
 
 
 def header(
-    width_px: int, height_px: int, *, image_format: str = "JPEG", mode: str = "RGB", progressive: bool = False
+    width_px: int, height_px: int, *, image_format: str = "JPEG", mode: str = "RGB", buffered: bool = False
 ) -> ImageHeader:
-    return ImageHeader(image_format, width_px, height_px, mode, progressive, chroma_halved=True, compressed_bytes=100)
+    return ImageHeader(image_format, width_px, height_px, mode, buffered, chroma_halved=True, compressed_bytes=100)
 
 
 def staged(number: int, path: Path, image_header: ImageHeader, staged_at: float = 1.0) -> StagedImage:

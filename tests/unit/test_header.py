@@ -49,7 +49,7 @@ def test_every_kind_is_read(
     data = encoded(picture(mode=mode), image_format, **options)
     read = _read(tmp_path, data)
     assert (read.format, read.mode, read.width_px, read.height_px) == (image_format, mode, *SIZE_PX)
-    assert read.progressive == options.get("progressive", False)
+    assert read.buffered == options.get("progressive", False)
     assert read.compressed_bytes == len(data)
     assert read.jpeg_in_place == in_place
     assert read.shape == (SIZE_PX[1], SIZE_PX[0], 3)
@@ -151,15 +151,25 @@ def test_exif_orientation_keeps_the_stored_size(tmp_path: Path) -> None:
     assert _read(tmp_path, jpeg(30, 20, exif=exif.tobytes())).shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize(("scan_components", "buffered"), [(3, False), (1, True)])
+def test_a_scan_per_component_costs_what_progressive_does(
+    tmp_path: Path, scan_components: int, *, buffered: bool
+) -> None:
+    """Baseline by name, and yet the decoder keeps every coefficient until the last scan."""
+    read = _read(tmp_path, bare_jpeg_header(4000, 3000, scan_components=scan_components))
+    assert read.buffered == buffered
+
+
 def test_scratch_grows_from_baseline_to_webp() -> None:
     """The order of the measured costs, per pixel."""
     baseline = header(100, 100)
     kinds = [
         baseline,
-        header(100, 100, progressive=True),
-        ImageHeader("JPEG", 100, 100, "RGB", progressive=True, chroma_halved=False, compressed_bytes=1),
+        header(100, 100, buffered=True),
+        ImageHeader("JPEG", 100, 100, "RGB", buffered=True, chroma_halved=False, compressed_bytes=1),
         header(100, 100, image_format="PNG"),
-        header(100, 100, mode="CMYK", progressive=True),
+        header(100, 100, image_format="TIFF"),
+        header(100, 100, mode="CMYK", buffered=True),
         header(100, 100, image_format="WEBP"),
     ]
     costs = [kind.scratch_bytes for kind in kinds]
