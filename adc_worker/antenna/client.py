@@ -95,7 +95,9 @@ def _error_for(response: httpx.Response, request: str) -> AntennaError:
     message = f"{request} answered {status}: {_detail(response)}"
     if status in {401, 403}:
         return AntennaRefused(message)
-    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _RETRY_STATUS:
+    # A 404 that is not Antenna's JSON comes from a proxy or a wrong URL: it says nothing about a job or a result.
+    foreign = status == httpx.codes.NOT_FOUND and "json" not in response.headers.get("content-type", "")
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _RETRY_STATUS or foreign:
         return AntennaUnavailable(message)
     if response.is_redirect:
         target = response.headers.get("location", "").partition("?")[0]

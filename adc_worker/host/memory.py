@@ -7,6 +7,7 @@ the arena adds itself: never page cache, never a sum of RSS.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,8 @@ class PeakResidentMemory:
     """
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        with suppress(OSError):  # some containers forbid it: then VmHWM is the process's own peak, an upper bound
+            Path("/proc/self/clear_refs").write_text("5")
         self._start_bytes = int(_key_values(Path("/proc/self/status"))["VmRSS:"]) * _KIB
 
     def growth_bytes(self) -> int:

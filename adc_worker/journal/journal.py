@@ -20,6 +20,7 @@ from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
 
 _VERSION = 1
+TASK_LIFE_S = 24 * 3600.0  # max_age of a job's stream (contract, "NATS")
 _BUSY_TIMEOUT_S = 30.0
 _SLOTS_MAX = 256
 
@@ -174,6 +175,15 @@ class Journal:
             sizes.close()
         rows = self._rows(f"t.id IN ({','.join(map(str, chosen))})", ())
         return [KeptResult(held, size_bytes) for held, size_bytes in rows]
+
+    def drop_expired(self) -> int:
+        """Remove unfinished tasks that no stream holds any more, and say how many."""
+        with self._lock, self._db:
+            cursor = self._db.execute(
+                "DELETE FROM adc_task WHERE slot = ? AND fetched_at < ? AND id NOT IN (SELECT task_id FROM adc_result)",
+                (self.slot, time.time() - TASK_LIFE_S),
+            )
+        return cursor.rowcount
 
     def held_count(self, job_id: int) -> int:
         """Count a job's tasks that Antenna may still be waiting for."""

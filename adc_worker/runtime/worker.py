@@ -152,8 +152,14 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
         ImageClient(config.image_max_bytes) as images,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
-        swept = staging.sweep(journal.known_ids)
-        _log.info("journal_open", path=str(config.journal_path), slot=journal.slot, swept_files=swept)
+        expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
+        _log.info(
+            "journal_open",
+            path=str(config.journal_path),
+            slot=journal.slot,
+            expired_tasks=expired,
+            swept_files=swept,
+        )
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
         context = WorkerContext(
             settings=config,

@@ -149,6 +149,11 @@ def test_a_status_decides_what_is_to_be_done(status: int, kind: type[AntennaErro
     assert getattr(error, "status", status) == status
 
 
+def test_a_404_that_is_not_antennas_is_an_outage() -> None:
+    """A proxy's page or a wrong URL must not make kept results look useless."""
+    assert type(error_of(httpx.Response(404, html="<html>no such page</html>"))) is AntennaUnavailable
+
+
 def test_a_list_of_problems_is_shown() -> None:
     """Antenna says which result of a post was invalid."""
     assert "not async_api" in str(error_of(httpx.Response(400, json=["Job is not async_api"])))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from adc_worker.errors import ExitCode, WorkerFault
-from adc_worker.journal.journal import Journal
+from adc_worker.journal.journal import TASK_LIFE_S, Journal
 from tests.support.fakes import task
 
 ALL = 1 << 40
@@ -142,6 +142,19 @@ def test_unposted_results_come_up_to_a_number_of_bytes_but_at_least_one(journal:
     assert len(bodies(journal, most_bytes=299)) == 2
     assert len(bodies(journal, most_bytes=1)) == 1
     assert len(bodies(journal, excluding=(1, 2), most_bytes=200)) == 2
+
+
+def test_unfinished_tasks_older_than_their_stream_are_dropped(path: Path, journal: Journal) -> None:
+    """A result that was computed stays, however old."""
+    old, done, young = journal.record(7, [task(1), task(2), task(3)])
+    keep(journal, [(done.id, b"one")])
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE adc_task SET fetched_at = fetched_at - ? WHERE id != ?", (TASK_LIFE_S + 1, young.id))
+    other.close()
+    assert journal.drop_expired() == 1
+    assert [held.id for held in journal.unfinished(7)] == [young.id]
+    assert bodies(journal) == [b"one"]
+    assert old.id not in journal.known_ids()
 
 
 def test_held_tasks_are_counted_by_job_with_or_without_a_result(journal: Journal) -> None:
