@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -13,11 +15,27 @@ from adc_worker.cli.devserver import devserver_command
 from adc_worker.errors import ConfigurationError, ExitCode
 from adc_worker.runtime.options import WorkerOptions
 
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
 _ENV_FILE = click.option(
     "--env-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Read AMI_ variables from this file, too. The environment wins over it, and it wins over ./.env.",
 )
+
+_RUN_OPTIONS = (
+    click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable."),
+    click.option("--project", type=int, help="Work for this project only."),
+    click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems."),
+    _ENV_FILE,
+)
+
+
+def _run_options(command: _Command) -> _Command:
+    """Add what `ami worker` and `ami worker run` both take."""
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,10 +50,7 @@ def cli() -> None:
 
 @cli.group(invoke_without_command=True)
 @click.pass_context
-@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable.")
-@click.option("--project", type=int, help="Work for this project only.")
-@click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems.")
-@_ENV_FILE
+@_run_options
 @click.version_option(__version__, prog_name="ami worker")
 def worker(
     context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
@@ -48,10 +63,7 @@ def worker(
 
 @worker.command("run")
 @click.pass_context
-@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable.")
-@click.option("--project", type=int, help="Work for this project only.")
-@click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems.")
-@_ENV_FILE
+@_run_options
 def worker_run(
     context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
 ) -> None:

@@ -1,0 +1,55 @@
+"""The command line as far as it goes without starting anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from adc_worker import __version__
+from adc_worker.cli.main import cli
+from adc_worker.errors import ExitCode
+
+
+def ami(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+def test_help_names_every_command_and_the_two_settings() -> None:
+    """What a newcomer reads first."""
+    told = ami("--help").output
+    for word in ("demo", "devserver", "settings", "worker", "AMI_ANTENNA_API_BASE_URL", "AMI_ANTENNA_API_AUTH_TOKEN"):
+        assert word in told
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("worker", "--version")])
+def test_the_version_is_the_packages(arguments: tuple[str, ...]) -> None:
+    assert __version__ in ami(*arguments).output
+
+
+@pytest.mark.parametrize("command", [("worker",), ("worker", "run")])
+def test_a_missing_token_is_one_line_whichever_way_the_worker_is_started(command: tuple[str, ...]) -> None:
+    """`ami worker` and `ami worker run` are the same program."""
+    done = ami(*command, "--pipeline", "simulated")
+    assert done.exit_code == ExitCode.CONFIGURATION
+    (line,) = done.output.splitlines()
+    assert line.startswith("ami: AMI_ANTENNA_API_AUTH_TOKEN is not set")
+
+
+def test_an_env_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """Before or after `run`: an option is never ignored."""
+    missing = str(tmp_path / "none.env")
+    for arguments in (("worker", "--env-file", missing, "run"), ("worker", "run", "--env-file", missing)):
+        done = ami(*arguments)
+        assert done.exit_code == ExitCode.CONFIGURATION
+        assert missing in done.output
+
+
+def test_the_settings_in_force_are_shown_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is masked, the rest is as the environment says."""
+    monkeypatch.setenv("AMI_ANTENNA_API_AUTH_TOKEN", "canary-token")
+    monkeypatch.setenv("AMI_MEMORY_SOFT_CAP", "0.5")
+    told = ami("settings").output
+    assert "AMI_MEMORY_SOFT_CAP=0.5" in told
+    assert "canary-token" not in told
