@@ -242,7 +242,7 @@ def _report(job: JobView, news: _WorkerNews, sheet: Path, console: Console) -> i
     outcome.add_row("lost", str(lost))
     outcome.add_row("redelivered", str(sum(count - 1 for count in job.deliveries.values())))
     outcome.add_row("detections", str(detections))
-    if news.summary:
+    if news.summary and news.plan:  # without one good image there is neither a plan nor a rate
         summary = news.summary
         outcome.add_row("images/s", f"{summary['images_per_s']:.2f}  ({summary['binds']} binds)")
         peak, limit, predicted = (

@@ -12,7 +12,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,8 +271,7 @@ class Journal:
                 with self._lock, self._db:
                     self._db.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
             finally:
-                with suppress(OSError):
-                    os.close(fd)
+                os.close(fd)
 
 
 def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:

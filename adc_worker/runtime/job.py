@@ -131,7 +131,7 @@ class _JobRun:
 
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
-        self._limit_bytes = host.limit_bytes
+        self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
         report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
         if report is None:
             return

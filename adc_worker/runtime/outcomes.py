@@ -13,6 +13,7 @@ from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
+from adc_worker.redaction import redact
 
 _log = get_logger(__name__)
 
@@ -64,7 +65,8 @@ class JobOutcomes:
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:
         """Keep an error result: the evidence is in the image."""
-        self._journal.keep([(task_id, [error_result(task.image_id, str(error))])])
+        # What a library says of a failed download may quote the URL, and that is signed.
+        self._journal.keep([(task_id, [error_result(task.image_id, redact(str(error)))])])
         with self._lock:
             self.failed[type(error).__name__] += 1
         self._log.warning("image_failed", image_id=task.image_id, url=task.image_url, error=str(error))

@@ -55,6 +55,18 @@ def test_the_demo_shows_a_whole_job_and_leaves_nothing_behind(tmp_path: Path) ->
     assert left_behind(tmp_path, []) == []
 
 
+def test_a_demo_of_nothing_but_bad_images_still_reports(tmp_path: Path) -> None:
+    """Without one good image there is no plan, and nothing is lost."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "broken.jpg").write_bytes(b"no photograph")
+    with start_demo(tmp_path, "--images", str(bad)) as demo:
+        output, _ = demo.communicate(timeout=100)
+    assert demo.returncode == ExitCode.OK, output
+    assert "not an image this worker takes" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("when", ["Antenna at", "planned"])
 def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
     """Ctrl-C while the worker starts, or in the middle of the job."""

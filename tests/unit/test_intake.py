@@ -13,6 +13,7 @@ import pytest
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import Task
+from adc_worker.errors import ImageError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagedImage, StagingArea
@@ -77,7 +78,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / "journal.db")
-        self.poster = Poster(self.journal, Receiver(), PosterLimits(1, 10_000))
+        self.receiver = Receiver()
+        self.poster = Poster(self.journal, self.receiver, PosterLimits(1, 10_000))
         self.staging = StagingArea(
             self.folder / "staging", self.images, 1_000_000, self.most_bytes, now=lambda: self.now_s
         )
@@ -199,3 +201,15 @@ def test_a_limit_below_one_image_takes_one_after_the_other(jobs: Callable[..., J
     job.start(tasks=5, downloads=4)
     assert sorted(job.infer_all()) == [str(number) for number in range(1, 6)]
     assert job.images.most_at_once == 1
+
+
+def test_an_error_result_carries_no_signature_of_a_url(jobs: Callable[..., Job]) -> None:
+    """What a library says of a failed download may quote the whole address."""
+    job = jobs()
+    job.images.faults[task(1).image_url] = ImageError("gone: https://images.test/a.jpg?X-Signature=canary")
+    intake = job.start(tasks=1, downloads=1)
+    assert intake.staged.get() is None
+    assert job.poster.wait_idle(5)
+    (body,) = job.receiver.bodies
+    assert b"https://images.test/a.jpg" in body
+    assert b"canary" not in body
