@@ -22,6 +22,7 @@ class Scenario:
         program: `ami worker`, its child with the other decode engine, or the ingest to compare with.
         peak_share: most anonymous + shared memory as a share of the limit; None: the limit itself.
         roofline_share: least share of the roofline; None: any speed.
+        gpu_s: what the GPU, played by a sleep, takes per image.
         replan_after: images of the job after which others come, and a new plan must within two batches.
     """
 
@@ -35,6 +36,7 @@ class Scenario:
     peak_share: float | None = None
     roofline_share: float | None = None
     replan_after: float | None = None  # share of the images
+    gpu_s: float = 0.040
 
     @property
     def must(self) -> str:
@@ -88,10 +90,14 @@ SCENARIOS = (
              program="processes", peak_share=0.9, roofline_share=0.9),
     Scenario("processes-large", "200 large, decode processes", _only("large", 200), 2 * GB,
              program="processes", peak_share=0.9, roofline_share=0.9),
+    Scenario("quick-gpu", "400 typical, a GPU of 5 ms", _only("typical", 400), 900_000_000, gpu_s=0.005),
     Scenario("today-defaults", "today's ingest, 96 typical, its defaults (24, 4 loaders)",
              _only("typical", 96), 16 * GB, program="baseline"),
     Scenario("today-best", "today's ingest, 96 typical, hand-set (4, 2 loaders)",
              _only("typical", 96), 16 * GB, program="baseline", arguments=("--batch-size", "4", "--workers", "2")),
+    Scenario("today-quick-gpu", "today's ingest, 96 typical, hand-set (4, 2 loaders), a GPU of 5 ms",
+             _only("typical", 96), 16 * GB, program="baseline", arguments=("--batch-size", "4", "--workers", "2"),
+             gpu_s=0.005),
     Scenario("today-best-large", "today's ingest, 48 large, hand-set (4, 1 loader)",
              _only("large", 48), 16 * GB, program="baseline", arguments=("--batch-size", "4", "--workers", "1")),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -176,6 +177,7 @@ class Session:
 
     def _sample(self) -> None:
         cpu_due = 0.0
+        worker_pids: set[int] = set()  # all there ever were: a zombie has left the cgroup
         while not self._sampling.wait(SAMPLE_S):
             now = time.time()
             try:
@@ -184,7 +186,8 @@ class Session:
                     self.samples.charged.append((now, charged))
                 if now >= cpu_due:
                     cpu_due = now + CPU_SAMPLE_S
-                    self.samples.cpu.append(_cpu_sample(now, self.enclosure.pids()))
+                    worker_pids.update(self.enclosure.pids())
+                    self.samples.cpu.append(_cpu_sample(now, worker_pids))
             except FileNotFoundError:
                 return  # the cgroup is gone
 
@@ -218,11 +221,11 @@ def census(pids: Sequence[int]) -> Counter[str]:
     return found
 
 
-def _cpu_sample(now: float, worker_pids: Sequence[int]) -> CpuSample:
+def _cpu_sample(now: float, worker_pids: AbstractSet[int]) -> CpuSample:
     machine = psutil.cpu_times()
     busy_s = sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
     own = psutil.Process()
-    serving = {own.pid, *(child.pid for child in own.children(recursive=True))} - set(worker_pids)
+    serving = {own.pid, *(child.pid for child in own.children(recursive=True))} - worker_pids
     return CpuSample(now, busy_s, sum(map(_cpu_s, worker_pids)), sum(map(_cpu_s, serving)))
 
 
