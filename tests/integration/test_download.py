@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adc_worker.errors import ImageError, ImageMissing, ImageTooLarge, LinkError
+from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import DownloadStats, ImageClient, _redirected
 from tests.support.image_server import ImageServer, Reply
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 3_000_000
+NEAR = AddressPolicy("127.0.0.1")
 BODY = bytes(range(256)) * 4096  # one MiB
 PATIENCE_S = 20.0
 
@@ -42,7 +44,7 @@ def server() -> Iterator[ImageServer]:
 @pytest.fixture
 def fetch(tmp_path: Path, server: ImageServer) -> Iterator[Fetch]:
     """Download a path of the server's, or a whole URL, and return the file's bytes."""
-    with ImageClient(MAX_BYTES) as client:
+    with ImageClient(MAX_BYTES, NEAR) as client:
 
         def download(where: str, cancelled: Callable[[], bool] = lambda: False) -> tuple[bytes, DownloadStats]:
             url = server.url(where) if where.startswith("/") else where
@@ -244,7 +246,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         proxy.replies["http://images.test/a.jpg"] = Reply(b"by proxy")
         direct.replies["/a.jpg"] = Reply(b"direct")
-        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "body").open("wb") as file:
             client.download("http://images.test/a.jpg", file.fileno(), lambda: False)
             client.download(direct.url("/a.jpg"), file.fileno(), lambda: False)
         assert (tmp_path / "body").read_bytes() == b"by proxydirect"
@@ -257,7 +259,7 @@ def test_a_proxy_without_a_scheme_is_understood(monkeypatch: pytest.MonkeyPatch,
     with ImageServer() as proxy:
         monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
         proxy.replies["http://images.test/a.jpg"] = Reply(b"x")
-        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "body").open("wb") as file:
             assert client.download("http://images.test/a.jpg", file.fileno(), lambda: False).size_bytes == 1
 
 
@@ -265,7 +267,7 @@ def test_many_downloads_at_once_share_a_client(server: ImageServer, tmp_path: Pa
     """Thirty-two threads, every body in its own file, no connection left open."""
     for number in range(32):
         server.replies[f"/{number}"] = Reply(bytes([number]) * 50_000)
-    with ImageClient(MAX_BYTES) as client, ThreadPoolExecutor(32) as executor:
+    with ImageClient(MAX_BYTES, NEAR) as client, ThreadPoolExecutor(32) as executor:
 
         def download(number: int) -> bool:
             with (tmp_path / str(number)).open("wb") as file:
