@@ -137,10 +137,10 @@ CORPUS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: png_with(b"abCd", bytes(60_000_000)),
         f"more than {METADATA_BYTES} bytes stand before",
     ),
-    "a PNG's text of 60 MB in 60 kB": (texts, "Decompressed data too large"),
+    "a PNG's text of 60 MB in 60 kB": (texts, "(?i)decompressed data too large"),
     "a PNG's colour profile of 60 MB in 60 kB": (
         lambda: png_with(b"iCCP", b"x\0\0" + zlib.compress(bytes(60_000_000))),
-        "broken image header: Decompressed data too large",
+        "(?i)broken image header: decompressed data too large",
     ),
     "a TIFF of a million strips": (
         lambda: tiff(grey_tiff(t273=(4, 1_000_000, None)), bytes(4_000_000)),
