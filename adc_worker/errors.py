@@ -7,6 +7,7 @@ AdcError
 │   ├── ImageUnreadable    empty, not an image, broken beyond decoding
 │   └── ImageTooLarge      exceeds a stated limit of this host
 ├── LinkError              retry inside the lease, then leave the task to its lease
+│   └── AddressRefused     where this worker may not go: a setting, so pause the job; the message names it
 ├── AntennaError
 │   ├── AntennaUnavailable retry with back-off
 │   │   └── AntennaUnreachable no answer at all; at start a wrong URL
@@ -58,6 +59,14 @@ class ImageTooLarge(ImageError):
 
 class LinkError(AdcError):
     """The download failed for a reason that is not in the image: try again, then leave the task to its lease."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s  # what the host asked for; 0 where it did not say
+
+
+class AddressRefused(LinkError):
+    """The image's host has an address that this worker may not ask; the message names the variable that changes it."""
 
 
 class StagingFull(AdcError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
@@ -55,6 +56,13 @@ def configure(log_format: LogFormat, level: str) -> None:
     # Libraries log whole URLs at INFO and DEBUG; their warnings still reach stderr.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].setFormatter(_RedactingFormatter("%(name)s: %(message)s"))
+    logging.captureWarnings(capture=True)
+    # What nobody caught is printed by the interpreter, past every formatter: with whole URLs where HTTP failed.
+    uncaught = logging.getLogger("uncaught")
+    sys.excepthook = lambda kind, error, trace: uncaught.critical("", exc_info=(kind, error, trace))
+    threading.excepthook = lambda died: uncaught.critical(
+        "in thread %s", died.thread and died.thread.name, exc_info=died.exc_value
+    )
 
 
 class _RedactingFormatter(logging.Formatter):

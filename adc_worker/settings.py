@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from adc_worker.errors import ConfigurationError
+from adc_worker.redaction import redact
 
 ENV_PREFIX = "AMI_"
 Effect = Literal["required", "sets", "limits", "none", "planned"]
@@ -27,6 +28,7 @@ def _split_commas(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_commas)]
 
 
 def _setting(default: Any, sentence: str, effect: Effect = "sets", group: str = "worker", **bounds: Any) -> Any:
@@ -72,14 +74,17 @@ class Settings(BaseSettings):
         120.0, "Longest stretch on one job while others wait, in seconds.", "planned", "antenna", ge=1
     )
     antenna_nats_url: str | None = _setting(
-        None, "NATS, where it can be reached, to extend leases and hand tasks back.", "planned", "antenna"
+        None, "NATS, where it can be reached, to extend leases and hand tasks back.", "planned", "antenna", repr=False
     )
 
     user_data_path: Path = _setting(
         _default_user_data_path(), "Folder of the journal, staged images and model weights.", group="paths"
     )
     database_url: str | None = _setting(
-        None, "Relocates the journal when it is a sqlite:/// URL; any other value has no effect.", group="paths"
+        None,
+        "Relocates the journal when it is a sqlite:/// URL; any other value has no effect.",
+        group="paths",
+        repr=False,  # today's holds a password
     )
     staging_path: Path | None = _setting(
         None, "Folder for compressed images; by default under AMI_USER_DATA_PATH.", group="paths"
@@ -133,10 +138,10 @@ class Settings(BaseSettings):
 
     worker_instances: int | None = _setting(None, "Worker processes; by default one per GPU.", ge=1, le=64)
     shutdown_grace_seconds: float = _setting(60.0, "Seconds to finish what is in hand after a signal.", ge=0)
-    image_allowed_networks: Names = _setting(
-        (), "Private networks images may come from, comma-separated CIDR.", "planned"
+    image_allowed_networks: Networks = _setting(
+        (), "Private networks images may come from, comma-separated CIDR; not needed where Antenna is private, too."
     )
-    image_allowed_hosts: Names = _setting((), "Private hosts images may come from, comma-separated.", "planned")
+    image_allowed_hosts: Names = _setting((), "Host names images may come from at private addresses, comma-separated.")
     log_format: Literal["console", "json"] | None = _setting(None, "console or json; by default by terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe log line written.")
     status_port: int | None = _setting(None, "Port of the status page and metrics.", "planned", ge=0, le=65535)
@@ -153,7 +158,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_http_url(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.port == 0:
             raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
         return value.rstrip("/")
 
@@ -176,13 +181,13 @@ class Settings(BaseSettings):
                 raise ConfigurationError(
                     f"AMI_ANTENNA_API_AUTH_TOKEN_FILE: {self.antenna_api_auth_token_file} is empty"
                 )
-            return token
+            return _as_header("AMI_ANTENNA_API_AUTH_TOKEN_FILE", token)
         token = self.antenna_api_auth_token.get_secret_value().strip()
         if not token:
             raise ConfigurationError(
                 "AMI_ANTENNA_API_AUTH_TOKEN is not set: copy the token of the worker's user from Antenna into .env"
             )
-        return token
+        return _as_header("AMI_ANTENNA_API_AUTH_TOKEN", token)
 
     @property
     def journal_path(self) -> Path:
@@ -195,6 +200,13 @@ class Settings(BaseSettings):
     @property
     def effective_staging_path(self) -> Path:
         return self.staging_path or self.user_data_path / "staging"
+
+
+def _as_header(name: str, token: str) -> str:
+    """Return a token that fits into one HTTP header as one word; the error must not show it."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(f"{name} has characters that no token has: copy it again from Antenna")
+    return token
 
 
 def variable(field_name: str) -> str:
@@ -220,7 +232,7 @@ def load(env_file: Path | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = variable(str(first["loc"][0])) if first["loc"] else "settings"
-        shown = "" if "token" in name.lower() else f" (got {first['input']!r})"
+        shown = "" if "token" in name.lower() else redact(f" (got {first['input']!r})")
         raise ConfigurationError(f"{name}: {first['msg']}{shown}") from None
 
 

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adc_worker.devserver.sheets import LARGE, TYPICAL, write_sheets
 from adc_worker.ingest import page_cache
+from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient
 from adc_worker.ingest.header import read_header
@@ -60,7 +61,7 @@ AT_ONCE = (1, 4)
 
 
 def _image_client() -> Fetch:
-    client = ImageClient(1 << 30)
+    client = ImageClient(1 << 30, AddressPolicy("127.0.0.1"))
     return lambda url, fd: _discard(client.download(url, fd, lambda: False))
 
 

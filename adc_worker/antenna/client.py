@@ -11,7 +11,12 @@ import orjson
 
 from adc_worker import __version__
 from adc_worker.antenna import wire
+from adc_worker.antenna.leases import job_of
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable, AntennaUnreachable
+from adc_worker.log import get_logger
+from adc_worker.redaction import hide
+
+_log = get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
@@ -27,6 +32,7 @@ class AntennaClient:
     """Antenna's endpoints as methods; raises only AntennaError. Safe to use from several threads."""
 
     def __init__(self, base_url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
+        hide(token)  # Antenna, or a proxy before it, may quote it in an answer
         self._http = httpx.Client(
             base_url=base_url,
             headers={"Authorization": f"Token {token}", "User-Agent": f"adc-worker/{__version__}"},
@@ -62,10 +68,18 @@ class AntennaClient:
         return _read(wire.JobState.model_validate_json, self._send("GET", f"/jobs/{job_id}/"))
 
     def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
-        """Take up to `count` tasks; each spends one delivery. An empty list can mean six things."""
+        """Take up to `count` tasks; each spends one delivery. An empty list can mean six things.
+
+        A task whose reply subject names another job's stream is dropped: its result would be saved here and acknowledge
+        an image there.
+        """
         timeout = httpx.Timeout(TASKS_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count}, timeout=timeout)
-        return _read(wire.parse_tasks, body)
+        tasks = _read(wire.parse_tasks, body)
+        ours = [task for task in tasks if job_of(task.reply_subject) in {job_id, None}]
+        if len(ours) < len(tasks):
+            _log.warning("tasks_of_another_job", job_id=job_id, tasks=len(tasks) - len(ours))
+        return ours
 
     def post_results(self, job_id: int, entries: Sequence[wire.PostEntry]) -> None:
         """Post serialised results, part by part; accepted means queued at Antenna, not saved."""

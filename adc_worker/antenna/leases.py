@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _FIELDS = 9  # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>
@@ -26,6 +27,12 @@ class Delivery:
     stream_seq: int
     timestamp_ns: int
     pending: int
+
+
+def job_of(subject: str) -> int | None:
+    """Return the job in whose stream a reply subject acknowledges; None for a form we do not know."""
+    named = re.match(r"\$JS\.ACK\.job_(\d{1,18})\.", subject, re.ASCII)
+    return int(named[1]) if named else None
 
 
 def parse_reply_subject(subject: str) -> Delivery | None:

@@ -1,20 +1,22 @@
 """The JSON that goes between worker and Antenna, and nothing of how it travels.
 
-Unknown fields are ignored; a task that lacks one it needs is dropped alone.
+Unknown fields are ignored. A task without a usable image URL ends as an error of its image, like one with a wrong URL;
+one that cannot be answered, for want of an image id or a reply subject, is logged and left to its lease.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adc_worker.log import get_logger
+from adc_worker.redaction import public_url
 
 _log = get_logger(__name__)
 _Entry = TypeVar("_Entry", bound=BaseModel)
@@ -24,21 +26,22 @@ FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+    # An error must not quote what it refuses: a shortened quotation of a URL no longer looks like one to redaction.
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True, hide_input_in_errors=True)
 
 
 class Task(_Wire):
     """One image to process. `reply_subject` is the lease it came with."""
 
-    image_id: str
-    image_url: str
-    reply_subject: str
+    image_id: str = Field(min_length=1)
+    image_url: Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else "")] = ""
+    reply_subject: str = Field(min_length=1)
 
 
 class JobRef(_Wire):
     """A row of the job list."""
 
-    id: int
+    id: int = Field(ge=0, lt=1 << 63)  # what the journal can store
     pipeline_slug: str
 
 
@@ -64,8 +67,9 @@ class _Tasks(_Wire):
 
 
 def parse_tasks(body: bytes) -> list[Task]:
-    """Read the answer to a fetch; a malformed entry is logged and left to its lease."""
-    return [task for entry in _Tasks.model_validate_json(body).tasks if (task := _entry(Task, entry)) is not None]
+    """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
+    tasks = [task for entry in _Tasks.model_validate_json(body).tasks if (task := _entry(Task, entry)) is not None]
+    return list(dict.fromkeys(tasks))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
@@ -114,12 +118,13 @@ def success_result(
 ) -> Iterator[bytes]:
     """Serialise one image's result, detection by detection: a large classifier's reaches 200 MB.
 
-    Arrays go straight from float32 to text, never through Python floats.
+    Arrays go straight from float32 to text, never through Python floats. The URL goes back without its query: Antenna
+    finds the image by its id, and what signs the URL must not come to rest in results.
     """
     start = {
         "pipeline": pipeline_slug,
         "total_time": total_time_s,
-        "source_images": [{"id": task.image_id, "url": task.image_url}],
+        "source_images": [{"id": task.image_id, "url": public_url(task.image_url)}],
     }
     yield orjson.dumps(start)[:-1] + b',"detections":['
     for index, detection in enumerate(detections):

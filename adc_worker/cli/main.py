@@ -13,6 +13,7 @@ from adc_worker import __version__, log, settings
 from adc_worker.cli.demo import demo_command
 from adc_worker.cli.devserver import devserver_command
 from adc_worker.errors import ConfigurationError, ExitCode
+from adc_worker.redaction import redact
 from adc_worker.runtime.options import WorkerOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
@@ -91,7 +92,7 @@ def settings_command(env_example: bool, env_file: Path | None) -> None:
         return
     config = _load(env_file)
     for name in type(config).model_fields:
-        click.echo(f"{settings.variable(name)}={getattr(config, name)}")
+        click.echo(redact(f"{settings.variable(name)}={getattr(config, name)}"))
 
 
 def _load(env_file: Path | None) -> settings.Settings:

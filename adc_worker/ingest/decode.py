@@ -21,7 +21,7 @@ import simplejpeg
 from PIL import Image, ImageFile
 
 from adc_worker.ingest.arena import Arena, Region
-from adc_worker.ingest.header import FORMATS, ImageHeader, unreadable
+from adc_worker.ingest.header import FORMATS, ImageHeader, stored_size, unreadable
 
 _TRUNCATED = "premature end of jpeg file"  # that of a data segment is damage, not an end
 _BAND_PIXELS = 1 << 17
@@ -124,14 +124,18 @@ def _decode_jpeg(path: Path, out: npt.NDArray[np.uint8]) -> bool:
 
 
 def _decode_pillow(path: Path, out: npt.NDArray[np.uint8]) -> bool:
-    with Image.open(path, formats=FORMATS) as image:
-        if (image.height, image.width) != out.shape[:2]:
-            raise ValueError(f"has {image.size} pixels, its header said {out.shape[1::-1]}")
+    # By file, not by path: a TIFF that Pillow maps is shown with the turned size and scrambled.
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        width, height = stored_size(image)
+        if (height, width) != out.shape[:2]:
+            raise ValueError(f"has {width}x{height} pixels, its header said {out.shape[1::-1]}")
+        # Else Pillow would turn a TIFF as its orientation says, and read what stands behind a PNG's pixels.
+        image.load_end = lambda: None  # type: ignore[method-assign]
         truncated = _load(image)
         # Band by band: a whole conversion would need the image three times more.
-        rows = max(1, _BAND_PIXELS // image.width)
-        for top in range(0, image.height, rows):
-            band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rows = max(1, _BAND_PIXELS // width)
+        for top in range(0, height, rows):
+            band = image.crop((0, top, width, min(top + rows, height)))
             out[top : top + rows] = np.asarray(_as_rgb(band))
     return truncated
 

@@ -1,13 +1,17 @@
-"""The image client: no token, no cookies; streams one URL into a file and never holds an image in memory.
+"""The image client: no token, no cookies, no netrc; streams one URL into a file and never holds an image in memory.
 
 urllib3 rather than httpx because reading large blocks costs a fraction of the CPU (benchmarks/download.py).
 """
 
 from __future__ import annotations
 
+import http.client
+import io
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -15,12 +19,15 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import parse_url
+from urllib3.util.connection import create_connection
 
 from adc_worker import __version__
-from adc_worker.errors import ImageError, ImageMissing, ImageTooLarge, LinkError
+from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
 from adc_worker.ingest import page_cache
+from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.redaction import redact
 
 CONNECT_TIMEOUT_S = 10.0
@@ -29,7 +36,11 @@ READ_BYTES = 1 << 18
 WRITE_BACK_BYTES = 8 << 20
 REDIRECTS_MAX = 3
 CONNECTIONS_PER_HOST = 32
+# A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
+DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
+_deadline: ContextVar[float] = ContextVar("deadline")  # of this thread's download, in monotonic seconds
+_policy: ContextVar[AddressPolicy] = ContextVar("policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +52,69 @@ class DownloadStats:
     size_bytes: int
 
 
+class _UntilDeadline(io.RawIOBase):
+    """What a socket receives, headers and all: timeouts of single reads let a host trickle for ever."""
+
+    def __init__(self, sock: socket.socket, received: io.RawIOBase) -> None:
+        self._sock = sock
+        self._received = received
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s = _deadline.get() - time.monotonic()
+        if left_s <= 0:
+            raise LinkError("the image did not come in time: its host, or the link to it, is too slow")
+        self._sock.settimeout(min(READ_TIMEOUT_S, left_s))
+        return self._received.readinto(buffer)
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_UntilDeadline(sock, self.fp.detach()))
+
+
+class _Connection(HTTPConnection):
+    """Connects to an address that the policy has seen, not to a name that may mean another one a moment later."""
+
+    response_class = _Response
+
+    def _new_conn(self) -> socket.socket:
+        if self.proxy is not None:
+            return super()._new_conn()
+        for address in _policy.get().resolve(self.host):
+            try:
+                return create_connection((address, self.port), self.timeout, socket_options=self.socket_options)
+            except OSError as error:
+                failure = NewConnectionError(self, f"{address}: {error}")
+        raise failure
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """The certificate is still held against the name."""
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
 class ImageClient:
     """Downloads image URLs; raises ImageError (the image's fault) or LinkError (anything else)."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, policy: AddressPolicy, download_s: float = DOWNLOAD_S) -> None:
         self._max_bytes = max_bytes
+        self._address_policy = policy
+        self._download_s = download_s
         options: dict[str, Any] = {
             "maxsize": CONNECTIONS_PER_HOST,
             "retries": False,
@@ -53,9 +122,15 @@ class ImageClient:
             "headers": {"User-Agent": f"adc-worker/{__version__}", "Accept-Encoding": "identity", "Accept": "image/*"},
         }
         self._direct = urllib3.PoolManager(**options)
-        self._proxies = {
-            scheme: _proxy_manager(url, options) for scheme, url in getproxies().items() if scheme in {"http", "https"}
+        proxies = {
+            scheme: _proxy_manager(scheme, url, options)
+            for scheme, url in getproxies().items()
+            if scheme in {"http", "https", "all"}
         }
+        self._proxies = {scheme: proxies.get(scheme, proxies.get("all")) for scheme in ("http", "https")}
+        self._managers = [self._direct, *proxies.values()]
+        for manager in self._managers:
+            manager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +139,7 @@ class ImageClient:
         self.close()
 
     def close(self) -> None:
-        for manager in (self._direct, *self._proxies.values()):
+        for manager in self._managers:
             for key in manager.pools.keys():  # noqa: SIM118 (no mapping to iterate over)
                 manager.pools[key].close()  # clear() leaves that to the garbage collector
             manager.clear()
@@ -72,10 +147,16 @@ class ImageClient:
     def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
         """Write the body of `url` to the file descriptor `fd`."""
         started = time.monotonic()
+        _deadline.set(started + self._download_s)
+        _policy.set(self._address_policy)
         response = self._open(url)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
-                raise _error_for(response.status)
+                raise _error_for(response)
+            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
+                raise LinkError(
+                    f"the image's host sends {coding[:20]!r} coding, though asked for the bytes as they are"
+                )
             first_byte_s = time.monotonic() - started
             size_bytes = self._copy(response, fd, cancelled)
         except (HTTPError, TimeoutError) as error:
@@ -87,7 +168,10 @@ class ImageClient:
     def _open(self, url: str) -> urllib3.BaseHTTPResponse:
         for _hop in range(REDIRECTS_MAX + 1):
             try:
-                response = self._pool(url).request("GET", url, preload_content=False, redirect=False)
+                # Not decoded: a few kB of gzip would become gigabytes of memory.
+                response = self._pool(url).request(
+                    "GET", url, preload_content=False, decode_content=False, redirect=False
+                )
             except ValueError as error:  # urllib3's LocationValueError is one
                 raise ImageError(f"not a usable image URL: {redact(str(error))}") from error
             except (HTTPError, TimeoutError) as error:
@@ -102,8 +186,8 @@ class ImageClient:
     def _pool(self, url: str) -> urllib3.PoolManager:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"}:
-            raise ValueError("neither http nor https")
-        proxy = self._proxies.get(parts.scheme)
+            raise ValueError("it does not start with http:// or https://")
+        proxy = self._proxies[parts.scheme]
         return proxy if proxy is not None and not proxy_bypass(parts.hostname or "") else self._direct
 
     def _copy(self, response: urllib3.BaseHTTPResponse, fd: int, cancelled: Callable[[], bool]) -> int:
@@ -148,13 +232,20 @@ def _redirected(url: str, location: str) -> str:
     return target
 
 
-def _proxy_manager(url: str, options: dict[str, Any]) -> urllib3.ProxyManager:
-    proxy = parse_url(url if "://" in url else f"http://{url}")
+def _proxy_manager(scheme: str, url: str, options: dict[str, Any]) -> urllib3.ProxyManager:
+    problem = f"{scheme.upper()}_PROXY must be the URL of an http proxy, such as http://proxy.example.org:3128"
+    try:
+        proxy = parse_url(url if "://" in url else f"http://{url}")
+    except ValueError:
+        raise ConfigurationError(problem) from None
+    if proxy.scheme not in {"http", "https"} or not proxy.host:
+        raise ConfigurationError(problem)
     headers = urllib3.make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else None
     return urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
 
 
-def _error_for(status: int) -> ImageMissing | LinkError:
-    if status in _MISSING:
-        return ImageMissing(f"the image's host answered {status}: the image does not exist")
-    return LinkError(f"the image's host answered {status}")
+def _error_for(response: urllib3.BaseHTTPResponse) -> ImageMissing | LinkError:
+    if response.status in _MISSING:
+        return ImageMissing(f"the image's host answered {response.status}: the image does not exist")
+    after = response.headers.get("Retry-After", "")  # a date, which the standard allows, too, counts as none
+    return LinkError(f"the image's host answered {response.status}", float(after) if after.isdecimal() else 0.0)

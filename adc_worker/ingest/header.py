@@ -1,7 +1,17 @@
-"""What the header of a staged file tells before a pixel is decoded: shape, kind, and the cost of decoding it."""
+"""What the header of a staged file tells before a pixel is decoded: shape, kind, and the cost of decoding it.
+
+Nothing in the file decides how much memory that takes: one header is read at a time, and so much of it and no more.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
+import re
+import struct
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +38,16 @@ SCRATCH_TIFF = 10.5  # [strips 4.3, one strip of 16 bits 10.0]
 SCRATCH_WEBP = 17.5  # [16.1, with alpha 16.8]
 
 _SOI, _SOS = 0xD8, 0xDA
+# Pillow keeps what stands before the pixels; the most a camera was seen to write there are depth maps of a few MB.
+METADATA_BYTES = 16_000_000
+# Each scan is a pass over the whole image, however few bytes it has; cameras and encoders write about ten.
+PROGRESSIVE_SCANS = 100
+# Of each strip's offset, 1 to 8 bytes in the file, Pillow makes 300: 4 MB of them took 1.3 GB and 7 s.
+TIFF_VALUES = 1 << 16
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_OFFSETS, _TIFF_TILE = 256, 257, {273, 324}, (322, 323)
+_TIFF_BYTES = {1, 2, 7}  # types that Pillow leaves as they are
+_TILE_PIXELS = 1 << 20  # libtiff allocates a tile whole, also where the image is smaller
+_one_at_a_time = threading.Lock()
 
 # The check is ours and comes with both numbers; Pillow's only warns at 89 Mpx and knows no reason.
 Image.MAX_IMAGE_PIXELS = None
@@ -87,8 +107,8 @@ def read_header(path: Path, max_pixels: int) -> ImageHeader:
         raise ImageUnreadable("the downloaded file is empty (0 bytes)")
     with unreadable("broken image header"):
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                header = _header_of(image, path, size_bytes)
+            with _one_at_a_time:
+                header = _webp_header(path, size_bytes) or _header_by_pillow(path, size_bytes)
         except UnidentifiedImageError:
             raise ImageUnreadable(_what_it_is(path, size_bytes)) from None
     pixels = header.width_px * header.height_px
@@ -108,23 +128,99 @@ def unreadable(what: str) -> Iterator[None]:
     except (ImageUnreadable, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # the system's; those of Pillow have no number
+        # The system's have a number, those of Pillow none; a seek to where no file reaches is the image's, too.
+        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL, errno.EOVERFLOW}:
             raise
         raise ImageUnreadable(f"{what}: {redact(str(error))}") from error
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height as the file has them; for a TIFF Pillow tells those after its orientation."""
+    tags = getattr(image, "tag_v2", None)
+    return image.size if tags is None else (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT])
+
+
+class _Metadata(io.BufferedReader):
+    """A file of which METADATA_BYTES can be read: its pixels are not wanted yet."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._left_bytes = METADATA_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:
+            raise ImageUnreadable(f"more than {METADATA_BYTES} bytes stand before its pixels")
+        return data
+
+
+def _header_by_pillow(path: Path, size_bytes: int) -> ImageHeader:
+    _check_tiff(path)
+    with _Metadata(path) as file, Image.open(file, formats=FORMATS) as image:
+        return _header_of(image, path, size_bytes)
+
+
+def _webp_header(path: Path, size_bytes: int) -> ImageHeader | None:
+    """Read a WebP's header (RFC 9649, 2.5 to 2.7); None for another file. Pillow would read the file to its end."""
+    with path.open("rb") as file:
+        start = file.read(30)
+    if not re.match(rb"RIFF....WEBPVP8[ LX].{14}", start, re.DOTALL):
+        return None
+    # Where width and height stand, the bits from one to the other, those that count, and what is missing from them.
+    places = {b" ": (26, 16, 0x3FFF, 0), b"L": (21, 14, 0x3FFF, 1), b"X": (24, 24, 0xFFFFFF, 1)}
+    at, shift, mask, more = places[start[15:16]]
+    packed = int.from_bytes(start[at:], "little")
+    width_px, height_px = (packed & mask) + more, (packed >> shift & mask) + more
+    if not width_px or not height_px:
+        raise ImageUnreadable(f"broken image header: {width_px}x{height_px} pixels")
+    return ImageHeader("WEBP", width_px, height_px, "RGB", False, False, size_bytes)
+
+
+def _check_tiff(path: Path) -> None:
+    """Refuse a TIFF whose tags would take memory out of all proportion (TIFF 6.0, section 2; BigTIFF)."""
+    with path.open("rb") as file:
+        start = file.read(16)
+        if start[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+            return
+        order, big = "<" if start[:1] == b"I" else ">", b"+" in start[:4]
+        count, offset, entry = ("Q", "8xQ", "HHQQ") if big else ("H", "4xI", "HHII")
+        file.seek(*struct.unpack_from(order + offset, start))
+        (entries,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
+        directory = file.read(min(entries, TIFF_VALUES) * struct.calcsize(order + entry))
+    largest: defaultdict[int, int] = defaultdict(int)
+    for tag, kind, values, value in struct.iter_unpack(order + entry, directory):
+        if values > TIFF_VALUES and (kind not in _TIFF_BYTES or tag in _TIFF_OFFSETS):
+            raise ImageUnreadable(f"its TIFF tag {tag} has {values} values, of which {TIFF_VALUES} are taken")
+        # A short stands in the first half of a big-endian field.
+        short = order == ">" and kind == 3  # noqa: PLR2004 (TIFF's number for SHORT)
+        largest[tag] = max(largest[tag], value >> (8 * struct.calcsize(entry[-1]) - 16) if short else value)
+    tile_px = largest[_TIFF_TILE[0]] * largest[_TIFF_TILE[1]]
+    if tile_px > max(_TILE_PIXELS, largest[_TIFF_WIDTH] * largest[_TIFF_HEIGHT]):
+        raise ImageUnreadable(f"a TIFF with tiles of {tile_px} pixels, larger than itself")
 
 
 def _header_of(image: Image.Image, path: Path, size_bytes: int) -> ImageHeader:
     # JpegImageFile.layer: one (id, horizontal sampling, vertical sampling, table) per component.
     layers = getattr(image, "layer", [])
+    width_px, height_px = stored_size(image)
+    progressive = bool(image.info.get("progressive"))
+    if progressive and (scans := _scans(path)) > PROGRESSIVE_SCANS:
+        raise ImageUnreadable(f"a progressive JPEG of {scans} scans, of which {PROGRESSIVE_SCANS} are taken")
     return ImageHeader(
         format=image.format or "",
-        width_px=image.width,
-        height_px=image.height,
+        width_px=width_px,
+        height_px=height_px,
         mode=image.mode,
-        buffered=bool(image.info.get("progressive")) or (len(layers) > 1 and _first_scan(path) != len(layers)),
+        buffered=progressive or (len(layers) > 1 and _first_scan(path) != len(layers)),
         chroma_halved=bool(layers) and tuple(layers[0][1:3]) == _SUBSAMPLED_420,
         compressed_bytes=size_bytes,
     )
+
+
+def _scans(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return sum(1 for _marker in re.finditer(bytes((0xFF, _SOS)), data))
 
 
 def _first_scan(path: Path) -> int:

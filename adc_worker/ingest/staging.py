@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,11 +51,15 @@ class StagingArea:
         self._max_pixels = max_pixels
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
+            anybody_writes = folder.stat().st_mode & stat.S_IWOTH
         except OSError as error:
             raise ConfigurationError(
                 f"AMI_STAGING_PATH (or AMI_USER_DATA_PATH): cannot use {folder}: {error.strerror}"
             ) from error
+        if anybody_writes:  # an operator's folder keeps its mode, so this one cannot be made safe
+            raise ConfigurationError(
+                f"AMI_STAGING_PATH: anybody may write to {folder}, and could swap images there: name a folder below it"
+            )
         self._now = now
         self.disk = DiskBudget(folder, most_bytes, now)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
+from adc_worker.redaction import public_url
 
 _VERSION = 1
 TASK_LIFE_S = 24 * 3600.0  # max_age of a job's stream (contract, "NATS")
@@ -103,6 +104,16 @@ class Journal:
                 )
                 held.append(HeldTask(int(cursor.lastrowid or 0), job_id, task, now))
         return held
+
+    def erase_url(self, held: HeldTask) -> None:
+        """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
+        url = public_url(held.task.image_url)
+        if url != held.task.image_url:
+            with self._lock:
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                with self._db:
+                    self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
+                self._db.execute("PRAGMA synchronous=FULL")
 
     def keep(self, results: Iterable[tuple[int, Iterable[bytes]]]) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
@@ -219,6 +230,7 @@ class Journal:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")  # a result counts as kept only when a power cut cannot take it
             db.execute("PRAGMA foreign_keys=ON")
+            db.execute("PRAGMA secure_delete=FAST")  # what is erased or forgotten must not stay readable in its page
             self._upgrade(db)
         except BaseException:
             db.close()

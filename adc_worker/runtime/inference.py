@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from adc_worker.antenna.wire import success_result
+from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
@@ -44,6 +46,9 @@ def infer_and_keep(
     keep_s, detections, result_bytes, arrays_bytes = 0.0, 0, 0, 0
     waiting: list[ImageResult] = []
     for image, report, found in zip(staged, reports, pipeline.infer(images), strict=True):
+        if not all(np.isfinite((one.scores, one.logits)).all() for box in found for one in box.classifications):
+            outcomes.fail_staged(image, ImageError(f"{pipeline.slug} gave scores for it that are not finite numbers"))
+            continue
         now = datetime.now(UTC).isoformat()
         # The share of the batch so far, and its own decode: what one image cost.
         total_s = report.decode_s + (time.perf_counter() - started - keep_s) / (1 + staged.index(image))

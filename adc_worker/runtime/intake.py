@@ -218,9 +218,11 @@ class Intake:
                 if self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s:
                     self._settle_link_error(held, error, last=last)
                     return
-                self._stopped.wait(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (no secret)
+                pause_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
+                self._stopped.wait(max(pause_s, min(error.retry_after_s, self._lease_left_s(held) / 2)))
                 backoff_s = min(2 * backoff_s, RETRY_MAX_S)
             else:
+                self._journal.erase_url(held)
                 self.staged.put(image, urgent=last)
                 return
 

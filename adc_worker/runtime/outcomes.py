@@ -13,7 +13,7 @@ from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
-from adc_worker.redaction import redact
+from adc_worker.redaction import public_url, redact
 
 _log = get_logger(__name__)
 
@@ -69,7 +69,7 @@ class JobOutcomes:
         self._journal.keep([(task_id, [error_result(task.image_id, redact(str(error)))])])
         with self._lock:
             self.failed[type(error).__name__] += 1
-        self._log.warning("image_failed", image_id=task.image_id, url=task.image_url, error=str(error))
+        self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=str(error))
         self._settle([task_id])
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import torch
 
@@ -25,6 +26,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -147,9 +149,11 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
     for folder in (config.user_data_path, config.effective_staging_path):
         _make_folder(folder)
     journal = Journal(config.journal_path)
+    antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
+    policy_of_addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
     with (
+        ImageClient(config.image_max_bytes, policy_of_addresses, config.antenna_ack_wait_seconds / 2) as images,
         AntennaClient(config.antenna_api_base_url, config.token) as client,
-        ImageClient(config.image_max_bytes) as images,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import socket
+import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 
-from adc_worker.errors import ImageError, ImageMissing, ImageTooLarge, LinkError
+from adc_worker.errors import (
+    AddressRefused,
+    ConfigurationError,
+    ImageError,
+    ImageMissing,
+    ImageTooLarge,
+    LinkError,
+)
+from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import DownloadStats, ImageClient, _redirected
 from tests.support.image_server import ImageServer, Reply
 
@@ -20,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 3_000_000
+NEAR = AddressPolicy("127.0.0.1")
 BODY = bytes(range(256)) * 4096  # one MiB
 PATIENCE_S = 20.0
 
@@ -42,7 +55,7 @@ def server() -> Iterator[ImageServer]:
 @pytest.fixture
 def fetch(tmp_path: Path, server: ImageServer) -> Iterator[Fetch]:
     """Download a path of the server's, or a whole URL, and return the file's bytes."""
-    with ImageClient(MAX_BYTES) as client:
+    with ImageClient(MAX_BYTES, NEAR) as client:
 
         def download(where: str, cancelled: Callable[[], bool] = lambda: False) -> tuple[bytes, DownloadStats]:
             url = server.url(where) if where.startswith("/") else where
@@ -200,6 +213,142 @@ def test_what_is_no_url_is_the_images_fault(fetch: Fetch, url: str) -> None:
         fetch(url)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/a.jpg", "http://[::ffff:127.0.0.1]:{port}/a.jpg"])
+def test_a_private_address_is_not_even_connected_to(server: ImageServer, tmp_path: Path, url: str) -> None:
+    """Not while Antenna is public: the refusal is no error of the image, and names what to set."""
+    server.replies["/a.jpg"] = Reply(BODY)
+    with (
+        ImageClient(MAX_BYTES, AddressPolicy("8.8.8.8")) as client,
+        (tmp_path / "body").open("wb") as file,
+        pytest.raises(AddressRefused, match="AMI_IMAGE_ALLOWED_NETWORKS"),
+    ):
+        client.download(url.format(port=server.port), file.fileno(), lambda: False)
+    assert not server.requests
+
+
+def test_a_redirect_does_not_lead_to_cloud_metadata(server: ImageServer, fetch: Fetch) -> None:
+    """Every hop is checked like the first."""
+    server.replies["/a.jpg"] = Reply(status=302, headers={"Location": "http://169.254.169.254/latest/meta-data/"})
+    with pytest.raises(AddressRefused, match=r"169\.254\.169\.254"):
+        fetch("/a.jpg")
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(
+    server: ImageServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that answers differently a moment later changes nothing; the host is still told by its name."""
+    answers = _look_up_as(monkeypatch, {"images.test": ["127.0.0.1", "169.254.169.254"]})
+    server.replies["/a.jpg"] = Reply(BODY)
+    assert fetch(server.url("/a.jpg", "images.test"))[0] == BODY
+    assert answers == {"images.test": ["169.254.169.254"]}
+    assert server.requests[0].headers["Host"] == f"images.test:{server.port}"
+
+
+def test_the_next_address_is_tried_where_one_does_not_answer(
+    server: ImageServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As curl does."""
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "images.test" else [host]
+        return [entry for each in hosts for entry in real(each, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    server.replies["/a.jpg"] = Reply(BODY)
+    assert fetch(server.url("/a.jpg", "images.test"))[0] == BODY
+
+
+def test_a_certificate_is_held_against_the_hosts_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: Fetch
+) -> None:
+    """Though the connection goes to an address; SSL_CERT_FILE says whom to trust, and nobody else is trusted."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("images.test").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    _look_up_as(monkeypatch, {name: ["127.0.0.1"] * 9 for name in ("images.test", "other.test")})
+    with ImageServer(context) as server:
+        server.replies["/a.jpg"] = Reply(BODY)
+        with pytest.raises(LinkError, match="CERTIFICATE_VERIFY_FAILED"):
+            fetch(server.url("/a.jpg", "images.test"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "tls").open("wb") as file:
+            client.download(server.url("/a.jpg", "images.test"), file.fileno(), lambda: False)
+            with pytest.raises(LinkError, match=r"other\.test"):
+                client.download(server.url("/a.jpg", "other.test"), file.fileno(), lambda: False)
+    assert (tmp_path / "tls").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+@pytest.mark.parametrize("forever", [b"X", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_a_host_that_trickles_is_broken_off(tmp_path: Path, start: bytes, forever: bytes) -> None:
+    """In the status line, in the headers and in the body: no read ever times out, and the download does."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as executor:
+        trickle = executor.submit(_trickle, listener, start, forever, over)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.jpg"
+        with (
+            ImageClient(MAX_BYTES, NEAR, download_s=0.3) as client,
+            (tmp_path / "body").open("wb") as file,
+            pytest.raises(LinkError, match=r"did not come in time|timed out"),
+        ):
+            client.download(url, file.fileno(), lambda: False)
+        over.set()
+        trickle.result(PATIENCE_S)
+
+
+def _trickle(listener: socket.socket, start: bytes, forever: bytes, over: threading.Event) -> None:
+    connection, _address = listener.accept()
+    with connection, suppress(ConnectionError):
+        connection.sendall(start)
+        while not over.wait(0.01):
+            connection.sendall(forever)
+
+
+def _look_up_as(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Give a name one address after the other; return what is left of them."""
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
+        return real(answers[host].pop(0) if host in answers else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return answers
+
+
+def test_compressed_bytes_are_refused_unopened(server: ImageServer, fetch: Fetch, tmp_path: Path) -> None:
+    """Nobody asked for gzip; a few kB of it could become gigabytes."""
+    server.replies["/a.jpg"] = Reply(gzip.compress(bytes(2_000_000)), headers={"Content-Encoding": "gzip"})
+    with pytest.raises(LinkError, match="sends 'gzip' coding"):
+        fetch("/a.jpg")
+    assert (tmp_path / "body").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "retry_after_s"), [("7", 7.0), ("", 0.0), ("soon", 0.0), ("-1", 0.0), ("9" * 400, float("inf"))]
+)
+def test_a_host_that_says_when_to_come_back_is_heard(
+    server: ImageServer, fetch: Fetch, said: str, retry_after_s: float
+) -> None:
+    """The caller waits that long, inside the lease."""
+    server.replies["/a.jpg"] = Reply(status=429, headers={"Retry-After": said})
+    with pytest.raises(LinkError) as caught:
+        fetch("/a.jpg")
+    assert caught.value.retry_after_s == retry_after_s
+
+
+def test_no_password_is_sent_wherever_it_may_be_found(
+    server: ImageServer, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from a .netrc nor from the URL itself."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login ami password canary\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    server.replies["/a.jpg"] = Reply(b"x")
+    fetch(server.url("/a.jpg", "user:canary@127.0.0.1"))
+    assert set(server.requests[0].headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
+
+
 def test_a_host_that_is_not_there_is_the_links_fault(fetch: Fetch) -> None:
     """Refused connections are tried again."""
     with ImageServer() as gone:
@@ -244,7 +393,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         proxy.replies["http://images.test/a.jpg"] = Reply(b"by proxy")
         direct.replies["/a.jpg"] = Reply(b"direct")
-        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "body").open("wb") as file:
             client.download("http://images.test/a.jpg", file.fileno(), lambda: False)
             client.download(direct.url("/a.jpg"), file.fileno(), lambda: False)
         assert (tmp_path / "body").read_bytes() == b"by proxydirect"
@@ -257,15 +406,34 @@ def test_a_proxy_without_a_scheme_is_understood(monkeypatch: pytest.MonkeyPatch,
     with ImageServer() as proxy:
         monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
         proxy.replies["http://images.test/a.jpg"] = Reply(b"x")
-        with ImageClient(MAX_BYTES) as client, (tmp_path / "body").open("wb") as file:
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "body").open("wb") as file:
             assert client.download("http://images.test/a.jpg", file.fileno(), lambda: False).size_bytes == 1
+
+
+def test_one_proxy_for_everything_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ALL_PROXY; the proxy looks the host up, so that nothing is looked up or refused here."""
+    with ImageServer() as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{proxy.port}")
+        proxy.replies["http://10.1.2.3/a.jpg"] = Reply(b"x")
+        policy = AddressPolicy("8.8.8.8")
+        with ImageClient(MAX_BYTES, policy) as client, (tmp_path / "body").open("wb") as file:
+            assert client.download("http://10.1.2.3/a.jpg", file.fileno(), lambda: False).size_bytes == 1
+
+
+@pytest.mark.parametrize("url", ["socks5://user:canary@127.0.0.1:1080", "http://", "http://[::1", "http://h:port"])
+def test_a_proxy_that_cannot_be_used_is_a_matter_of_configuration(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """The message names the variable and hides the password."""
+    monkeypatch.setenv("ALL_PROXY", url)
+    with pytest.raises(ConfigurationError, match="ALL_PROXY must be the URL of an http proxy") as caught:
+        ImageClient(MAX_BYTES, NEAR)
+    assert "canary" not in str(caught.value)
 
 
 def test_many_downloads_at_once_share_a_client(server: ImageServer, tmp_path: Path) -> None:
     """Thirty-two threads, every body in its own file, no connection left open."""
     for number in range(32):
         server.replies[f"/{number}"] = Reply(bytes([number]) * 50_000)
-    with ImageClient(MAX_BYTES) as client, ThreadPoolExecutor(32) as executor:
+    with ImageClient(MAX_BYTES, NEAR) as client, ThreadPoolExecutor(32) as executor:
 
         def download(number: int) -> bool:
             with (tmp_path / str(number)).open("wb") as file:

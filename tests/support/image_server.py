@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +41,7 @@ class Request:
 class ImageServer:
     """Routes by request target (a whole URL where it is a proxy); what is unknown is 404."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.replies: dict[str, Reply | Callable[[], Reply]] = {}
         self.requests: list[Request] = []
         server = self
@@ -56,6 +57,12 @@ class ImageServer:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = False  # closing waits for them
+        self._scheme = "http"
+        if tls is not None:
+            self._scheme = "https"
+            # The handshake belongs to the connection's own thread: a client that breaks it off must not end the server.
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
 
@@ -63,8 +70,8 @@ class ImageServer:
     def port(self) -> int:
         return int(self._http.server_address[1])
 
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"{self._scheme}://{host}:{self.port}{path}"
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from adc_worker.errors import (
     AntennaUnavailable,
     AntennaUnreachable,
 )
+from adc_worker.redaction import redact
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 EMPTY = {"tasks": [], "results": [], "id": 7, "status": "STARTED"}
@@ -152,6 +153,20 @@ def test_a_status_decides_what_is_to_be_done(status: int, kind: type[AntennaErro
 def test_a_404_that_is_not_antennas_is_an_outage() -> None:
     """A proxy's page or a wrong URL must not make kept results look useless."""
     assert type(error_of(httpx.Response(404, html="<html>no such page</html>"))) is AntennaUnavailable
+
+
+def test_a_task_of_another_job_is_left_to_its_lease() -> None:
+    """Its result would be saved at this job and acknowledge an image of that one; unknown subjects are opaque."""
+    subjects = ["$JS.ACK.job_7.job-7-consumer.1.1.1.1.0", "$JS.ACK.job_8.job-8-consumer.1.2.2.1.0", "$JS.ACK.new.form"]
+    tasks = [{"image_id": "1", "image_url": "https://h/1.jpg", "reply_subject": subject} for subject in subjects]
+    with client(Antenna(httpx.Response(200, json={"tasks": tasks}))) as asked:
+        assert [task.reply_subject for task in asked.fetch_tasks(7, 1)] == [subjects[0], subjects[2]]
+
+
+def test_a_token_that_antenna_quotes_does_not_reach_a_log() -> None:
+    """Whatever stands around it; the client has told redaction what to look for."""
+    error = error_of(httpx.Response(401, json={"detail": f"no user has {TOKEN}"}))
+    assert redact(str(error)) == "POST /jobs/7/tasks/ answered 401: no user has <redacted>"
 
 
 def test_a_list_of_problems_is_shown() -> None:

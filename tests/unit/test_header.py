@@ -48,7 +48,8 @@ def test_every_kind_is_read(
     """Format, mode, size and bytes of the file; only plain JPEG takes the fast decoder."""
     data = encoded(picture(mode=mode), image_format, **options)
     read = _read(tmp_path, data)
-    assert (read.format, read.mode, read.width_px, read.height_px) == (image_format, mode, *SIZE_PX)
+    told = "RGB" if image_format == "WEBP" else mode  # the decoder's business, and of no effect on the cost
+    assert (read.format, read.mode, read.width_px, read.height_px) == (image_format, told, *SIZE_PX)
     assert read.buffered == options.get("progressive", False)
     assert read.compressed_bytes == len(data)
     assert read.jpeg_in_place == in_place

@@ -25,7 +25,7 @@ ALLOWED = {
     "": {""},
     "errors": set(),
     "redaction": set(),
-    "settings": {"", "errors"},
+    "settings": {"", "errors", "redaction"},
     "log": {"", "redaction"},
     "host": BASE,
     "antenna": BASE,

@@ -12,7 +12,7 @@ import pytest
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.wire import Task
+from adc_worker.antenna.wire import Task, error_result
 from adc_worker.errors import ImageError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
@@ -75,6 +75,7 @@ class Job:
     most_bytes: int | None = None
     images: Images = field(default_factory=Images)
     now_s: float = 100.0
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / "journal.db")
@@ -87,8 +88,11 @@ class Job:
         self.stopping = threading.Event()
 
     def start(self, tasks: int, downloads: int) -> Intake:
+        return self.start_with([task(number) for number in range(1, tasks + 1)], downloads=downloads)
+
+    def start_with(self, tasks: list[Task], kind: type[Queue] = Queue, *, downloads: int = 1) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
-        queue = Queue([task(number) for number in range(1, tasks + 1)])
+        queue = kind(tasks)
         self.intake = Intake(JOB, queue, self.journal, self.staging, self.outcomes, LeaseTerms(), limits, self.stopping)
         self.intake.start()
         return self.intake
@@ -113,6 +117,9 @@ class Job:
         return images
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         self.images.gate.set()
         self.intake.close()
         self.poster.close(0)
@@ -213,3 +220,50 @@ def test_an_error_result_carries_no_signature_of_a_url(jobs: Callable[..., Job])
     (body,) = job.receiver.bodies
     assert b"https://images.test/a.jpg" in body
     assert b"canary" not in body
+
+
+def _in_files(job: Job, text: bytes) -> list[str]:
+    return [file.name for file in job.folder.rglob("*") if file.is_file() and text in file.read_bytes()]
+
+
+def test_what_signs_a_url_is_forgotten_once_the_image_is_staged(jobs: Callable[..., Job]) -> None:
+    """The journal needs it for one thing only; its path stays, so that one can tell which image it was."""
+    job = jobs()
+    signed = task(1).model_copy(update={"image_url": "https://images.test/a.jpg?X-Signature=canary"})
+    job.images.gate.clear()
+    intake = job.start_with([signed])
+    wait_until(lambda: job.images.at_once == 1)
+    assert _in_files(job, b"canary"), "the journal is what a restart downloads from"
+    job.images.gate.set()
+    image = intake.staged.get()
+    assert image is not None
+    (held,) = job.journal.unfinished(JOB)
+    assert held.task.image_url == "https://images.test/a.jpg"
+    job.close()
+    assert _in_files(job, b"https://images.test/a.jpg")
+    assert not _in_files(job, b"canary")
+
+
+def test_more_tasks_than_were_asked_for_are_all_done(jobs: Callable[..., Job]) -> None:
+    """They are leased to this worker, whoever miscounted."""
+
+    class Generous(Queue):
+        def fetch_tasks(self, job_id: int, count: int) -> list[Task]:
+            return super().fetch_tasks(job_id, 10 * count)
+
+    job = jobs()
+    job.start_with([task(number) for number in range(1, 31)], Generous)
+    assert sorted(job.infer_all(), key=int) == [str(number) for number in range(1, 31)]
+    assert job.outcomes.done == 30
+
+
+@pytest.mark.parametrize("odd", ["a/../b", "n\0l", "x" * 10_000, "K\u00e4fer", "5' OR 1=1 --"])
+def test_an_image_is_answered_by_the_id_it_came_with(jobs: Callable[..., Job], odd: str) -> None:
+    """Through the journal and back."""
+    job = jobs()
+    job.images.faults["http://h/odd.jpg"] = ImageError("broken")
+    intake = job.start_with([Task(image_id=odd, image_url="http://h/odd.jpg", reply_subject=odd)])
+    assert intake.staged.get() is None
+    assert job.poster.wait_idle(5)
+    ((_job, entries),) = job.receiver.posts
+    assert entries == [(odd, error_result(odd, "broken"))]

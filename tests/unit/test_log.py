@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import structlog
 
 from adc_worker import log
-from adc_worker.redaction import redact
+from adc_worker.redaction import hide, redact
 
 SIGNED = "https://images.example.org/trap/1.jpg?X-Amz-Signature=5ec2e7&X-Amz-Date=1"
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -25,11 +26,13 @@ SECRETS = ("5ec2e7", TOKEN)
 def _logging_is_put_back() -> Iterator[None]:
     """Both logging systems are global; basicConfig(force=True) removes pytest's handlers, too."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hooks = root.handlers[:], root.level, (sys.excepthook, threading.excepthook)
     for handler in handlers:
         root.removeHandler(handler)
     yield
     structlog.reset_defaults()
+    logging.captureWarnings(capture=False)
+    sys.excepthook, threading.excepthook = hooks
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -55,6 +58,10 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
         (f"authorization: bearer {TOKEN}", "authorization: bearer <redacted>"),
         ("http://localhost:8000/api/v2/jobs/ is up", "http://localhost:8000/api/v2/jobs/ is up"),
         ("what now?", "what now?"),
+        ("http://a/b#c?d=5ec2e7", "http://a/b#c?<redacted>"),
+        ("https://user:pa@ss@h/x", "https://<redacted>@h/x"),
+        ("postgresql://ami:secret@db:5432/ami", "postgresql://<redacted>@db:5432/ami"),
+        ("nats://token@nats:4222 and a@b.test", "nats://<redacted>@nats:4222 and a@b.test"),
     ],
 )
 def test_queries_and_tokens_are_cut_and_the_rest_is_kept(text: str, written: str) -> None:
@@ -175,6 +182,32 @@ def test_tracebacks_of_libraries_are_redacted(capsys: pytest.CaptureFixture[str]
         logging.getLogger("concurrent.futures").exception("exception calling callback")
     written = capsys.readouterr().err
     assert "OSError: https://images.example.org/trap/1.jpg?<redacted>" in written
+    assert "5ec2e7" not in written
+
+
+def test_a_secret_that_was_named_is_cut_out_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without the word Token before it; words too short to be secrets stay."""
+    monkeypatch.setattr("adc_worker.redaction._hidden", set())
+    hide("5ec2e7canary")
+    hide("the")
+    hide("")
+    assert redact("X5ec2e7canaryX is the token") == "X<redacted>X is the token"
+
+
+def test_what_nobody_caught_is_redacted_in_the_main_thread_and_in_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """The interpreter prints it past every logger."""
+    log.configure("json", "info")
+    try:
+        fail()
+    except OSError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
+    thread = threading.Thread(target=fail, name="poster")
+    thread.start()
+    thread.join()
+    written = capsys.readouterr().err
+    assert written.count("OSError: https://images.example.org/trap/1.jpg?<redacted>") == 3
+    assert "in thread poster" in written
     assert "5ec2e7" not in written
 
 

@@ -308,3 +308,36 @@ def test_env_example_with_every_line_in_force_changes_nothing() -> None:
     uncommented = load(write("all.env", "\n".join(line for line in lines if line.startswith("AMI_")) + "\n"))
     assert uncommented.model_dump(exclude={"user_data_path"}) == load().model_dump(exclude={"user_data_path"})
     assert uncommented.user_data_path == Path.home() / ".local/share/adc-worker"
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "caf\u00e9", "nul\x00"])
+def test_a_token_that_fits_into_no_header_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """HTTP libraries would quote it in their error."""
+    monkeypatch.setenv("AMI_ANTENNA_API_AUTH_TOKEN_FILE", str(write("secret", token)))
+    with pytest.raises(ConfigurationError, match="TOKEN_FILE has characters that no token has") as caught:
+        _ = settings.load().token
+    assert token not in str(caught.value)
+
+
+def test_passwords_in_urls_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today's .env has one for its database."""
+    monkeypatch.setenv("AMI_DATABASE_URL", "postgresql://ami:canary@db:5432/ami")
+    monkeypatch.setenv("AMI_ANTENNA_NATS_URL", "nats://canary@nats:4222")
+    assert "canary" not in repr(settings.load())
+    monkeypatch.setenv("AMI_ANTENNA_API_BASE_URL", "https://ami:canary@antenna.example.org/api/v2")
+    with pytest.raises(ConfigurationError, match=r"AMI_ANTENNA_API_BASE_URL: .*must be an http") as caught:
+        settings.load()
+    assert "canary" not in str(caught.value)
+
+
+def test_private_networks_are_read_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single address is a network of one; what is none is refused at start."""
+    monkeypatch.setenv("AMI_IMAGE_ALLOWED_NETWORKS", "10.0.0.0/8, 192.168.1.7,fd00::/8")
+    assert [str(each) for each in settings.load().image_allowed_networks] == [
+        "10.0.0.0/8",
+        "192.168.1.7/32",
+        "fd00::/8",
+    ]
+    monkeypatch.setenv("AMI_IMAGE_ALLOWED_NETWORKS", "minio")
+    with pytest.raises(ConfigurationError, match="AMI_IMAGE_ALLOWED_NETWORKS"):
+        settings.load()

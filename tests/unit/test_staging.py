@@ -71,12 +71,32 @@ def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> Non
 
 
 def test_folder_and_files_are_private(tmp_path: Path) -> None:
-    """Also when the folder was there before, open to all."""
+    """Whatever folder was there before keeps the mode that the operator gave it; the files in it are ours."""
     folder = tmp_path / "deep" / "staging"
-    folder.mkdir(parents=True, mode=0o755)
     path = _stage(folder, FakeClient(folder, jpeg())).path
     assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    path = _stage(folder, FakeClient(folder, jpeg())).path
+    assert folder.stat().st_mode & 0o777 == 0o755
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    """Somebody else's file there would be taken for a downloaded image; /tmp is such a folder."""
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ConfigurationError, match="AMI_STAGING_PATH: anybody may write to"):
+        StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    "image_id", ["../../etc/cron.d/x", "/etc/passwd", "a\0b", "x" * 10_000, "..", "CON", "\N{BUG}"]
+)
+def test_an_image_id_names_no_file(tmp_path: Path, image_id: str) -> None:
+    """Files are named by numbers of the journal's own."""
+    area = StagingArea(tmp_path, FakeClient(tmp_path, jpeg()), MAX_PIXELS)
+    image = area.stage(7, task().model_copy(update={"image_id": image_id}), lambda: False)
+    assert image.path == tmp_path / "7.img"
+    assert _names(tmp_path) == ["7.img"]
 
 
 @pytest.mark.parametrize("error", [LinkError("broke off"), OSError(5, "Input/output error"), KeyboardInterrupt()])

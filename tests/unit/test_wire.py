@@ -55,15 +55,74 @@ def test_an_empty_fetch_brings_none() -> None:
     "malformed",
     [
         {key: value for key, value in ENTRY.items() if key != "reply_subject"},
-        {**ENTRY, "image_url": None},
+        {**ENTRY, "reply_subject": ""},
         {**ENTRY, "image_id": ["5"]},
+        {**ENTRY, "image_id": None},
+        {**ENTRY, "image_id": ""},
         "text",
         None,
     ],
 )
-def test_a_malformed_task_is_dropped_alone(malformed: object) -> None:
+def test_a_task_that_cannot_be_answered_is_left_to_its_lease_alone(malformed: object) -> None:
     """Its lease lapses; the others are worked on."""
-    assert parse_tasks(fetch_answer(ENTRY, malformed, ENTRY)) == [TASK, TASK]
+    other = {**ENTRY, "image_id": "6"}
+    assert parse_tasks(fetch_answer(ENTRY, malformed, other)) == [TASK, TASK.model_copy(update={"image_id": "6"})]
+
+
+@pytest.mark.parametrize("url", [None, 5, ["https://h/5.jpg"], {}, ""])
+def test_a_task_without_a_usable_url_is_taken_so_that_it_can_be_answered(url: object) -> None:
+    """The image client makes the error of it; nobody has to wait for its lease."""
+    assert parse_tasks(fetch_answer({**ENTRY, "image_url": url}, ENTRY)) == [
+        TASK.model_copy(update={"image_url": ""}),
+        TASK,
+    ]
+    assert parse_tasks(fetch_answer({key: ENTRY[key] for key in ENTRY if key != "image_url"}))[0].image_url == ""
+
+
+def test_a_task_that_comes_twice_in_one_answer_is_taken_once() -> None:
+    """One image, one result; the same image under another subject has to be answered, too."""
+    again = {**ENTRY, "reply_subject": "$JS.ACK.y"}
+    assert parse_tasks(fetch_answer(ENTRY, ENTRY, again)) == [
+        TASK,
+        TASK.model_copy(update={"reply_subject": "$JS.ACK.y"}),
+    ]
+
+
+@pytest.mark.parametrize("odd", ["a/b/../../etc", "n\0l", "x" * 10_000, "Käfer \N{BUG}", "5' OR 1=1 --", "5\r\n5"])
+def test_an_id_is_any_text(odd: str) -> None:
+    """It comes back as it was, in the result and in the post around it."""
+    (task,) = parse_tasks(fetch_answer({**ENTRY, "image_id": odd, "reply_subject": odd}))
+    body = error_result(task.image_id, "broken")
+    size_bytes, parts = result_post([PostEntry(task.reply_subject, len(body), lambda: [body])])
+    posted = b"".join(parts)
+    assert len(posted) == size_bytes
+    assert orjson.loads(posted)["results"] == [{"reply_subject": odd, "result": {"error": "broken", "image_id": odd}}]
+
+
+def test_ten_megabytes_of_tasks_are_read() -> None:
+    """More than was asked for, each with a long name."""
+    entries = [{**ENTRY, "image_id": str(number), "note": "x" * 10_000} for number in range(1000)]
+    assert len(parse_tasks(fetch_answer(*entries))) == 1000
+
+
+def test_a_job_that_the_journal_cannot_number_is_skipped_alone() -> None:
+    """SQLite's integers end at 2^63: one such job would end every worker that sees it."""
+    rows = [{"id": number, "pipeline_slug": "moths"} for number in (1 << 63, -1, 7)]
+    assert [job.id for job in parse_jobs(orjson.dumps({"results": rows}))] == [7]
+
+
+def test_what_antenna_sends_is_not_quoted_in_errors() -> None:
+    """A quotation cut short keeps the signature and loses what redaction knows it by."""
+    with pytest.raises(ValueError, match="tasks") as caught:
+        parse_tasks(b'{"tasks": "https://h/5.jpg?X-Amz-Signature=5ec2e7"}')
+    assert "5ec2e7" not in str(caught.value)
+
+
+def test_the_url_goes_back_without_what_opens_it() -> None:
+    """Antenna finds the image by its id; results are kept, logged and looked at."""
+    signed = TASK.model_copy(update={"image_url": "https://user:pw@h/5.jpg?X-Amz-Signature=5ec2e7#part"})
+    result = orjson.loads(b"".join(success_result(signed, "moths", [], 1.0, WHEN)))
+    assert result["source_images"] == [{"id": "5", "url": "https://h/5.jpg"}]
 
 
 def test_ids_may_be_numbers() -> None:

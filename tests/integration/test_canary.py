@@ -1,0 +1,97 @@
+"""No secret leaves: a whole job with a marked token and marked signatures, failures included, then a search."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adc_worker.devserver.server import DevServer
+from adc_worker.devserver.sheets import write_sheets
+from adc_worker.errors import ExitCode
+from tests.support.image_server import ImageServer, Reply
+from tests.support.waiting import wait_until
+from tests.support.workers import environment, worker
+
+TOKEN = "c0ffee" * 6 + "c0ff"
+SIGNATURE = "5ec2e7canary5ec2e7"
+ACK_WAIT_S = 4.0
+GOOD = 12
+
+
+@pytest.fixture
+def server() -> Iterator[DevServer]:
+    with DevServer(token=TOKEN, save_delay_s=0.005, ack_wait_s=ACK_WAIT_S, keep_streams=True) as running:
+        yield running
+
+
+def signed(images: ImageServer, path: str) -> str:
+    return images.url(f"{path}?X-Amz-Date=1&X-Amz-Signature={SIGNATURE}")
+
+
+def serve(images: ImageServer, path: str, reply: Reply) -> str:
+    """Answer a signed URL with `reply`, and return it."""
+    url = signed(images, path)
+    images.replies[url.removeprefix(images.url(""))] = reply
+    return url
+
+
+def leaks(text: str) -> list[str]:
+    return [secret for secret in (TOKEN, SIGNATURE) if secret in text]
+
+
+def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -> None:
+    """Good images, each kind of failure, a killed child and an outage of Antenna: nothing of it quotes a secret.
+
+    While an image waits for its download its whole URL is in the journal, which only its owner may read; at the end
+    the journal has none.
+    """
+    (sheet,) = write_sheets(tmp_path / "sheets", 1, seed=5, sizes=((640, 480),))
+    data = sheet.read_bytes()
+    with ImageServer() as gone:
+        nowhere = signed(gone, "/gone.jpg")
+    with ImageServer() as images:
+        bad = {
+            "missing": signed(images, "/missing.jpg"),
+            "page": serve(images, "/page.jpg", Reply(b"<html>Sign in</html>")),
+            "empty": serve(images, "/empty.jpg", Reply(b"")),
+            "broken": serve(images, "/broken.jpg", Reply(data[:600])),
+            "short": serve(images, "/short.jpg", Reply(data[:-900], length=str(len(data)))),
+            "forbidden": serve(images, "/forbidden.jpg", Reply(b"", status=403)),
+            "failing": serve(images, "/failing.jpg", Reply(b"", status=500)),
+            "no url": f"http://[broken/x.jpg?X-Amz-Signature={SIGNATURE}",
+            "no port": images.url("").replace("http://", f"http://user:{SIGNATURE}@") + "0/x.jpg",
+            "refused": nowhere,
+            "https": nowhere.replace("http://", "https://"),
+            "lost": serve(
+                images, "/lost.jpg", Reply(status=302, headers={"Location": f"/x?X-Amz-Signature={SIGNATURE}"})
+            ),
+        }
+        good = [serve(images, f"/{number}.jpg", Reply(data)) for number in range(GOOD)]
+        job_id = server.add_job("light_sheet_blobs", [*good, *bad.values()])
+        server.fail_next("POST result", 500, times=2)
+        env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug"})
+        env["AMI_ANTENNA_ACK_WAIT_SECONDS"] = str(ACK_WAIT_S)
+        with worker(env, "--pipeline", "light_sheet_blobs") as running:
+            running.wait_for("plan")
+            child = psutil.Process(running.child_pid())
+            shown = json.dumps([child.cmdline(), psutil.Process(running.process.pid).cmdline()])
+            os.kill(child.pid, signal.SIGKILL)
+            wait_until(lambda: server.job(job_id).processed == GOOD + len(bad), timeout_s=60)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK
+    job = server.job(job_id)
+    assert len(job.results) == GOOD
+    assert len(job.errors) == len(bad)
+    assert not leaks(shown), "command lines are everybody's to read"
+    assert not [line for line in running.lines if leaks(line)]
+    assert any("/forbidden.jpg" in line for line in running.lines), "one can still see which image it was"
+    assert not leaks(json.dumps([job.results, job.errors]))
+    written = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    assert written, "the journal, at least"
+    assert not [file for file in written if leaks(file.read_bytes().decode(errors="replace"))]
