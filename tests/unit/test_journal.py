@@ -32,7 +32,7 @@ def journal(path: Path) -> Iterator[Journal]:
 
 
 def keep(journal: Journal, results: list[tuple[int, bytes]]) -> None:
-    journal.keep((task_id, [body]) for task_id, body in results)
+    journal.keep([(task_id, [body]) for task_id, body in results])
 
 
 def bodies(journal: Journal, excluding: tuple[int, ...] = (), limit: int = 100, most_bytes: int = ALL) -> list[bytes]:
@@ -78,7 +78,7 @@ def test_forgetting_removes_the_task_and_its_result(path: Path, journal: Journal
     """And nothing else."""
     held = journal.record(7, [task(1), task(2), task(3)])
     keep(journal, [(one.id, b"%d" % one.id) for one in held[:2]])
-    journal.forget(iter([held[0].id]))
+    journal.forget([held[0].id])
     assert bodies(journal) == [b"2"]
     assert journal.unfinished(7) == [held[2]]
     assert journal.known_ids() == {held[1].id, held[2].id}
@@ -232,17 +232,17 @@ def test_the_journal_of_a_newer_worker_is_refused_and_left_alone(path: Path) -> 
     """With what to do about it, and an exit code that says a restart is useless."""
     Journal(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version=2")
+        db.execute("PRAGMA user_version=99")
     db.close()
     with pytest.raises(WorkerFault) as caught:
         Journal(path)
     assert caught.value.exit_code is ExitCode.JOURNAL_UNUSABLE
     assert str(caught.value) == (
-        f"the journal {path} was written by a newer worker (version 2, this one knows 1): install that version"
+        f"the journal {path} was written by a newer worker (version 99, this one knows 2): install that version"
         " again, or move the file away once its results are posted"
     )
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
     db.close()
 
 

@@ -43,7 +43,7 @@ def keep(journal: Journal, numbers: Sequence[int], job_id: int = 7, size_bytes: 
     """Record and keep results of these images; return their bodies."""
     held = journal.record(job_id, [task(number) for number in numbers])
     kept = [result(number, size_bytes) for number in numbers]
-    journal.keep((one.id, [body]) for one, body in zip(held, kept, strict=True))
+    journal.keep([(one.id, [body]) for one, body in zip(held, kept, strict=True)])
     return kept
 
 
@@ -379,6 +379,7 @@ def test_under_random_faults_every_image_has_exactly_one_outcome(journal: Journa
         refuse(job_id, entries)
 
     receiver = Receiver(fault)
+    receiver.status = "SUCCESS"  # or one would be repeated
     with posting(journal, receiver, posts=3, post_bytes=200) as poster:
         for start in range(0, 60, 6):
             keep(journal, range(start, start + 6), job_id=start % 4)
