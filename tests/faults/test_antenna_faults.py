@@ -1,12 +1,10 @@
-"""An Antenna that fails, at each endpoint and in each way: every image has one outcome, and none of them is an error."""
+"""An Antenna that fails at each endpoint and in each way: every image has one outcome, and none is an error."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import cycle
-
-import pytest
+from pathlib import Path
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
@@ -25,7 +23,7 @@ ENDPOINTS = ("GET jobs", "GET job", "POST result")
 def test_outages_at_every_endpoint_cost_nothing(desk: Desk) -> None:
     """500, 503, resets and answers that break off; /result/ saves and then cuts the line, and is posted again."""
     faults: dict[str, Iterator[Fault | None]] = {
-        route: iter([500, 503, "reset", "cut", 429, None, "cut", 502]) for route in ENDPOINTS
+        route: iter([500, "reset", None, "cut", None, 503]) for route in ENDPOINTS
     }
     faults["POST tasks"] = iter([None, 500, "reset", 503])  # these are refused before a task is spent
     started: list[str] = []
@@ -43,13 +41,13 @@ def test_outages_at_every_endpoint_cost_nothing(desk: Desk) -> None:
     assert set(job.deliveries.values()) == {1}
     assert set(desk.inferred.values()) == {1}
     assert set(desk.downloads().values()) == {1}
-    assert desk.gate.requests["POST result"] > 4
+    assert desk.gate.requests["POST result"] > 3
 
 
 def test_a_refused_token_stops_fetching_and_is_named_until_it_is_accepted(desk: Desk) -> None:
     """401 at /result/ while the job runs: nothing more is fetched, nothing is lost, and it resumes by itself."""
     desk.switch("hold", on=True)
-    job_id = desk.add_job(300)
+    job_id = desk.add_job(200)
     with worker(desk.environment({"AMI_ANTENNA_API_BATCH_SIZE": "8"})) as running:
         wait_until(lambda: desk.gate.requests["POST tasks"] >= 2, timeout_s=30)
         desk.gate.fault = lambda route: 401 if route == "POST result" else None
@@ -64,18 +62,17 @@ def test_a_refused_token_stops_fetching_and_is_named_until_it_is_accepted(desk: 
     assert set(job.deliveries.values()) == {1}
 
 
-def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_path: Path) -> None:
     """NaN makes a post 400, and a body above 6 kB makes it 413, whatever is sent with it; the job still ends.
 
     This Antenna also loses count of a job's last two results: it ends because one of them is posted again.
     """
-    folder = tmp_path_factory.mktemp("refused")
     with (
         DevServer(save_delay_s=0.001, max_body_bytes=6_000, race_at_end=True) as antenna,
         Gate(antenna.api_url) as gate,
         ImageServer() as images,
     ):
-        desk = Desk(antenna, gate, images, folder)
+        desk = Desk(antenna, gate, images, tmp_path)
         numbers = [*range(40), NAN_IMAGE, *range(40, 60)]
         long_name = "/" + "x" * 7_000 + ".png"  # its URL is part of its result
         for number in numbers:
@@ -98,19 +95,16 @@ def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_pa
     assert set(Counter(job.deliveries).values()) == {1}
 
 
-def test_a_fetch_whose_answer_is_lost_costs_one_delivery_and_no_image(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_a_fetch_whose_answer_is_lost_costs_one_delivery_and_no_image(tmp_path: Path) -> None:
     """Its tasks come again when their lease is over."""
-    folder = tmp_path_factory.mktemp("lost")
     with (
         DevServer(save_delay_s=0.001, ack_wait_s=2.0, keep_streams=True) as antenna,
         Gate(antenna.api_url) as gate,
         ImageServer() as images,
     ):
-        desk = Desk(antenna, gate, images, folder)
-        lost = cycle([None, "cut", None])
-        desk.gate.fault = lambda route: next(lost) if route == "POST tasks" else None  # type: ignore[return-value]
+        desk = Desk(antenna, gate, images, tmp_path)
+        lost: Iterator[Fault | None] = iter([None, "cut"])
+        desk.gate.fault = lambda route: next(lost, None) if route == "POST tasks" else None
         job_id = desk.add_job(IMAGES)
         with worker(desk.environment({"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"})):
             wait_until(lambda: 2 in antenna.job(job_id).deliveries.values(), timeout_s=30)

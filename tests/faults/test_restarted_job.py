@@ -12,7 +12,7 @@ from tests.faults.conftest import Desk
 from tests.support.waiting import wait_until
 from tests.support.workers import run_to_end, worker
 
-IMAGES = 12
+IMAGES = 8  # fewer than a probe holds, so that it goes on fetching
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["worker is away meanwhile", "worker holds results meanwhile"])
