@@ -75,7 +75,7 @@ class WorkerLoop:
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._contacted = False
+        self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
         self._waiting_for_host = False
 
     def run(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_j
         port = host.port
     waiting = desk.add_job(8, host=host)  # whose server is gone
     other = desk.add_job(20, first=100)
-    with worker(desk.environment()) as running:
+    with ExitStack() as after_the_worker, worker(desk.environment()) as running:
         desk.done(other)
         line = running.wait_for("image_host_at_fault")
         assert line["host"] == f"127.0.0.1:{port}"
@@ -35,10 +35,9 @@ def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_j
         assert not desk.antenna.job(waiting).errors
         later = desk.add_job(20, first=200)
         desk.done(later)
-        with ImageServer(port) as back:
-            for number in range(8):
-                back.replies[f"/{number}.png"] = Reply(numbered(number))
-            job = desk.done(waiting)
+        back = after_the_worker.enter_context(ImageServer(port))
+        back.replies |= {f"/{number}.png": Reply(numbered(number)) for number in range(8)}
+        job = desk.done(waiting)
         running.wait_for("image_host_back")
     assert set(job.deliveries.values()) == {1}
     assert len(running.events("image_host_at_fault")) == 1
@@ -48,15 +47,15 @@ def test_a_proxy_that_is_down_is_named_and_costs_no_image(desk: Desk) -> None:
     """Antenna is reached without it; images are not."""
     with ImageServer() as proxy:
         port = proxy.port
-    url = f"http://images.test:81/{7}.png"
+    url = "http://images.test:81/7.png"
     job_id = desk.antenna.add_job(counting_pipeline.SLUG, [url])
     desk.jobs.append(job_id)
     env = desk.environment({"http_proxy": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1"})
-    with worker(env) as running:
+    with ExitStack() as after_the_worker, worker(env) as running:
         assert "HTTP_PROXY" in running.wait_for("image_host_at_fault")["do"]
-        with ImageServer(port) as back:
-            back.replies[url] = Reply(numbered(7))
-            desk.done(job_id)
+        back = after_the_worker.enter_context(ImageServer(port))
+        back.replies[url] = Reply(numbered(7))
+        desk.done(job_id)
 
 
 def test_many_images_that_fail_alike_are_the_hosts_fault(desk: Desk) -> None:
