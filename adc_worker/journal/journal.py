@@ -262,7 +262,7 @@ class Journal:
                 )
             self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
         while self._used_bytes() > self.most_bytes:
-            oldest = "DELETE FROM adc_finished WHERE id IN (SELECT id FROM adc_finished ORDER BY id LIMIT 100)"
+            oldest = "DELETE FROM adc_finished WHERE id IN (SELECT id FROM adc_finished ORDER BY id LIMIT 10)"
             if not self._db.execute(oldest).rowcount:
                 break
 
