@@ -31,6 +31,8 @@ class ExitCode(IntEnum):
     MODEL_UNAVAILABLE = 3  # a pipeline named on the command line could not be loaded
     JOURNAL_UNUSABLE = 4  # the journal is from a newer version, or cannot be opened
     BACKGROUND_TASK_DIED = 5  # a thread that must live died; restart
+    MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; put it right first
+    GPU_FAULT = 7  # CUDA failed, and with it this process; restart
 
 
 class AdcError(Exception):

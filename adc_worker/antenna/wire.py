@@ -113,24 +113,31 @@ class Detection:
     classifications: Sequence[Classification] = ()
 
 
-def success_result(
-    task: Task, pipeline_slug: str, detections: Sequence[Detection], total_time_s: float, timestamp: str
-) -> Iterator[bytes]:
-    """Serialise one image's result, detection by detection: a large classifier's reaches 200 MB.
+@dataclass(frozen=True, slots=True)
+class SuccessResult:
+    """One image's result, serialised detection by detection: a large classifier's reaches 200 MB.
 
     Arrays go straight from float32 to text, never through Python floats. The URL goes back without its query: Antenna
     finds the image by its id, and what signs the URL must not come to rest in results.
     """
-    start = {
-        "pipeline": pipeline_slug,
-        "total_time": total_time_s,
-        "source_images": [{"id": task.image_id, "url": public_url(task.image_url)}],
-    }
-    yield orjson.dumps(start)[:-1] + b',"detections":['
-    for index, detection in enumerate(detections):
-        body = orjson.dumps(_detection(task, detection, timestamp), option=orjson.OPT_SERIALIZE_NUMPY)
-        yield b"," + body if index else body
-    yield b"]}"
+
+    task: Task
+    pipeline_slug: str
+    detections: Sequence[Detection]
+    total_time_s: float
+    timestamp: str
+
+    def __iter__(self) -> Iterator[bytes]:
+        start = {
+            "pipeline": self.pipeline_slug,
+            "total_time": self.total_time_s,
+            "source_images": [{"id": self.task.image_id, "url": public_url(self.task.image_url)}],
+        }
+        yield orjson.dumps(start)[:-1] + b',"detections":['
+        for index, detection in enumerate(self.detections):
+            body = orjson.dumps(_detection(self.task, detection, self.timestamp), option=orjson.OPT_SERIALIZE_NUMPY)
+            yield b"," + body if index else body
+        yield b"]}"
 
 
 def error_result(image_id: str, text: str) -> bytes:
@@ -138,6 +145,11 @@ def error_result(image_id: str, text: str) -> bytes:
     if not image_id:
         raise ValueError("an error result needs an image id")
     return orjson.dumps({"error": text, "image_id": image_id})
+
+
+def is_error_result(body: bytes) -> bool:
+    """Whether a serialised result, or its start, is an error."""
+    return body.startswith(b'{"error":')
 
 
 @dataclass(frozen=True, slots=True)

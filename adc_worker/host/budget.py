@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from adc_worker.host import memory
 
 
@@ -77,3 +79,10 @@ def count_gpus() -> int:
         return len([part for part in visible.split(",") if part.strip() not in {"", "-1"}])
     driver = Path("/proc/driver/nvidia/gpus")
     return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that `folder` is on, such as ext4, tmpfs or nfs4; empty where unknown."""
+    resolved = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if resolved.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
+from adc_worker.host.budget import file_system
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
@@ -91,7 +90,4 @@ class DiskBudget:
 
 def is_memory(folder: Path) -> bool:
     """Whether files in `folder` are memory (tmpfs, ramfs)."""
-    resolved = folder.resolve()
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if resolved.is_relative_to(mount.mountpoint)]
-    deepest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
-    return deepest is not None and deepest.fstype in _MEMORY_FILE_SYSTEMS
+    return file_system(folder) in _MEMORY_FILE_SYSTEMS

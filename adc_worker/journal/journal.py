@@ -1,30 +1,50 @@
-"""The local database: every task that is held and every result that Antenna has not accepted yet.
+"""The local database: every task that is held, every result that Antenna has not accepted yet, and those it accepted.
 
 One SQLite file per host. Rows belong to a slot; whoever holds the slot's file lock owns them, so a worker that comes
-back finds what the one before it left.
+back finds what the one before it left. While the file cannot be written results are in memory, and posted from there.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from adc_worker.antenna.wire import Task
+from adc_worker.antenna.leases import parse_reply_subject
+from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
+from adc_worker.host.budget import file_system
+from adc_worker.log import get_logger
 from adc_worker.redaction import public_url
 
-_VERSION = 1
+_log = get_logger(__name__)
+
+
 TASK_LIFE_S = 24 * 3600.0  # max_age of a job's stream (contract, "NATS")
 _BUSY_TIMEOUT_S = 30.0
 _SLOTS_MAX = 256
+# Write-ahead logging needs memory that all readers share, which these cannot give (sqlite.org/wal.html).
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "glusterfs", "beegfs"}
+)
+FILE_MAX_BYTES, FILE_DISK_SHARE = 2_000_000_000, 0.1  # of what is free at start
+RESERVE_BYTES = 10_000_000  # free on the disk, or no more tasks: a fetch that cannot be recorded spends its leases
+UNPOSTED_RESULTS_MAX = 5000
+RETAINED_RESULT_BYTES = 16_000_000  # accepted results above this are computed again when their image comes again
 
-_SCHEMA = """
+# One entry per version; a file of an older one gets those that it lacks.
+_SCHEMA = (
+    """
 CREATE TABLE adc_task (
     id INTEGER PRIMARY KEY AUTOINCREMENT,  -- also the name of the staged file, so it must never be used twice
     slot INTEGER NOT NULL,
@@ -45,8 +65,25 @@ CREATE TABLE adc_result_part (  -- a serialised result in pieces of about a mega
     body BLOB NOT NULL,
     PRIMARY KEY (task_id, number)
 );
-CREATE INDEX adc_task_slot ON adc_task (slot, job_id);
-"""
+CREATE INDEX adc_task_slot ON adc_task (slot, job_id)
+""",
+    """
+ALTER TABLE adc_task ADD COLUMN seq INTEGER;  -- of reply_subject, and the next one, NULL in an unknown form
+ALTER TABLE adc_task ADD COLUMN published_ns INTEGER;
+ALTER TABLE adc_task ADD COLUMN dead INTEGER NOT NULL DEFAULT 0;  -- its subject would acknowledge another image
+CREATE TABLE adc_finished (  -- results that need no post any more, compressed, to answer images that come again
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id INTEGER NOT NULL,
+    image_id TEXT NOT NULL,
+    reply_subject TEXT,  -- NULL when dead
+    seq INTEGER,
+    published_ns INTEGER,
+    body BLOB NOT NULL,
+    UNIQUE (job_id, image_id)
+);
+CREATE INDEX adc_task_image ON adc_task (job_id, image_id)
+""",
+)
 _PART_BYTES = 1_000_000
 
 
@@ -73,9 +110,17 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self.fault: str | None = None  # why the file cannot be written
+        self._in_memory: dict[int, tuple[int, Iterable[bytes]]] = {}  # size and parts of results kept meanwhile
+        self._to_forget: set[int] = set()
+        self._contacts: dict[int, float] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * shutil.disk_usage(path.parent).free))
+            self._shared = file_system(path.parent) in NETWORK_FILE_SYSTEMS
+            # Locks of other hosts may not show there: each host has slots of its own.
+            self._first_slot = zlib.crc32(socket.gethostname().encode()) * _SLOTS_MAX if self._shared else 0
             self.slot, self._slot_fd = self._take_slot()
             try:
                 self._db = self._open()
@@ -91,37 +136,112 @@ class Journal:
             self._db.close()
             os.close(self._slot_fd)
 
-    def record(self, job_id: int, tasks: Iterable[Task]) -> list[HeldTask]:
-        """Put fetched tasks on record; on return they survive a power cut."""
-        now = time.time()
-        held = []
-        with self._lock, self._db:
-            for task in tasks:
-                cursor = self._db.execute(
-                    "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
-                    (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now),
-                )
-                held.append(HeldTask(int(cursor.lastrowid or 0), job_id, task, now))
+    def record(self, job_id: int, tasks: Sequence[Task]) -> list[HeldTask]:
+        """Put fetched tasks on record and return those to work on; on return they survive a power cut.
+
+        An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
+        the file takes nothing, the tasks are left to their leases.
+        """
+        now, held = time.time(), []
+        self._contacts[job_id] = time.monotonic()
+        try:
+            with self._writing():
+                self._bury_earlier_streams(job_id, tasks)
+                for task in tasks:
+                    task_id = self._insert(job_id, task, now)
+                    if task_id is not None and not self._answer(task_id, job_id, task.image_id):
+                        held.append(HeldTask(task_id, job_id, task, now))
+        except sqlite3.OperationalError as error:
+            _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
+            return []
         return held
 
     def erase_url(self, held: HeldTask) -> None:
         """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
         url = public_url(held.task.image_url)
-        if url != held.task.image_url:
-            with self._lock:
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                with self._db:
+        if url == held.task.image_url:
+            return
+        with self._lock, suppress(sqlite3.OperationalError):  # the fault is noted, the URL goes with its row
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            try:
+                with self._writing():
                     self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
+            finally:
                 self._db.execute("PRAGMA synchronous=FULL")
 
-    def keep(self, results: Iterable[tuple[int, Iterable[bytes]]]) -> int:
+    def _insert(self, job_id: int, task: Task, now: float) -> int | None:
+        """Return the new row's number; None for another delivery of a task that has a row."""
+        delivery = parse_reply_subject(task.reply_subject)
+        message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
+        again = self._db.execute(
+            "UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE slot = ? AND job_id = ? AND image_id = ?"
+            " AND seq = ? AND published_ns = ? AND NOT dead",
+            (task.reply_subject, now, self.slot, job_id, task.image_id, *message),
+        )
+        if again.rowcount:
+            return None
+        cursor = self._db.execute(
+            "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def _answer(self, task_id: int, job_id: int, image_id: str) -> bool:
+        row = self._db.execute(
+            "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?", (job_id, image_id)
+        ).fetchone()
+        body = zlib.decompress(row[0]) if row else b""
+        if not body or is_error_result(body):  # what was wrong with the image may have been put right
+            return False
+        self._keep(task_id, [body])
+        _log.info("answered_from_journal", job_id=job_id, image_id=image_id)
+        return True
+
+    def _bury_earlier_streams(self, job_id: int, tasks: Sequence[Task]) -> None:
+        """Within one stream sequence and time rise together: a lower sequence published later proves another stream."""
+        found = [delivery for task in tasks if (delivery := parse_reply_subject(task.reply_subject))]
+        if not found:
+            return
+        first = min(found, key=lambda delivery: delivery.stream_seq)
+        (dead_until,) = self._db.execute(
+            "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job AND NOT dead"
+            " UNION ALL SELECT seq, published_ns FROM adc_finished WHERE job_id = :job AND reply_subject NOT NULL)"
+            " WHERE seq >= :seq AND published_ns < :ns",
+            {"job": job_id, "seq": first.stream_seq, "ns": first.timestamp_ns},
+        ).fetchone()
+        if dead_until is not None:
+            self._bury(job_id, dead_until)
+
+    def _bury(self, job_id: int, published_until_ns: int) -> None:
+        where = "job_id = ? AND coalesce(published_ns, 0) <= ?"
+        arguments = (job_id, published_until_ns)
+        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
+        cursor = self._db.execute(f"UPDATE adc_task SET dead = 1 WHERE {where} AND NOT dead", arguments)  # noqa: S608
+        _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason="the job was stopped or restarted")
+        kept = self._db.execute(
+            "SELECT task_id FROM adc_result JOIN adc_task ON id = task_id WHERE job_id = ? AND dead", (job_id,)
+        ).fetchall()
+        self._finish({task_id: self._compressed(task_id) for (task_id,) in kept})
+
+    def bury(self, job_id: int) -> None:
+        """The job is served no more: no subject of it may be used; results stay for images that come again."""
+        self._remove((), lambda: self._bury(job_id, time.time_ns()))
+
+    def keep(self, results: Collection[tuple[int, Iterable[bytes]]]) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
 
-        On return they survive a power cut. Parts are taken one by one, so that they may be made on the way.
+        On return they survive a power cut, unless `fault` is set: then they are in memory. Parts are taken one by one,
+        so that they may be made on the way, and must give the same again when they are asked again.
         """
-        with self._lock, self._db:
-            return sum(self._keep(task_id, parts) for task_id, parts in results)
+        try:
+            with self._writing():
+                return sum(self._keep(task_id, parts) for task_id, parts in results)
+        except sqlite3.OperationalError:
+            sized = {task_id: (sum(map(len, parts)), parts) for task_id, parts in results}
+            with self._lock:
+                self._in_memory.update(sized)
+            return sum(size_bytes for size_bytes, _parts in sized.values())
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
         self._db.execute("DELETE FROM adc_result WHERE task_id = ?", (task_id,))
@@ -131,10 +251,74 @@ class Journal:
             self._db.execute("INSERT INTO adc_result_part VALUES (?, ?, ?)", (task_id, number, part))
             size_bytes += len(part)
         self._db.execute("UPDATE adc_result SET size_bytes = ? WHERE task_id = ?", (size_bytes, task_id))
+        if self._db.execute("SELECT 1 FROM adc_task WHERE id = ? AND dead", (task_id,)).fetchone():
+            self._finish({task_id: self._compressed(task_id)})
         return size_bytes
+
+    def settle(self, task_ids: Collection[int]) -> None:
+        """Antenna has accepted these results: keep them compressed, in case their images come again."""
+        bodies = {task_id: self._compressed(task_id) for task_id in task_ids}  # beside whoever keeps results
+        self._remove(task_ids, lambda: self._finish(bodies))
+
+    def _compressed(self, task_id: int) -> bytes | None:
+        with self._lock:
+            row = self._db.execute("SELECT size_bytes FROM adc_result WHERE task_id = ?", (task_id,)).fetchone()
+        small = row is not None and row[0] <= RETAINED_RESULT_BYTES
+        return zlib.compress(b"".join(self.parts(task_id)), 1) if small else None
+
+    def _finish(self, bodies: dict[int, bytes | None]) -> None:
+        for task_id, body in bodies.items():
+            if body is not None:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO adc_finished (job_id, image_id, reply_subject, seq, published_ns, body)"
+                    " SELECT job_id, image_id, iif(dead, NULL, reply_subject), seq, published_ns, ?"
+                    " FROM adc_task WHERE id = ?",
+                    (body, task_id),
+                )
+            self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
+        while self._used_bytes() > self.most_bytes:
+            oldest = "DELETE FROM adc_finished WHERE id IN (SELECT id FROM adc_finished ORDER BY id LIMIT 10)"
+            if not self._db.execute(oldest).rowcount:
+                break
+
+    def _used_bytes(self) -> int:
+        pages, free, size_bytes = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size_bytes)
+
+    def finished_jobs(self) -> list[int]:
+        with self._lock:
+            return [row[0] for row in self._db.execute("SELECT DISTINCT job_id FROM adc_finished")]
+
+    def newest_accepted(self, job_id: int) -> PostEntry | None:
+        """Return an accepted result of the job, to be posted again."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT reply_subject, body FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
+                " ORDER BY id DESC LIMIT 1",
+                (job_id,),
+            ).fetchone()
+        if row is None:
+            return None
+        body = zlib.decompress(row[1])
+        return PostEntry(row[0], len(body), lambda: [body])
+
+    def close_job(self, job_id: int) -> None:
+        """The job is final: none of its images comes again."""
+        self._remove((), lambda: self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,)))
+
+    def contact_age_s(self, job_id: int) -> float:
+        """Return how long ago Antenna last answered a fetch of this job's tasks."""
+        return time.monotonic() - self._contacts.get(job_id, float("-inf"))
 
     def parts(self, task_id: int) -> Iterator[bytes]:
         """Return a kept result piece by piece; another may be kept or forgotten meanwhile."""
+        with self._lock:
+            kept = self._in_memory.get(task_id)
+        if kept is not None:
+            yield from kept[1]
+            return
         number = 0
         while True:
             with self._lock:
@@ -146,15 +330,74 @@ class Journal:
             yield row[0]
             number += 1
 
-    def forget(self, task_ids: Iterable[int]) -> None:
-        """Remove tasks whose outcome Antenna has accepted, or whose lease was given up."""
-        with self._lock, self._db:
-            self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in task_ids])
+    def forget(self, task_ids: Collection[int]) -> None:
+        """Remove tasks whose outcome nobody wants."""
+        rows = [(task_id,) for task_id in task_ids]
+        self._remove(task_ids, lambda: self._db.executemany("DELETE FROM adc_task WHERE id = ?", rows))
+
+    def give_up(self, task_id: int, reply_subject: str) -> None:
+        """Leave a task to its lease, unless it has another one by now."""
+        where = "WHERE id = ? AND reply_subject = ?"
+        self._remove((), lambda: self._db.execute(f"DELETE FROM adc_task {where}", (task_id, reply_subject)))  # noqa: S608
+
+    def _remove(self, task_ids: Collection[int], remove: Callable[[], object]) -> None:
+        with self._lock:
+            try:
+                with self._writing():
+                    remove()
+            except sqlite3.OperationalError:
+                self._to_forget.update(task_ids)
+            for task_id in task_ids:
+                self._in_memory.pop(task_id, None)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction; an OperationalError (disk full, read-only, broken) also sets `fault`."""
+        with self._lock:
+            try:
+                with self._db:
+                    yield
+            except sqlite3.OperationalError as error:
+                self.fault = f"the journal {self._path} cannot be written: {error}"
+                raise
+
+    def check_writable(self) -> bool:
+        """Whether tasks may be fetched; after a fault, write what is in memory as soon as the file takes it."""
+        with self._lock:
+            free_bytes = shutil.disk_usage(self._path.parent).free
+            if free_bytes < RESERVE_BYTES:
+                self.fault = f"the disk of the journal {self._path} has {free_bytes} bytes left"
+            elif self.fault is not None:
+                try:
+                    self._catch_up()
+                except sqlite3.OperationalError:
+                    return False
+                self.fault = None
+            return self.fault is None
+
+    def _catch_up(self) -> None:
+        with self._writing():
+            self._db.execute(f"PRAGMA user_version={len(_SCHEMA)}")  # or there may be nothing to write
+            for task_id, (_size_bytes, parts) in self._in_memory.items():
+                self._keep(task_id, parts)
+            self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in self._to_forget])
+        self._in_memory.clear()
+        self._to_forget.clear()
+
+    def is_full(self) -> bool:
+        """Whether so much waits for Antenna that nothing should be computed meanwhile."""
+        with self._lock:
+            count, size_bytes = self._db.execute(
+                "SELECT count(*), coalesce(sum(r.size_bytes), 0) FROM adc_result r JOIN adc_task t ON t.id = r.task_id"
+                " WHERE t.slot = ?",
+                (self.slot,),
+            ).fetchone()
+        return bool(count > UNPOSTED_RESULTS_MAX or size_bytes > self.most_bytes)
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet, oldest first."""
-        rows = self._rows("t.job_id = ? AND r.task_id IS NULL", (job_id,))
-        return [held for held, _size_bytes in rows]
+        rows = self._rows("t.job_id = ? AND r.task_id IS NULL AND NOT t.dead", (job_id,))
+        return [held for held, _size_bytes in rows if held.id not in self._in_memory.keys() | self._to_forget]
 
     def known_ids(self) -> set[int]:
         """Return the tasks of every slot: the ones whose staged files belong to somebody."""
@@ -162,21 +405,32 @@ class Journal:
             return {int(row[0]) for row in self._db.execute("SELECT id FROM adc_task")}
 
     def unposted(
-        self, excluding: Iterable[int], limit: int, most_bytes: int, *, alone: bool = True
+        self,
+        excluding: Iterable[int],
+        limit: int,
+        most_bytes: int,
+        *,
+        alone: bool = True,
+        excluding_jobs: Iterable[int] = (),
     ) -> list[KeptResult]:
         """Return kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
 
         A result that exceeds `most_bytes` comes by itself, and only to a caller that says it is `alone`.
         """
-        excluded = set(excluding)
+        jobs = ",".join(map(str, excluding_jobs))
         chosen: list[int] = []
         with self._lock:
+            excluded = self._to_forget.union(excluding)
+            waiting = dict(self._in_memory)
+            ids = ",".join(map(str, waiting))
             sizes = self._db.execute(
-                "SELECT r.task_id, r.size_bytes FROM adc_result r JOIN adc_task t ON t.id = r.task_id"
-                " WHERE t.slot = ? ORDER BY r.task_id",
+                "SELECT t.id, r.size_bytes FROM adc_task t LEFT JOIN adc_result r ON t.id = r.task_id WHERE t.slot = ?"  # noqa: S608 (integers)
+                f" AND NOT t.dead AND (r.task_id NOT NULL OR t.id IN ({ids}))"
+                f" AND t.job_id NOT IN ({jobs}) ORDER BY t.id",
                 (self.slot,),
             )
-            for task_id, size_bytes in sizes:
+            for task_id, kept_bytes in sizes:
+                size_bytes = waiting[task_id][0] if task_id in waiting else kept_bytes
                 most_bytes -= 0 if task_id in excluded else size_bytes
                 if len(chosen) == limit or (most_bytes < 0 and (chosen or not alone)):
                     break
@@ -184,13 +438,16 @@ class Journal:
                     chosen.append(task_id)
             sizes.close()
         rows = self._rows(f"t.id IN ({','.join(map(str, chosen))})", ())
-        return [KeptResult(held, size_bytes) for held, size_bytes in rows]
+        return [
+            KeptResult(held, waiting[held.id][0] if held.id in waiting else size_bytes) for held, size_bytes in rows
+        ]
 
     def drop_expired(self) -> int:
         """Remove unfinished tasks that no stream holds any more, and say how many."""
-        with self._lock, self._db:
+        with self._writing():
             cursor = self._db.execute(
-                "DELETE FROM adc_task WHERE slot = ? AND fetched_at < ? AND id NOT IN (SELECT task_id FROM adc_result)",
+                "DELETE FROM adc_task WHERE slot = ? AND (fetched_at < ? OR dead)"
+                " AND id NOT IN (SELECT task_id FROM adc_result)",
                 (self.slot, time.time() - TASK_LIFE_S),
             )
         return cursor.rowcount
@@ -199,16 +456,15 @@ class Journal:
         """Count a job's tasks that Antenna may still be waiting for."""
         with self._lock:
             row = self._db.execute(
-                "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ?", (self.slot, job_id)
+                "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND NOT dead", (self.slot, job_id)
             ).fetchone()
         return int(row[0])
 
     def unposted_count(self) -> int:
+        query = "SELECT r.task_id FROM adc_result r JOIN adc_task t ON t.id = r.task_id WHERE t.slot = ?"
         with self._lock:
-            row = self._db.execute(
-                "SELECT count(*) FROM adc_result r JOIN adc_task t ON t.id = r.task_id WHERE t.slot = ?", (self.slot,)
-            ).fetchone()
-        return int(row[0])
+            kept = {row[0] for row in self._db.execute(query, (self.slot,))}
+            return len((kept | self._in_memory.keys()) - self._to_forget)
 
     def _rows(self, where: str, arguments: tuple[object, ...]) -> list[tuple[HeldTask, int]]:
         query = (
@@ -227,7 +483,7 @@ class Journal:
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
         db = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA journal_mode={'DELETE' if self._shared else 'WAL'}")
             db.execute("PRAGMA synchronous=FULL")  # a result counts as kept only when a power cut cannot take it
             db.execute("PRAGMA foreign_keys=ON")
             db.execute("PRAGMA secure_delete=FAST")  # what is erased or forgotten must not stay readable in its page
@@ -241,16 +497,15 @@ class Journal:
         with db:
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
+            if version > len(_SCHEMA):
                 raise WorkerFault(
                     f"the journal {self._path} was written by a newer worker (version {version}, this one knows"
-                    f" {_VERSION}): install that version again, or move the file away once its results are posted",
+                    f" {len(_SCHEMA)}): install that version again, or move the file away once its results are posted",
                     ExitCode.JOURNAL_UNUSABLE,
                 )
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version={_VERSION}")
+            for statement in chain.from_iterable(script.split(";") for script in _SCHEMA[version:]):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version={len(_SCHEMA)}")
 
     def _lock_path(self, slot: int) -> Path:
         return self._path.with_name(f"{self._path.stem}.{slot}.lock")
@@ -265,7 +520,7 @@ class Journal:
         return fd
 
     def _take_slot(self) -> tuple[int, int]:
-        for slot in range(_SLOTS_MAX):
+        for slot in range(self._first_slot, self._first_slot + _SLOTS_MAX):
             fd = self._try_lock(slot)
             if fd is not None:
                 return slot, fd
@@ -276,7 +531,8 @@ class Journal:
         with self._lock:
             slots = [row[0] for row in self._db.execute("SELECT DISTINCT slot FROM adc_task")]
         for slot in slots:
-            fd = None if slot == self.slot else self._try_lock(slot)
+            of_this_host = slot // _SLOTS_MAX == self._first_slot // _SLOTS_MAX
+            fd = self._try_lock(slot) if of_this_host and slot != self.slot else None
             if fd is None:
                 continue
             try:

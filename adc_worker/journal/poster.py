@@ -1,4 +1,4 @@
-"""Empties the journal: posts kept results until Antenna has accepted them or they are useless.
+"""Empties the journal: posts kept results until Antenna has accepted them or they are useless, and sees jobs end.
 
 Decides how results are grouped and when they are tried again; how a post travels is the client's business.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
-from adc_worker.antenna.wire import PostEntry, error_result
-from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected
+from adc_worker.antenna.wire import FINAL_STATES, JobState, PostEntry, Task, error_result, is_error_result
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
 from adc_worker.journal.journal import Journal, KeptResult
 from adc_worker.log import get_logger
 
@@ -24,12 +25,21 @@ _log = get_logger(__name__)
 
 RESULTS_PER_POST = 50
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
+TICK_S = 1.0
+# A cancel and a retry take an operator longer than this; without news for as long, a job is looked at before a post.
+CONTACT_S = 60.0
+# After its last accepted result a job is looked at, then looked at with a repeat, at ever longer intervals. Antenna
+# takes 0.3-0.9 s to save a result (contract).
+LOOKS_S = (0.5, 5.0)
+LOOK_FACTOR = 3.0
 _JOB_UNKNOWN, _TOO_LARGE, _INVALID = 404, 413, 400
 _FINAL = frozenset({_JOB_UNKNOWN, _TOO_LARGE, _INVALID})
 
 
 class ResultReceiver(Protocol):
     def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None: ...
+    def job(self, job_id: int) -> JobState: ...
+    def fetch_tasks(self, job_id: int, count: int) -> list[Task]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,22 @@ class PosterLimits:
 
     pending_posts: int
     post_bytes: int
+
+
+@dataclass(slots=True)
+class _Retry:
+    """A job whose posts fail: one of them is tried at `at`, the others wait."""
+
+    at: float
+    backoff_s: float
+
+
+@dataclass(slots=True)
+class _Ending:
+    """A job whose results are all accepted, as far as they are ours."""
+
+    look_at: float
+    looks: int = 0
 
 
 class Poster:
@@ -57,10 +83,12 @@ class Poster:
         self._listener: Callable[[], None] | None = None
         self._changed = threading.Condition()
         self._posting: set[int] = set()
-        self._under_way = 0
+        self._under_way: Counter[int] = Counter()  # by job
+        self._retries: dict[int, _Retry] = {}
+        self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
         self._oversize = False
+        self._draining = False
         self._closing = False
-        self._dropped = threading.Event()  # cuts short every back-off
         self._refused = False
         self.failure: BaseException | None = None
         self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
@@ -76,6 +104,12 @@ class Poster:
         """Call `listener`, from a posting thread, whenever results were accepted or found useless."""
         self._listener = listener
 
+    @property
+    def jobs_ended(self) -> bool:
+        """Whether every job whose results are accepted was seen to be over, or had one of them repeated."""
+        with self._changed:
+            return all(ending.looks >= len(LOOKS_S) for ending in self._endings.values())
+
     def wake(self) -> None:
         """Tell the poster that results were kept."""
         with self._changed:
@@ -85,7 +119,7 @@ class Poster:
         """Wait until every kept result is accepted; False on time-out or when the poster died."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self.failure is None and (self._under_way or self._journal.unposted_count()):
+            while self.failure is None and (self._under_way.total() or self._journal.unposted_count()):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
@@ -94,91 +128,166 @@ class Poster:
 
     def close(self, flush_s: float) -> None:
         """Post what is kept for up to `flush_s` seconds, then stop; the rest stays in the journal."""
+        self._draining = True
         self.wait_idle(flush_s)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._dropped.set()
         self._thread.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _run(self) -> None:
         try:
-            while group := self._next_group():
-                self._executor.submit(self._post_group, group)
+            while work := self._next_work():
+                self._executor.submit(work)
         except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
             self.failure = error
             self.wake()
 
-    def _next_group(self) -> list[KeptResult]:
-        """Wait for results and a free post, and claim one post's worth; empty when closing."""
+    def _next_work(self) -> Callable[[], None] | None:
+        """Wait for something to do and a free post, and claim it; None when closing."""
         with self._changed:
             while not self._closing and self.failure is None:
-                if self._under_way < self._limits.pending_posts and not self._oversize:
-                    # A post that exceeds the limit takes minutes; nothing beside it makes that longer.
-                    alone = self._under_way == 0
-                    group = self._group(
-                        self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes, alone=alone)
-                    )
-                    if group:
-                        self._oversize = sum(kept.size_bytes for kept in group) > self._limits.post_bytes
-                        self._posting.update(kept.held.id for kept in group)
-                        self._under_way += 1
-                        return group
-                self._changed.wait()
-        return []
+                self._journal.check_writable()
+                if self._under_way.total() < self._limits.pending_posts and not self._oversize:
+                    work = self._claim_group() or self._claim_ending()
+                    if work is not None:
+                        return work
+                now = time.monotonic()
+                due = [retry.at - now for retry in self._retries.values() if retry.at > now]
+                self._changed.wait(min([TICK_S, *due]))
+        return None
 
-    def _group(self, results: Sequence[KeptResult]) -> list[KeptResult]:
-        """Take the leading results of one job; the journal has seen to the post's bytes and count."""
-        return list(takewhile(lambda kept: kept.held.job_id == results[0].held.job_id, results))
+    def _claim_group(self) -> Callable[[], None] | None:
+        """Claim one post's worth of one job's results."""
+        now = time.monotonic()
+        waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
+        # A post that exceeds the limit takes minutes; nothing beside it makes that longer.
+        alone = self._under_way.total() == 0
+        results = self._journal.unposted(
+            self._posting, RESULTS_PER_POST, self._limits.post_bytes, alone=alone, excluding_jobs=waiting
+        )
+        if not results:
+            return None
+        job_id = results[0].held.job_id
+        group = list(takewhile(lambda kept: kept.held.job_id == job_id, results))
+        self._oversize = sum(kept.size_bytes for kept in group) > self._limits.post_bytes
+        self._posting.update(kept.held.id for kept in group)
+        self._under_way[job_id] += 1
+        return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
 
-    def _post_group(self, group: list[KeptResult]) -> None:
+    def _claim_ending(self) -> Callable[[], None] | None:
+        now = time.monotonic()
+        for job_id, ending in self._endings.items():
+            retry = self._retries.get(job_id)
+            if ending.look_at <= now and not self._under_way[job_id] and not (retry and retry.at > now):
+                if self._journal.held_count(job_id):
+                    ending.look_at = now + TICK_S
+                    continue
+                self._under_way[job_id] += 1
+                return partial(self._work_on, job_id, partial(self._see_end, job_id, ending))
+        return None
+
+    def _work_on(self, job_id: int, work: Callable[[], None], group: Sequence[KeptResult] = ()) -> None:
         try:
-            self._post_until_settled(group)
+            work()
+            self._refused = False
+            with self._changed:
+                self._retries.pop(job_id, None)
+        except AntennaError as error:
+            self._refused = isinstance(error, AntennaRefused)
+            self._back_off(job_id, error)
         except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
             self.failure = error
         finally:
             with self._changed:
                 self._posting.difference_update(kept.held.id for kept in group)
-                self._under_way -= 1
+                self._under_way[job_id] -= 1
                 self._oversize = False  # if it was, nothing else is under way
                 self._changed.notify_all()
 
-    def _post_until_settled(self, group: Sequence[KeptResult]) -> None:
-        backoff_s = self._first_backoff_s
-        while True:
-            try:
-                self._receiver.post_results(group[0].held.job_id, [self._entry(kept) for kept in group])
-            except AntennaError as error:
-                if isinstance(error, AntennaRejected) and error.status in _FINAL:
-                    self._settle_rejected(group, error)
-                    return
-                # Also a redirect or a 405: they tell about the way to Antenna, not about the results.
-                self._refused = isinstance(error, AntennaRefused)
-                _log.warning("post_failed", error=str(error), results=len(group), retry_in_s=round(backoff_s, 1))
-                # Full jitter: after an outage a fleet must not come back in step.
-                if self._dropped.wait(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311 (no secret)
-                    return
-                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
-            else:
-                self._refused = False
-                self._done(group)
-                return
+    def _back_off(self, job_id: int, error: AntennaError) -> None:
+        now = time.monotonic()
+        with self._changed:
+            retry = self._retries.get(job_id)
+            if retry is not None and retry.at > now:
+                return  # it was under way beside one that failed just before
+            backoff_s = min(2 * retry.backoff_s, BACKOFF_MAX_S) if retry else self._first_backoff_s
+            # Jitter: after an outage a fleet must not come back in step.
+            self._retries[job_id] = _Retry(now + backoff_s * random.uniform(0.5, 1.0), backoff_s)  # noqa: S311 (no secret)
+        hint = "; fetching stops: check AMI_ANTENNA_API_AUTH_TOKEN" if self._refused else ""
+        _log.warning("post_failed", job_id=job_id, error=f"{error}{hint}", retry_in_s=round(backoff_s, 1))
+
+    def _post(self, job_id: int, group: Sequence[KeptResult]) -> None:
+        try:
+            if self._journal.contact_age_s(job_id) > CONTACT_S and not self._is_served(job_id):
+                return  # what is still good comes again
+            self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
+        except AntennaRejected as error:
+            # Others, as a redirect or a 405, tell about the way to Antenna and not about the results.
+            if error.status not in _FINAL:
+                raise
+            self._settle_rejected(group, error)
+        else:
+            self._done(group)
+
+    def _is_served(self, job_id: int) -> bool:
+        """After a silence: whether the job is served and its kept results may be posted at once.
+
+        One task is fetched, for its subject: it tells whether the job's stream is still the one of what is kept.
+        """
+        state = self._receiver.job(job_id)
+        if not state.is_served:
+            self._journal.bury(job_id)
+            raise AntennaUnavailable(f"job {job_id} is {state.status}: nothing is posted to it")
+        if self._draining or self._journal.fault:
+            return True  # nothing is fetched
+        self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
+        return False
+
+    def _see_end(self, job_id: int, ending: _Ending) -> None:
+        """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
+
+        Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
+        """
+        try:
+            status = self._receiver.job(job_id).status
+        except AntennaRejected as error:
+            if error.status != _JOB_UNKNOWN:
+                raise
+            status = "FAILURE"
+        if status in FINAL_STATES:
+            if status != "REVOKED":  # a retry asks for the same images
+                self._journal.close_job(job_id)
+            with self._changed:
+                self._endings.pop(job_id, None)
+            return
+        if ending.looks and not self._draining:
+            tasks = self._receiver.fetch_tasks(job_id, 1)  # also proves whose stream this is
+            self._journal.record(job_id, tasks)
+            entry = self._journal.newest_accepted(job_id)
+            if entry is not None and not tasks:
+                self._receiver.post_results(job_id, [entry])
+                _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
+        ending.looks += 1
+        last = ending.looks >= len(LOOKS_S)
+        wait_s = LOOKS_S[-1] * LOOK_FACTOR ** (ending.looks - 1) if last else LOOKS_S[ending.looks]
+        ending.look_at = time.monotonic() + wait_s
 
     def _settle_rejected(self, group: Sequence[KeptResult], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""
         if error.status == _JOB_UNKNOWN:
             _log.warning("results_useless", job_id=group[0].held.job_id, results=len(group), reason=str(error))
-            self._done(group)
+            self._forget(group)
         elif len(group) > 1:
             middle = len(group) // 2
-            self._post_until_settled(group[:middle])
-            self._post_until_settled(group[middle:])
-        elif not next(self._journal.parts(group[0].held.id)).startswith(b'{"error":'):
+            self._post(group[0].held.job_id, group[:middle])
+            self._post(group[0].held.job_id, group[middle:])
+        elif not is_error_result(next(iter(self._journal.parts(group[0].held.id)))):
             self._replace_with_error(group[0], error)
         else:
             _log.error("result_rejected", job_id=group[0].held.job_id, error=str(error))
-            self._done(group)
+            self._forget(group)
 
     def _replace_with_error(self, kept: KeptResult, error: AntennaRejected) -> None:
         text = (
@@ -189,13 +298,24 @@ class Poster:
         )
         _log.error("result_replaced_by_error", job_id=kept.held.job_id, image_id=kept.held.task.image_id, reason=text)
         size_bytes = self._journal.keep([(kept.held.id, [error_result(kept.held.task.image_id, text)])])
-        self._post_until_settled([KeptResult(kept.held, size_bytes)])
+        self._post(kept.held.job_id, [KeptResult(kept.held, size_bytes)])
 
     def _entry(self, kept: KeptResult) -> PostEntry:
         return PostEntry(kept.held.task.reply_subject, kept.size_bytes, partial(self._journal.parts, kept.held.id))
 
     def _done(self, group: Sequence[KeptResult]) -> None:
-        self._journal.forget(kept.held.id for kept in group)
+        self._journal.settle([kept.held.id for kept in group])
+        job_id = group[0].held.job_id
+        with self._changed:
+            self._retries.pop(job_id, None)
+            self._endings[job_id] = _Ending(time.monotonic() + LOOKS_S[0])
+        self._tell()
+
+    def _forget(self, group: Sequence[KeptResult]) -> None:
+        self._journal.forget([kept.held.id for kept in group])
+        self._tell()
+
+    def _tell(self) -> None:
         listener = self._listener
         if listener is not None:
             listener()

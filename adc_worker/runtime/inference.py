@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from adc_worker.antenna.wire import success_result
+from adc_worker.antenna.wire import SuccessResult
 from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
@@ -52,7 +52,7 @@ def infer_and_keep(
         now = datetime.now(UTC).isoformat()
         # The share of the batch so far, and its own decode: what one image cost.
         total_s = report.decode_s + (time.perf_counter() - started - keep_s) / (1 + staged.index(image))
-        parts = success_result(image.task, pipeline.slug, found, total_s, now)
+        parts = SuccessResult(image.task, pipeline.slug, found, total_s, now)
         waiting.append(ImageResult(image.id, parts, len(found), report.truncated))
         detections += len(found)
         arrays_bytes += sum(one.scores.nbytes + one.logits.nbytes for box in found for one in box.classifications)

@@ -11,14 +11,17 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
 from adc_worker.errors import AntennaError, ImageError, LinkError, StagingFull
+from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
+from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
@@ -68,11 +71,14 @@ class Intake:
         lease: LeaseTerms,
         limits: IntakeLimits,
         stopping: threading.Event,
+        *,
+        faults: Faults,
     ) -> None:
         self.staged = StagedQueue()
         self.error: AntennaError | None = None
         self.failure: BaseException | None = None
         self.fetched = 0
+        self.parked = 0  # left on record: their image host is at fault
         self._job_id = job_id
         self._client = client
         self._journal = journal
@@ -81,6 +87,7 @@ class Intake:
         self._lease = lease
         self._limits = limits
         self._stopping = stopping
+        self._faults = faults
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
@@ -120,6 +127,8 @@ class Intake:
             while not self._finished():
                 if self._stopping.is_set():
                     self._stopped.set()
+                journal_fault = self._journal.fault
+                self._faults.watch("journal", OSError(journal_fault) if journal_fault else None)
                 self._start_downloads()
                 if self._wants_tasks():
                     self._fetch()
@@ -134,7 +143,8 @@ class Intake:
         with self._changed:
             if self._stopped.is_set():
                 return self._downloading == 0
-            return self._drained and not self._to_download and self._downloading == 0
+            ended = self._drained or self.parked
+            return bool(ended) and not self._to_download and self._downloading == 0
 
     def _take(self, tasks: list[HeldTask]) -> None:
         with self._changed:
@@ -144,9 +154,9 @@ class Intake:
     def _wants_tasks(self) -> bool:
         with self._changed:
             room = self._limits.in_hand - (self.fetched - self._outcomes.settled)
-            if self._drained or self._stopped.is_set() or room < 1:
+            if self._drained or self._stopped.is_set() or room < 1 or self.parked:
                 return False
-        return self._journal.held_count(self._job_id) < self._limits.held
+        return self._outcomes.may_take_more() and self._journal.held_count(self._job_id) < self._limits.held
 
     def _fetch(self) -> None:
         first = self.fetched == 0
@@ -159,10 +169,11 @@ class Intake:
         except AntennaError as error:
             _log.warning("fetch_failed", job_id=self._job_id, error=str(error))
             self.error = error
-            tasks = []
-        self._take(self._journal.record(self._job_id, tasks))
-        if not tasks:
             self._drained = True
+            return
+        self._take(self._journal.record(self._job_id, tasks))
+        self._outcomes.wake_poster()
+        self._drained = not tasks
 
     def _wait(self) -> None:
         with self._changed:
@@ -201,37 +212,56 @@ class Intake:
     def _stage_until_settled(self, held: HeldTask) -> None:
         delivery = parse_reply_subject(held.task.reply_subject)
         last = delivery is not None and delivery.count >= self._lease.max_deliver
+        host = urlsplit(held.task.image_url).netloc
         backoff_s = RETRY_FIRST_S
         while not self._stopped.is_set():
+            fault = self._faults.blocks(host)
+            if fault is not None:
+                self._park_or_settle(held, fault, last=last)
+                return
             try:
                 image = self._staging.stage(held.id, held.task, self._stopped.is_set)
-            except StagingFull:
+            except StagingFull as error:
+                self._faults.watch("staging", error)
                 with self._changed:
                     self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
                 return
-            except ImageError as error:
-                self._outcomes.fail(held.id, held.task, error)
-                return
-            except LinkError as error:
+            except (ImageError, LinkError) as error:
                 if self._stopped.is_set():
                     return
-                if self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s:
-                    self._settle_link_error(held, error, last=last)
+                host_at_fault = self._faults.image_failed(host, held.task.image_id, error)
+                if host_at_fault or (isinstance(error, LinkError) and self._lapses_soon(held)):
+                    self._park_or_settle(held, str(error), last=last)
+                    return
+                if isinstance(error, ImageError):
+                    self._outcomes.fail(held.id, held.task, error)
                     return
                 pause_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
                 self._stopped.wait(max(pause_s, min(error.retry_after_s, self._lease_left_s(held) / 2)))
                 backoff_s = min(2 * backoff_s, RETRY_MAX_S)
+            except OSError as error:
+                self._faults.watch("staging", error)
+                self._stopped.wait(PAUSE_S)
             else:
                 self._journal.erase_url(held)
+                self._faults.image_came(host)
+                self._faults.watch("staging", None)
                 self.staged.put(image, urgent=last)
                 return
 
     def _lease_left_s(self, held: HeldTask) -> float:
         return held.fetched_at + self._lease.ack_wait_s - time.time()
 
-    def _settle_link_error(self, held: HeldTask, error: LinkError, *, last: bool) -> None:
-        if last:
+    def _lapses_soon(self, held: HeldTask) -> bool:
+        return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s
+
+    def _park_or_settle(self, held: HeldTask, error: str, *, last: bool) -> None:
+        """Leave a task on record for a later pass over the job, unless its lease is about to lapse."""
+        if not self._lapses_soon(held):
+            with self._changed:
+                self.parked += 1
+        elif last:
             reason = f"not downloadable in {self._lease.max_deliver} deliveries: {error}"
             self._outcomes.fail(held.id, held.task, ImageError(reason))
         else:
-            self._outcomes.give_up(held.id, held.task, str(error))
+            self._outcomes.give_up(held.id, held.task, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
@@ -19,6 +19,7 @@ from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
+from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import JobOutcomes
@@ -31,8 +32,6 @@ from adc_worker.tuning.probe_report import ProbeReport
 
 _log = get_logger(__name__)
 
-# More results waiting than this, and the GPU pauses: the journal must not grow without bound while Antenna is away.
-UNPOSTED_RESULTS_MAX = 5000
 _BACKPRESSURE_POLL_S = 1.0
 
 
@@ -49,6 +48,7 @@ class WorkerContext:
     lease: LeaseTerms
     stopping: threading.Event
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
+    faults: Faults = field(default_factory=Faults)
 
     def host(self, pipeline: Pipeline) -> HostBudget:
         return budget.measure(
@@ -62,10 +62,11 @@ class WorkerContext:
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """What came of one pass over a job."""
+    """What came of one pass over a job: tasks worked on, and tasks that wait for an image host at fault."""
 
     tasks: int
     error: AntennaError | None
+    parked: int
 
 
 def ceilings(settings: Settings) -> Ceilings:
@@ -96,20 +97,33 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
         context.lease,
         IntakeLimits.for_probe(context.settings.antenna_api_batch_size),
         context.stopping,
+        faults=context.faults,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes)
     context.poster.listen(intake.wake)
     intake.start()
     try:
         run.probe_and_feed()
+    except RuntimeError as error:
+        rule = rule_for(error)
+        if rule is not None and rule.affected is Affected.MACHINE:
+            raise WorkerFault(f"{error}; {rule.advice}", ExitCode.GPU_FAULT) from error
+        raise
     finally:
         context.poster.listen(None)
         intake.close()
-    if intake.failure is not None:
-        raise WorkerFault(f"intake died: {intake.failure!r}", ExitCode.BACKGROUND_TASK_DIED) from intake.failure
-    if intake.fetched:
+    _check_thread("intake", intake.failure)
+    worked = intake.fetched - intake.parked
+    if worked:
         run.log_summary(time.monotonic() - started)
-    return JobSummary(intake.fetched, intake.error)
+    return JobSummary(worked, intake.error, intake.parked)
+
+
+def _check_thread(name: str, failure: BaseException | None) -> None:
+    if isinstance(failure, WorkerFault):
+        raise failure
+    if failure is not None:
+        raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
 
 class _JobRun:
@@ -187,16 +201,13 @@ class _JobRun:
         return anonymous_bytes((*self._context.pids, *loader.decode_pids)) + loader.resident_bytes + staged
 
     def _check_background(self) -> None:
-        for name, failure in (("intake", self._intake.failure), ("poster", self._context.poster.failure)):
-            if failure is not None:
-                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
+        _check_thread("intake", self._intake.failure)
+        _check_thread("poster", self._context.poster.failure)
 
     def _wait_for_room(self) -> None:
-        """Pause while too many results wait for Antenna."""
-        while (
-            self._context.journal.unposted_count() > UNPOSTED_RESULTS_MAX
-            and not self._context.stopping.wait(_BACKPRESSURE_POLL_S)
-        ):  # fmt: skip
+        """Pause while too many results wait for Antenna, or the next ones could not be kept."""
+        journal = self._context.journal
+        while (journal.fault or journal.is_full()) and not self._context.stopping.wait(_BACKPRESSURE_POLL_S):
             self._check_background()
 
     def log_summary(self, wall_s: float) -> None:

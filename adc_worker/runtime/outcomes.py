@@ -53,9 +53,16 @@ class JobOutcomes:
         """Call `listener` after every outcome."""
         self._on_settled = listener
 
+    def may_take_more(self) -> bool:
+        """Whether what is fetched now can be recorded and posted: the journal is writable, the token accepted."""
+        return self._journal.check_writable() and not self._poster.refused
+
+    def wake_poster(self) -> None:
+        self._poster.wake()
+
     def succeed(self, results: Sequence[ImageResult]) -> int:
         """Keep results, return their bytes: they survive a crash from here on, and their staged files are gone."""
-        size_bytes = self._journal.keep((result.task_id, result.parts) for result in results)
+        size_bytes = self._journal.keep([(result.task_id, result.parts) for result in results])
         with self._lock:
             self.done += len(results)
             self.detections += sum(result.detections for result in results)
@@ -77,7 +84,7 @@ class JobOutcomes:
 
     def give_up(self, task_id: int, task: Task, reason: str) -> None:
         """Leave a task to its lease: Antenna hands it out again."""
-        self._journal.forget([task_id])
+        self._journal.give_up(task_id, task.reply_subject)
         with self._lock:
             self.given_up += 1
         self._log.warning("task_left_to_its_lease", image_id=task.image_id, reason=reason)

@@ -29,7 +29,15 @@ STEADY_S = 300.0  # a child that lived this long starts its back-off anew
 # cost Pillow's decodes 38 000 page faults each.
 CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "33554432"}
 _KILLED = 3
-_NO_RESTART = frozenset({ExitCode.OK, ExitCode.CONFIGURATION, ExitCode.MODEL_UNAVAILABLE, ExitCode.JOURNAL_UNUSABLE})
+_NO_RESTART = frozenset(
+    {
+        ExitCode.OK,
+        ExitCode.CONFIGURATION,
+        ExitCode.MODEL_UNAVAILABLE,
+        ExitCode.JOURNAL_UNUSABLE,
+        ExitCode.MACHINE_FAULT,
+    }
+)
 
 
 @dataclass(slots=True)

@@ -77,7 +77,8 @@ class WorkerLoop:
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._contacted = False
+        self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
+        self._waiting_for_host = False
 
     def run(self) -> None:
         """Return when draining, or when idle and that was asked for."""
@@ -96,22 +97,26 @@ class WorkerLoop:
                 _log.warning("poll_failed", error=str(error), attempt=failures)
             if worked:
                 continue
-            if self._options.exit_when_idle and failures == 0 and self._context.poster.wait_idle(0):
+            if self._options.exit_when_idle and failures == 0 and not self._waiting_for_host and self._all_told():
                 _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
                 return
             self._sleep(failures)
+
+    def _all_told(self) -> bool:
+        return self._context.poster.wait_idle(0) and self._context.poster.jobs_ended
 
     def _pass(self) -> bool:
         """Poll once and work on what is listed; True when any task was taken."""
         jobs = self._context.client.jobs(list(self._specs), self._options.project)
         random.shuffle(jobs)  # a fleet that polls together must not queue at the same job
-        tasks, error = 0, None
+        tasks, error, self._waiting_for_host = 0, None, False
         for job in jobs:
             if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
                 summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
                 gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
                 tasks += summary.tasks
                 error = error or summary.error
+                self._waiting_for_host |= summary.parked > 0
         if error is not None and not tasks:
             raise error
         self._contacted = True

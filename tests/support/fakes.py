@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from adc_worker.antenna.wire import PostEntry, Task, error_result
+from adc_worker.antenna.wire import JobState, PostEntry, Task, error_result
 from adc_worker.host.budget import HostBudget
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
@@ -37,6 +37,8 @@ class Receiver:
         self._lock = threading.Lock()
         self.posts: list[tuple[int, list[tuple[str, bytes]]]] = []
         self.attempts = 0
+        self.status = "STARTED"
+        self.tasks: list[Task] = []
 
     def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None:
         self._post(job_id, [(entry.reply_subject, b"".join(entry.parts())) for entry in entries])
@@ -48,6 +50,14 @@ class Receiver:
             self._fault(job_id, entries)
         with self._lock:
             self.posts.append((job_id, list(entries)))
+
+    def job(self, job_id: int) -> JobState:
+        return JobState(id=job_id, status=self.status)
+
+    def fetch_tasks(self, _job_id: int, count: int) -> list[Task]:
+        with self._lock:
+            fetched, self.tasks = self.tasks[:count], self.tasks[count:]
+            return fetched
 
     @property
     def bodies(self) -> Counter[bytes]:

@@ -41,7 +41,7 @@ class Request:
 class ImageServer:
     """Routes by request target (a whole URL where it is a proxy); what is unknown is 404."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.replies: dict[str, Reply | Callable[[], Reply]] = {}
         self.requests: list[Request] = []
         server = self
@@ -55,7 +55,7 @@ class ImageServer:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = False  # closing waits for them
         self._scheme = "http"
         if tls is not None:

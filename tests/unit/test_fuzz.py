@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adc_worker.antenna.leases import job_of, parse_reply_subject
-from adc_worker.antenna.wire import Task, parse_jobs, parse_tasks, success_result
+from adc_worker.antenna.wire import SuccessResult, Task, parse_jobs, parse_tasks
 from adc_worker.errors import ImageError, LinkError
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient, _redirected
@@ -103,7 +103,7 @@ def test_any_json_is_read_or_refused(listed: Any) -> None:
         for task in tasks:
             job_of(task.reply_subject)
             parse_reply_subject(task.reply_subject)
-            result = orjson.loads(b"".join(success_result(task, "moths", [], 1.0, WHEN)))
+            result = orjson.loads(b"".join(SuccessResult(task, "moths", [], 1.0, WHEN)))
             assert result["source_images"][0]["id"] == task.image_id
 
 
@@ -154,4 +154,4 @@ def test_whatever_stands_around_a_signed_url_its_signature_is_cut_out(
     assert SECRET not in public_url(url)
     assert public_url(url) == f"https://h/p{path}"
     task = Task(image_id="1", image_url=url, reply_subject="x")
-    assert SECRET.encode() not in b"".join(success_result(task, "moths", [], 1.0, WHEN))
+    assert SECRET.encode() not in b"".join(SuccessResult(task, "moths", [], 1.0, WHEN))

@@ -19,6 +19,7 @@ from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
+from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
 from tests.support.fakes import Receiver, result, task
@@ -86,6 +87,7 @@ class Job:
         )
         self.outcomes = JobOutcomes(JOB, self.journal, self.staging, self.poster)
         self.stopping = threading.Event()
+        self.faults = Faults(now=lambda: self.now_s)
 
     def start(self, tasks: int, downloads: int) -> Intake:
         return self.start_with([task(number) for number in range(1, tasks + 1)], downloads=downloads)
@@ -93,7 +95,17 @@ class Job:
     def start_with(self, tasks: list[Task], kind: type[Queue] = Queue, *, downloads: int = 1) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
         queue = kind(tasks)
-        self.intake = Intake(JOB, queue, self.journal, self.staging, self.outcomes, LeaseTerms(), limits, self.stopping)
+        self.intake = Intake(
+            JOB,
+            queue,
+            self.journal,
+            self.staging,
+            self.outcomes,
+            LeaseTerms(),
+            limits,
+            self.stopping,
+            faults=self.faults,
+        )
         self.intake.start()
         return self.intake
 

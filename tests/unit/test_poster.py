@@ -11,6 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from adc_worker.antenna.wire import Task
 from adc_worker.errors import AntennaRefused, AntennaRejected, AntennaUnavailable
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import RESULTS_PER_POST, Poster, PosterLimits
@@ -43,7 +44,7 @@ def keep(journal: Journal, numbers: Sequence[int], job_id: int = 7, size_bytes: 
     """Record and keep results of these images; return their bodies."""
     held = journal.record(job_id, [task(number) for number in numbers])
     kept = [result(number, size_bytes) for number in numbers]
-    journal.keep((one.id, [body]) for one, body in zip(held, kept, strict=True))
+    journal.keep([(one.id, [body]) for one, body in zip(held, kept, strict=True)])
     return kept
 
 
@@ -379,6 +380,7 @@ def test_under_random_faults_every_image_has_exactly_one_outcome(journal: Journa
         refuse(job_id, entries)
 
     receiver = Receiver(fault)
+    receiver.status = "SUCCESS"  # or one would be repeated
     with posting(journal, receiver, posts=3, post_bytes=200) as poster:
         for start in range(0, 60, 6):
             keep(journal, range(start, start + 6), job_id=start % 4)
@@ -390,3 +392,82 @@ def test_under_random_faults_every_image_has_exactly_one_outcome(journal: Journa
     assert results == {result(number) for number in range(60) if number not in spoilt}
     assert set(receiver.bodies.values()) == {1}
     assert journal.known_ids() == set()
+
+
+def test_a_job_whose_posts_fail_does_not_hold_up_another(journal: Journal) -> None:
+    """It waits without a post of its own, however few may be under way."""
+
+    def no_job_7(job_id: int, _entries: Entries) -> None:
+        if job_id == 7:
+            raise AntennaUnavailable("answered 500")
+
+    keep(journal, range(4), job_id=7)
+    kept = keep(journal, range(10, 14), job_id=8)
+    receiver = Receiver(no_job_7)
+    poster = Poster(journal, receiver, PosterLimits(1, 100), first_backoff_s=600)
+    wait_until(lambda: len(receiver.bodies) == 4)
+    poster.close(0)
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+    assert receiver.attempts == 3, "one of job 7, two of job 8"
+
+
+def later(number: int) -> Task:
+    """Return a task as the first one of a job's next stream."""
+    subject = "$JS.ACK.job_7.job-7-consumer.1.1.1.1760000000000009999.0"
+    return Task(image_id=str(number), image_url="https://images.example.org/9.jpg", reply_subject=subject)
+
+
+def silent(journal: Journal) -> None:
+    """Make it long ago that Antenna was heard of."""
+    journal._contacts.clear()
+
+
+def test_after_a_silence_one_task_is_fetched_before_anything_is_posted(journal: Journal) -> None:
+    """It proves another stream here: the results wait for their images."""
+    keep(journal, [1, 2, 3])
+    silent(journal)
+    receiver = Receiver()
+    receiver.tasks = [later(9)]
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert receiver.posts == []
+    assert [held.task.image_id for held in journal.unfinished(7)] == ["9"]
+
+
+def test_after_a_silence_the_results_of_a_job_that_goes_on_are_posted(journal: Journal) -> None:
+    """No task came, or one of the same stream."""
+    kept = keep(journal, [1, 2, 3])
+    silent(journal)
+    receiver = Receiver()
+    receiver.tasks = [task(4)]
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+        assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+@pytest.mark.parametrize("status", ["CANCELING", "REVOKED", "SUCCESS", "FAILURE"])
+def test_after_a_silence_nothing_is_posted_to_a_job_that_is_over(journal: Journal, status: str) -> None:
+    """Nor fetched."""
+    keep(journal, [1, 2])
+    silent(journal)
+    receiver = Receiver()
+    receiver.status, receiver.tasks = status, [later(9)]
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    assert (receiver.posts, len(receiver.tasks)) == ([], 1)
+
+
+def test_a_job_that_stays_open_with_all_results_accepted_gets_one_of_them_again(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is closed when that has ended it."""
+    monkeypatch.setattr("adc_worker.journal.poster.LOOKS_S", (0.01, 0.02))
+    keep(journal, [1, 2])
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: poster.jobs_ended and len(receiver.posts) == 2, 5)
+        assert len(receiver.posts[1][1]) == 1
+        assert receiver.posts[1][1][0] in receiver.posts[0][1]
+        receiver.status = "SUCCESS"
+        poster._endings[7].look_at = 0.0
+        wait_until(lambda: journal.finished_jobs() == [], 5)

@@ -17,12 +17,12 @@ from adc_worker.antenna.wire import (
     JobRef,
     JobState,
     PostEntry,
+    SuccessResult,
     Task,
     error_result,
     parse_jobs,
     parse_tasks,
     result_post,
-    success_result,
 )
 
 ENTRY = {"id": "5", "image_id": "5", "image_url": "https://h/5.jpg", "reply_subject": "$JS.ACK.x"}
@@ -121,7 +121,7 @@ def test_what_antenna_sends_is_not_quoted_in_errors() -> None:
 def test_the_url_goes_back_without_what_opens_it() -> None:
     """Antenna finds the image by its id; results are kept, logged and looked at."""
     signed = TASK.model_copy(update={"image_url": "https://user:pw@h/5.jpg?X-Amz-Signature=5ec2e7#part"})
-    result = orjson.loads(b"".join(success_result(signed, "moths", [], 1.0, WHEN)))
+    result = orjson.loads(b"".join(SuccessResult(signed, "moths", [], 1.0, WHEN)))
     assert result["source_images"] == [{"id": "5", "url": "https://h/5.jpg"}]
 
 
@@ -172,7 +172,7 @@ def test_tasks_are_served_in_two_states(status: str, served: bool) -> None:
 def test_a_success_is_written_as_the_contract_says() -> None:
     """Every key, and no other."""
     detections = [Detection((1, 2, 30, 40), DETECTOR, [classification(), classification(terminal=False)])]
-    written = orjson.loads(b"".join(success_result(TASK, "contract_moths", detections, 1.25, WHEN)))
+    written = orjson.loads(b"".join(SuccessResult(TASK, "contract_moths", detections, 1.25, WHEN)))
     one = {
         "classification": "Noctua pronuba",
         "scores": [0.1, 0.9],
@@ -199,20 +199,20 @@ def test_a_success_is_written_as_the_contract_says() -> None:
 
 def test_scores_keep_the_digits_of_float32_and_no_more() -> None:
     """0.1 as a double of a float32 is 0.10000000149011612: twice the bytes for nothing."""
-    written = b"".join(success_result(TASK, "p", [Detection((0, 0, 1, 1), DETECTOR, [classification()])], 1.0, WHEN))
+    written = b"".join(SuccessResult(TASK, "p", [Detection((0, 0, 1, 1), DETECTOR, [classification()])], 1.0, WHEN))
     assert b'"scores":[0.1,0.9],"logits":[-2.5,0.33333334]' in written
 
 
 def test_boxes_are_whole_numbers() -> None:
     """Antenna matches detections by exact values; numpy's integers are written like Python's."""
     x1, y1, x2, y2 = np.array([1, 2, 30, 40])
-    written = b"".join(success_result(TASK, "p", [Detection((x1, y1, x2, y2), DETECTOR)], 1.0, WHEN))
+    written = b"".join(SuccessResult(TASK, "p", [Detection((x1, y1, x2, y2), DETECTOR)], 1.0, WHEN))
     assert b'"bbox":{"x1":1,"y1":2,"x2":30,"y2":40}' in written
 
 
 def test_nothing_found_is_a_result_too() -> None:
     """Antenna records it."""
-    assert orjson.loads(b"".join(success_result(TASK, "p", [], 1.0, WHEN)))["detections"] == []
+    assert orjson.loads(b"".join(SuccessResult(TASK, "p", [], 1.0, WHEN)))["detections"] == []
 
 
 def test_an_error_names_its_image() -> None:

@@ -1,0 +1,169 @@
+"""Whose fault is it: one table from what went wrong to what it stops and what an operator can do about it.
+
+An error result is final for an image, so it takes evidence in the image. All else stops fetching for what is affected
+and is tried again: an image host for the tasks that need it, this machine for everything.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, ProxyError, SSLError
+
+from adc_worker.errors import AntennaRefused, ExitCode, ImageError, LinkError, StagingFull, WorkerFault
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+
+LINK_FAILURES = 3  # in a row, of any of the host's images
+IMAGES_ALIKE = 5  # different images in a row that fail in the same words
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
+MACHINE_FAULT_S = 300.0
+
+
+class Affected(Enum):
+    """What an error stops."""
+
+    IMAGE = "image"  # nothing else: it becomes the image's error result
+    HOST = "image host"
+    MACHINE = "machine"
+    ANTENNA = "antenna"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row: what is looked for among an error and its causes, what it stops, and what to do about it."""
+
+    matches: Callable[[BaseException], bool]
+    affected: Affected
+    advice: str
+
+
+def _is(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
+    return lambda error: isinstance(error, kinds)
+
+
+def _is_device_error(error: BaseException) -> bool:
+    """Whether it is one of CUDA's, after which a process computes nothing more; running out of memory is not."""
+    kind = getattr(torch, "AcceleratorError", ())
+    found = isinstance(error, kind) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return found and not isinstance(error, torch.OutOfMemoryError)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+RULES = (  # the first that matches counts
+    Rule(_is(AntennaRefused), Affected.ANTENNA, "check AMI_ANTENNA_API_AUTH_TOKEN: fetching takes a superuser's token"),
+    Rule(_is_device_error, Affected.MACHINE, "check the GPU with nvidia-smi and the kernel log; the process restarts"),
+    Rule(_is(ImageError), Affected.IMAGE, "look at one of these URLs in a browser: several images fail alike"),
+    Rule(_is(ProxyError), Affected.HOST, "check the proxy in HTTP_PROXY and HTTPS_PROXY, or list the host in NO_PROXY"),
+    Rule(_is(SSLError), Affected.HOST, "install the CA of the image host here (ca-certificates, SSL_CERT_FILE)"),
+    Rule(_is(NameResolutionError), Affected.HOST, "check the DNS of this machine, and the host's name"),
+    Rule(
+        _is(NewConnectionError), Affected.HOST, "check that this machine's network and firewall let it reach the host"
+    ),
+    Rule(_is(LinkError, HTTPError), Affected.HOST, "check the image host, and what this machine may reach"),
+    Rule(
+        lambda error: isinstance(error, StagingFull) or (isinstance(error, OSError) and error.errno in _FULL),
+        Affected.MACHINE,
+        "free some space, or set AMI_STAGING_PATH or AMI_USER_DATA_PATH to another disk",
+    ),
+    Rule(_is(OSError), Affected.MACHINE, "check the disks of this machine, and the rights on its folders"),
+)
+
+
+def rule_for(error: BaseException) -> Rule | None:
+    """Return the row for an error; None for what no row names, which is a bug and ends the process."""
+    causes = list(_causes(error))
+    return next((rule for rule in RULES if any(map(rule.matches, causes))), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+@dataclass(slots=True)
+class _Streak:
+    """Failures of one image host in a row."""
+
+    words: str
+    count: int = 0
+    images: set[str] = field(default_factory=set)
+    error: str = ""
+    retry_at: float | None = None  # None: the host is not held at fault
+    backoff_s: float = RETRY_FIRST_S
+
+
+class Faults:
+    """What is at fault now; safe to use from several threads."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._streaks: dict[str, _Streak] = {}
+        self._machine_since: dict[str, float] = {}
+
+    def image_failed(self, host: str, image_id: str, error: ImageError | LinkError) -> bool:
+        """Count a failed download; True when the host, and not the image, is held at fault."""
+        rule = rule_for(error)
+        words = re.sub(r"\d+", "0", str(error)) if rule and rule.affected is Affected.IMAGE else ""
+        with self._lock:
+            streak = self._streaks.get(host)
+            if streak is None or streak.words != words:
+                streak = self._streaks[host] = _Streak(words)
+            streak.count += 1
+            streak.images.add(image_id)
+            streak.error = str(error)
+            if (len(streak.images) < IMAGES_ALIKE) if words else (streak.count < LINK_FAILURES):
+                return False
+            if streak.retry_at is None:
+                _log.error("image_host_at_fault", host=host, error=str(error), do=rule.advice if rule else "")
+            streak.retry_at = self._now() + streak.backoff_s
+            streak.backoff_s = min(2 * streak.backoff_s, RETRY_MAX_S)
+            return True
+
+    def image_came(self, host: str) -> None:
+        with self._lock:
+            streak = self._streaks.pop(host, None)
+        if streak is not None and streak.retry_at is not None:
+            _log.info("image_host_back", host=host)
+
+    def blocks(self, host: str) -> str | None:
+        """Return the error of a host at fault; None when a download may be tried, which is one at a time then."""
+        with self._lock:
+            streak = self._streaks.get(host)
+            if streak is None or streak.retry_at is None:
+                return None
+            if self._now() >= streak.retry_at:
+                streak.retry_at = self._now() + streak.backoff_s
+                return None
+            return streak.error
+
+    def watch(self, part: str, error: BaseException | None) -> None:
+        """Say how a part of the machine is.
+
+        Raises:
+            WorkerFault: it has been at fault for five minutes.
+        """
+        with self._lock:
+            if error is None:
+                if self._machine_since.pop(part, None) is not None:
+                    _log.info("machine_fault_over", part=part)
+                return
+            now = self._now()
+            new = part not in self._machine_since
+            lasted_s = now - self._machine_since.setdefault(part, now)
+        if new:
+            rule = rule_for(error)
+            _log.error("machine_fault", part=part, error=str(error), do=rule.advice if rule else "")
+        if lasted_s >= MACHINE_FAULT_S:
+            raise WorkerFault(f"{part} at fault for {MACHINE_FAULT_S:.0f} s: {error}", ExitCode.MACHINE_FAULT)

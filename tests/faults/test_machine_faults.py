@@ -1,0 +1,155 @@
+"""What is this machine's or the link's fault never becomes an error on an image, and is over when its cause is."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from adc_worker.errors import ExitCode
+from tests.faults.conftest import Desk
+from tests.support import counting_pipeline
+from tests.support.counting_pipeline import numbered
+from tests.support.image_server import ImageServer, Reply
+from tests.support.waiting import wait_until
+from tests.support.workers import run_to_end, worker
+
+DISK_BYTES = 64_000_000
+
+
+def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_job(desk: Desk) -> None:
+    """No errors, one line that says what to do, and when the host is back its job goes on by itself."""
+    with ImageServer() as host:
+        port = host.port
+    waiting = desk.add_job(8, host=host)  # whose server is gone
+    other = desk.add_job(20, first=100)
+    with ExitStack() as after_the_worker, worker(desk.environment()) as running:
+        desk.done(other)
+        line = running.wait_for("image_host_at_fault")
+        assert line["host"] == f"127.0.0.1:{port}"
+        assert "network and firewall" in line["do"]
+        assert not desk.antenna.job(waiting).errors
+        later = desk.add_job(20, first=200)
+        desk.done(later)
+        back = after_the_worker.enter_context(ImageServer(port=port))
+        back.replies |= {f"/{number}.png": Reply(numbered(number)) for number in range(8)}
+        job = desk.done(waiting)
+        running.wait_for("image_host_back")
+    assert set(job.deliveries.values()) == {1}
+    assert len(running.events("image_host_at_fault")) == 1
+
+
+def test_a_proxy_that_is_down_is_named_and_costs_no_image(desk: Desk) -> None:
+    """Antenna is reached without it; images are not."""
+    with ImageServer() as proxy:
+        port = proxy.port
+    url = "http://images.test:81/7.png"
+    job_id = desk.antenna.add_job(counting_pipeline.SLUG, [url])
+    desk.jobs.append(job_id)
+    env = desk.environment({"http_proxy": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1"})
+    with ExitStack() as after_the_worker, worker(env) as running:
+        assert "HTTP_PROXY" in running.wait_for("image_host_at_fault")["do"]
+        back = after_the_worker.enter_context(ImageServer(port=port))
+        back.replies[url] = Reply(numbered(7))
+        desk.done(job_id)
+
+
+def test_many_images_that_fail_alike_are_the_hosts_fault(desk: Desk) -> None:
+    """A sign-in page in place of every photograph: a few errors before that is clear, and none after it."""
+    for number in range(40):
+        desk.images.replies[f"/{number}.png"] = Reply(b"<html>Sign in</html>", headers={"Content-Type": "text/html"})
+    job_id = desk.add_job(40)
+    with worker(desk.environment()) as running:
+        running.wait_for("image_host_at_fault")
+        for number in range(40):
+            desk.images.replies[f"/{number}.png"] = Reply(numbered(number))
+        wait_until(lambda: desk.antenna.job(job_id).status == "SUCCESS", timeout_s=40)
+    job = desk.antenna.job(job_id)
+    assert len(job.errors) <= 4
+    assert len(job.results) == 40 - len(job.errors)
+
+
+def test_a_cuda_error_ends_the_process_and_costs_no_image(desk: Desk) -> None:
+    """Its exit code has a name; the process that comes after it finishes the job."""
+    desk.switch("broken", on=True)
+    job_id = desk.add_job(20)
+    with worker(desk.environment(), "--exit-when-idle") as running:
+        assert running.wait_for("child_ended")["exit"] == ExitCode.GPU_FAULT.name
+        desk.switch("broken", on=False)
+        assert running.wait() == ExitCode.OK
+    job = desk.done(job_id)
+    assert set(job.deliveries.values()) == {1}
+    assert "nvidia-smi" in running.events("worker_fault")[0]["error"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MB of its own."""
+    image, folder = tmp_path / "disk.img", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    commands = (["mkfs.ext4", "-q", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(folder)])
+    try:
+        for command in commands:
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk of one's own without root and loop devices: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill(folder: Path) -> Path:
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(100_000))
+            file.flush()
+    assert shutil.disk_usage(folder).free < 100_000
+    return filler
+
+
+def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk, small_disk: Path) -> None:
+    """Fetching stops, what was computed is posted from memory, no image gets an error, and space lets it go on."""
+    desk.switch("hold", on=True)
+    job_id = desk.add_job(60)
+    env = desk.environment(
+        {"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8", "COUNTING_SECONDS": "0.01"}
+    )
+    with worker(env) as running:
+        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=30)
+        filler = _fill(small_disk)
+        fetches = desk.gate.requests["POST tasks"]
+        desk.switch("hold", on=False)
+        line = running.wait_for("machine_fault")
+        assert "free some space" in line["do"] or "disks of this machine" in line["do"]
+        assert desk.gate.requests["POST tasks"] <= fetches + 2, (
+            "what was under way before the disk was known to be full"
+        )
+        wait_until(lambda: desk.antenna.job(job_id).processed > 0, timeout_s=30)
+        filler.unlink()
+        running.wait_for("machine_fault_over")
+        job = desk.done(job_id)
+        assert running.process.poll() is None
+    assert not running.events("child_ended")
+    assert set(desk.inferred.values()) == {1}
+    assert set(job.deliveries.values()) == {1}
+
+
+def test_a_worker_on_a_disk_without_space_says_so_and_runs_once_there_is_some(desk: Desk, small_disk: Path) -> None:
+    """At start, too, a full disk is no fault of an image."""
+    (small_disk / "data").mkdir()
+    job_id = desk.add_job(4)
+    env = desk.environment({"AMI_USER_DATA_PATH": str(small_disk / "data")})
+    filler = _fill(small_disk)
+    code, running = run_to_end(env, "--exit-when-idle")
+    assert code == ExitCode.JOURNAL_UNUSABLE
+    assert "adc_journal.db cannot be opened" in running.events("worker_fault")[0]["error"]
+    filler.unlink()
+    code, _log = run_to_end(env, "--exit-when-idle")
+    assert code == ExitCode.OK
+    desk.done(job_id)

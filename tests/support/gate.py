@@ -1,0 +1,121 @@
+"""A proxy in front of Antenna that fails as told: it refuses, holds, cuts or answers with another status."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+# hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
+Fault = Literal["hold", "withhold", "reset", "cut"] | int
+BODY_SHOWN = b"<html>fault of the gate</html>"
+
+
+class Gate:
+    """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path."""
+
+    def __init__(self, upstream: str) -> None:
+        self.fault: Callable[[str], Fault | None] = lambda _route: None
+        self.released = threading.Event()
+        self.held: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
+        self._upstream = urlsplit(upstream)
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                gate._serve(self)
+
+            do_POST = do_GET  # noqa: N815 (named by http.server)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = False  # closing waits for them
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}{self._upstream.path}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    def open(self) -> None:
+        """Let everything through from now on, also what is held."""
+        self.fault = lambda _route: None
+        self.released.set()
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        word = urlsplit(handler.path).path.rstrip("/").rsplit("/", 1)[-1]
+        route = f"{handler.command} {'job' if word.isdecimal() else word}"
+        self.requests[route] += 1
+        fault = self.fault(route)
+        if isinstance(fault, int):
+            _answer(handler, fault, BODY_SHOWN, "text/html")
+            return
+        if fault in {"hold", "withhold"}:
+            answer = self._forward(handler, body) if fault == "withhold" else None
+            self.held[route] += 1
+            self.released.wait()
+            if answer is not None:
+                _cut(handler)
+                return
+        if fault == "reset":
+            _cut(handler)
+            return
+        status, content, content_type = self._forward(handler, body)
+        _answer(
+            handler, status, content[: len(content) // 2] if fault == "cut" else content, content_type, len(content)
+        )
+        if fault == "cut":
+            _cut(handler)
+
+    def _forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes, str]:
+        connection = http.client.HTTPConnection(self._upstream.netloc, timeout=60)
+        try:
+            names = ("Authorization", "Content-Type", "User-Agent")
+            headers = {name: value for name in names if (value := handler.headers.get(name))}
+            connection.request(handler.command, handler.path, body or None, headers)
+            response = connection.getresponse()
+            return response.status, response.read(), response.headers.get("Content-Type", "")
+        finally:
+            connection.close()
+
+
+def _answer(
+    handler: BaseHTTPRequestHandler, status: int, content: bytes, content_type: str, length: int | None = None
+) -> None:
+    try:
+        handler.send_response(status)
+        handler.send_header("Content-Type", content_type)
+        handler.send_header("Content-Length", str(len(content) if length is None else length))
+        handler.end_headers()
+        handler.wfile.write(content)
+    except (BrokenPipeError, ConnectionResetError):
+        handler.close_connection = True  # the worker was killed
+
+
+def _cut(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+    try:
+        handler.connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # the worker was killed
