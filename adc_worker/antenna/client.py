@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,7 +26,14 @@ _T = TypeVar("_T")
 class AntennaClient:
     """Antenna's endpoints as methods; raises only AntennaError. Safe to use from several threads."""
 
-    def __init__(self, base_url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        token: str,
+        transport: httpx.BaseTransport | None = None,
+        client_info: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._who = {"client_info": client_info} if client_info else {}  # goes with every fetch and every post
         self._http = httpx.Client(
             base_url=base_url,
             headers={"Authorization": f"Token {token}", "User-Agent": f"adc-worker/{__version__}"},
@@ -64,12 +71,12 @@ class AntennaClient:
     def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
         """Take up to `count` tasks; each spends one delivery. An empty list can mean six things."""
         timeout = httpx.Timeout(TASKS_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count}, timeout=timeout)
+        body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count} | self._who, timeout=timeout)
         return _read(wire.parse_tasks, body)
 
     def post_results(self, job_id: int, entries: Sequence[wire.PostEntry]) -> None:
         """Post serialised results, part by part; accepted means queued at Antenna, not saved."""
-        size_bytes, parts = wire.result_post(entries)
+        size_bytes, parts = wire.result_post(entries, self._who)
         headers = {"Content-Type": "application/json", "Content-Length": str(size_bytes)}
         self._send("POST", f"/jobs/{job_id}/result/", content=parts, headers=headers)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from adc_worker.antenna.leases import same_message
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
 
@@ -90,9 +91,9 @@ class Journal:
             self._db.close()
             os.close(self._slot_fd)
 
-    def record(self, job_id: int, tasks: Iterable[Task]) -> list[HeldTask]:
-        """Put fetched tasks on record; on return they survive a power cut."""
-        now = time.time()
+    def record(self, job_id: int, tasks: Iterable[Task], fetched_at: float | None = None) -> list[HeldTask]:
+        """Put fetched tasks on record; on return they survive a power cut. `fetched_at`: Unix time, now by default."""
+        now = fetched_at or time.time()
         held = []
         with self._lock, self._db:
             for task in tasks:
@@ -113,6 +114,8 @@ class Journal:
             return sum(self._keep(task_id, parts) for task_id, parts in results)
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
+        if self._db.execute("SELECT 1 FROM adc_task WHERE id = ?", (task_id,)).fetchone() is None:
+            return 0  # its job was cancelled meanwhile
         self._db.execute("DELETE FROM adc_result WHERE task_id = ?", (task_id,))
         self._db.execute("INSERT INTO adc_result VALUES (?, 0, ?)", (task_id, time.time()))
         size_bytes = 0
@@ -140,10 +143,50 @@ class Journal:
         with self._lock, self._db:
             self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in task_ids])
 
+    def rejoin(self, job_id: int, task: Task, fetched_at: float) -> tuple[HeldTask, bool] | None:
+        """Let another delivery of a task we hold join it, with the newer lease.
+
+        Return the task as it was, and whether its result is kept already; None for a task we do not hold.
+        """
+        rows = self._rows("t.job_id = ? AND t.image_id = ?", (job_id, task.image_id))
+        for held, size_bytes in rows:
+            if same_message(held.task.reply_subject, task.reply_subject):
+                with self._lock, self._db:
+                    self._db.execute(
+                        "UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?",
+                        (task.reply_subject, fetched_at, held.id),
+                    )
+                return held, size_bytes > 0
+        return None
+
+    def drop_job(self, job_id: int) -> list[int]:
+        """Remove this slot's tasks and results of a job that takes none any more; return which tasks they were."""
+        with self._lock, self._db:
+            rows = self._db.execute(
+                "DELETE FROM adc_task WHERE slot = ? AND job_id = ? RETURNING id", (self.slot, job_id)
+            ).fetchall()
+        return [int(row[0]) for row in rows]
+
+    def job_ids(self) -> set[int]:
+        """Return the jobs this slot holds tasks or results of."""
+        with self._lock:
+            rows = self._db.execute("SELECT DISTINCT job_id FROM adc_task WHERE slot = ?", (self.slot,)).fetchall()
+        return {int(row[0]) for row in rows}
+
+    def subjects(self) -> list[str]:
+        """Return the leases this slot holds."""
+        with self._lock:
+            rows = self._db.execute("SELECT reply_subject FROM adc_task WHERE slot = ?", (self.slot,)).fetchall()
+        return [str(row[0]) for row in rows]
+
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet, oldest first."""
         rows = self._rows("t.job_id = ? AND r.task_id IS NULL", (job_id,))
         return [held for held, _size_bytes in rows]
+
+    def holds(self, task_id: int) -> bool:
+        with self._lock:
+            return self._db.execute("SELECT 1 FROM adc_task WHERE id = ?", (task_id,)).fetchone() is not None
 
     def known_ids(self) -> set[int]:
         """Return the tasks of every slot: the ones whose staged files belong to somebody."""

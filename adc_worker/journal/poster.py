@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Poster:
         self._closing = False
         self._dropped = threading.Event()  # cuts short every back-off
         self._refused = False
+        self.accepted: Counter[int] = Counter()  # results by job
         self.failure: BaseException | None = None
         self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
         self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
@@ -146,7 +148,7 @@ class Poster:
 
     def _post_until_settled(self, group: Sequence[KeptResult]) -> None:
         backoff_s = self._first_backoff_s
-        while True:
+        while group := [kept for kept in group if self._journal.holds(kept.held.id)]:  # less those of cancelled jobs
             try:
                 self._receiver.post_results(group[0].held.job_id, [self._entry(kept) for kept in group])
             except AntennaError as error:
@@ -162,6 +164,7 @@ class Poster:
                 backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
             else:
                 self._refused = False
+                self.accepted[group[0].held.job_id] += len(group)
                 self._done(group)
                 return
 

@@ -12,15 +12,16 @@ import pytest
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.wire import Task
+from adc_worker.antenna.wire import JobRef, JobState, Task
 from adc_worker.errors import ImageError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
-from adc_worker.runtime.intake import Intake, IntakeLimits
+from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from adc_worker.runtime.slices import JobBoard
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -40,6 +41,9 @@ class Queue(AntennaClient):
         assert job_id == JOB
         fetched, self._tasks = self._tasks[:count], self._tasks[count:]
         return fetched
+
+    def job(self, job_id: int) -> JobState:
+        return JobState(id=job_id, status="STARTED")
 
 
 class Images(ImageClient):
@@ -89,7 +93,13 @@ class Job:
     def start(self, tasks: int, downloads: int) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
         queue = Queue([task(number) for number in range(1, tasks + 1)])
-        self.intake = Intake(JOB, queue, self.journal, self.staging, self.outcomes, LeaseTerms(), limits, self.stopping)
+        self.lease = LeaseTerms()
+        fetch = TaskFetch(JOB, queue, self.journal, self.poster, self.lease)
+        board = JobBoard(120.0, 5.0)
+        board.add([JobRef(id=JOB, pipeline_slug="simulated")])
+        turn = board.next_turn(self.stopping.is_set)
+        assert turn is not None
+        self.intake = Intake(fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn)
         self.intake.start()
         return self.intake
 
