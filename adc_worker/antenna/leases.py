@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from adc_worker.log import get_logger
@@ -15,10 +14,11 @@ _FIELDS = 9  # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_se
 # and the server's own queue (design, "Leases").
 HORIZON_SHARE = 0.5
 ACK_WAIT_MIN_S = 1.0  # the smallest that AMI_ANTENNA_ACK_WAIT_SECONDS takes, too
-ASSUMED_SAVES_PER_S = 1 / 0.9  # until the job's counters tell: the slowest saving observed (contract, "Return results")
+ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed (contract)
 # Shares of ack_wait: between two looks at a job, the same while only the saves hold fetching up, the window that the
 # rate is taken from, and how long a result may wait to be saved before the server counts as the slower one.
 LOOK_SHARE, LOOK_SHARE_BLOCKED, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 20, 1 / 150, 1 / 5, 1 / 10
+EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +108,34 @@ class SaveWatch:
     """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (contract)."""
 
     def __init__(self) -> None:
-        self.unsaved = 0
         self.per_s = ASSUMED_SAVES_PER_S
-        self._looks: deque[tuple[float, int]] = deque()
-        self._accepted = 0
+        self._at: float | None = None  # of the last look
+        self._unsaved = self._accepted = self._saved = 0
+        self._since = (0.0, 0)  # when a stretch began, and what was saved by then
+        self._busy = False  # all through the stretch something waited to be saved
+
+    def unsaved(self, accepted: int) -> int:
+        """Return how many results wait to be saved, as far as known, when `accepted` were taken so far."""
+        return self._unsaved + accepted - self._accepted
 
     def is_due(self, lease: LeaseTerms, now: float, *, blocked: bool) -> bool:
         """Whether to look at the job again: rarely, but soon where only the saves hold fetching up."""
         wait_s = lease.ack_wait_s * (LOOK_SHARE_BLOCKED if blocked else LOOK_SHARE)
-        return not self._looks or now - self._looks[-1][0] >= wait_s
+        return self._at is None or now - self._at >= wait_s
 
     def look(self, lease: LeaseTerms, now: float, accepted: int, saved: int) -> None:
         """Take in how many of our results were `accepted` so far, and how many of the job are `saved` by `now`."""
-        if self._looks:
-            self.unsaved = max(0, self.unsaved + accepted - self._accepted - (saved - self._looks[-1][1]))
-        posted = accepted > self._accepted or self.unsaved > 0
-        self._accepted = accepted
-        self._looks.append((now, saved))
-        while len(self._looks) > 2 and self._looks[1][0] < now - SAVE_WINDOW_SHARE * lease.ack_wait_s:  # noqa: PLR2004 (a rate takes two)
-            self._looks.popleft()
-        span_s = now - self._looks[0][0]
-        rate = (saved - self._looks[0][1]) / span_s if span_s > 0 else 0.0
-        if posted and self.unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate:
-            self.per_s = float("inf")  # it keeps up
-        elif posted and span_s >= LOOK_SHARE * lease.ack_wait_s:
+        if self._at is None:
+            self._since, self._busy = (now, saved), True
+        self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
+        self._at, self._accepted, self._saved = now, accepted, saved
+        self._busy = self._busy and self._unsaved > 0
+        span_s, count = now - self._since[0], saved - self._since[1]
+        if count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s:
+            return
+        rate = count / span_s if span_s > 0 else 0.0
+        if count >= EVIDENCE_RESULTS and self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate:
+            self.per_s = max(self.per_s, GROWTH * rate)  # it keeps up: what it could do is not known yet
+        elif self._busy:
             self.per_s = rate
+        self._since, self._busy = (now, saved), self._unsaved > 0

@@ -153,8 +153,10 @@ class TaskFetch:
 
     def _room(self) -> int:
         held = self._journal.held_count(self.job_id)
-        limit = self._lease.held_limit(min(self._saves.per_s, 1e6))
-        return max(limit - held - self._saves.unsaved, 0 if held else 1)  # one at a time always goes
+        limit = self._lease.held_limit(self._saves.per_s)
+        return max(
+            limit - held - self._saves.unsaved(self._poster.accepted[self.job_id]), 0 if held else 1
+        )  # one at a time always goes
 
 
 class Intake:

@@ -43,6 +43,7 @@ class JobEntry:
     pipeline_slug: str
     waiting_since: float
     last_task_at: float
+    asked_at: float
     tasks: int | None = None
     described: bool = False
     begun: bool = False
@@ -98,7 +99,7 @@ class JobBoard:
         now = self._now()
         with self._lock:
             for job in self._random.sample(listed, len(listed)):  # a fleet must not queue at the same job
-                self._entries.setdefault(job.id, JobEntry(job.id, job.pipeline_slug, now, now))
+                self._entries.setdefault(job.id, JobEntry(job.id, job.pipeline_slug, now, now, now))
 
     def to_describe(self) -> list[int]:
         """Return jobs of unknown size, where there is a choice to make."""
@@ -148,6 +149,7 @@ class JobBoard:
                 entry.used_s += now - turn.started_at
             else:
                 entry.used_s, entry.waiting_since = 0.0, now
+            entry.asked_at = now
             if tasks:
                 entry.begun, entry.last_task_at = True, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
@@ -171,9 +173,9 @@ class JobBoard:
             return not entry.is_small and any(one.is_small for one in self._waiting(entry))
 
     def idle_s(self) -> float:
-        """Return for how long no job has had a task for us; infinite when there is no job."""
+        """Return for how long every job, when last asked, had had no task for us; infinite when there is no job."""
         with self._lock:
-            return min((self._now() - one.last_task_at for one in self._entries.values()), default=float("inf"))
+            return min((one.asked_at - one.last_task_at for one in self._entries.values()), default=float("inf"))
 
     def _waiting(self, besides: JobEntry | None) -> list[JobEntry]:
         now = self._now()

@@ -116,10 +116,9 @@ class WorkerLoop:
         with self._poller.busy():
             summary = _process_job(self._pipeline(turn.entry.pipeline_slug), job_id, context, memory, turn)
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
-        failed = summary.error is not None and not summary.tasks
-        if failed and summary.error is not None:
-            self._first_contact_failed(summary.error)
-        self._contacted |= not failed
+        if isinstance(summary.error, AntennaRefused) and not summary.tasks:
+            self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
+        self._contacted |= summary.error is None
         self._board.end_turn(turn, summary.tasks, ended_empty=summary.ended_empty, switch_s=summary.switch_s)
 
     def _is_idle(self) -> bool:
