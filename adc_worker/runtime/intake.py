@@ -67,6 +67,7 @@ class TaskFetch:
     def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
         self.job_id = job_id
         self.error: AntennaError | None = None
+        self.is_open = False
         self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
         self._client = client
         self._journal = journal
@@ -77,11 +78,6 @@ class TaskFetch:
         self._failure: BaseException | None = None
         self._listener: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
-        self._asked_before = False
-
-    @property
-    def is_open(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     @property
     def has_answer(self) -> bool:
@@ -89,7 +85,7 @@ class TaskFetch:
 
     def start(self, count: int, listener: Callable[[], None]) -> None:
         """Ask for up to `count` tasks; `listener` is called when there is an answer. None may be open."""
-        self._listener = listener
+        self.is_open, self._listener = True, listener
         self._thread = threading.Thread(target=self._run, args=(count,), name=f"fetch {self.job_id}", daemon=True)
         self._thread.start()
 
@@ -112,6 +108,7 @@ class TaskFetch:
         except Exception as error:  # noqa: BLE001 (raised where the answer is taken)
             self._failure = error
         finally:
+            self.is_open = False
             listener = self._listener
             if listener is not None:
                 listener()
@@ -142,21 +139,19 @@ class TaskFetch:
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
-        blocked = self._room() < count
-        first, self._asked_before = not self._asked_before, True  # a job's first fetch waits for nothing
-        if not first and self._saves.is_due(self._lease, time.monotonic(), blocked=blocked):
-            state = self._client.job(self.job_id)
-            self._saves.look(self._lease, time.monotonic(), self._poster.accepted[self.job_id], state.saved)
+        accepted = self._poster.accepted[self.job_id]
+        if accepted and self._saves.is_due(self._lease, time.monotonic(), blocked=self._room() < count):
+            saved = self._client.job(self.job_id).saved
+            self._saves.look(self._lease, time.monotonic(), accepted, saved)
         count = min(count, self._room())
         self.looked_only = count < 1
         return count
 
     def _room(self) -> int:
         held = self._journal.held_count(self.job_id)
-        limit = self._lease.held_limit(self._saves.per_s)
-        return max(
-            limit - held - self._saves.unsaved(self._poster.accepted[self.job_id]), 0 if held else 1
-        )  # one at a time always goes
+        unsaved = self._saves.unsaved(self._poster.accepted[self.job_id])
+        room = self._lease.held_limit(self._saves.per_s) - held - unsaved
+        return max(room, 0 if held else 1)  # one at a time always goes
 
 
 class Intake:

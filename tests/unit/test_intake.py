@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,11 @@ class Job:
         self.stopping = threading.Event()
 
     def start(self, tasks: int, downloads: int) -> Intake:
+        return self.start_with([task(number) for number in range(1, tasks + 1)], downloads)
+
+    def start_with(self, tasks: Sequence[Task], downloads: int) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
-        queue = Queue([task(number) for number in range(1, tasks + 1)])
+        queue = Queue(tasks)
         self.lease = LeaseTerms()
         fetch = TaskFetch(JOB, queue, self.journal, self.poster, self.lease)
         board = JobBoard(120.0, 5.0)
@@ -223,3 +227,44 @@ def test_an_error_result_carries_no_signature_of_a_url(jobs: Callable[..., Job])
     (body,) = job.receiver.bodies
     assert b"https://images.test/a.jpg" in body
     assert b"canary" not in body
+
+
+def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Callable[..., Job]) -> None:
+    """They go back to whoever has room; nobody's image is called broken."""
+    job = jobs()
+    job.images.faults = {task(number).image_url: FULL for number in (1, 2)}
+    job.start(tasks=2, downloads=1)
+    wait_until(lambda: not job.staging.disk.has_room() and job.intake._downloading == 0)
+    job.lease.ack_wait_s = 0.01
+    assert job.infer_all() == []
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0, 2)
+    assert job.journal.unfinished(JOB) == []
+
+
+def test_a_staged_task_whose_lease_is_over_is_not_decoded_unless_nobody_else_gets_it(jobs: Callable[..., Job]) -> None:
+    """A first delivery is left to the next; the last one counts, however late."""
+    job = jobs()
+    last = task(2).model_copy(update={"reply_subject": task(2).reply_subject.replace("consumer.1.", "consumer.2.")})
+    intake = job.start_with([task(1), last, task(3)], downloads=1)
+    images = {image.task.image_id: image for image in (intake.staged.get(), intake.staged.get()) if image}
+    job.lease.ack_wait_s = 0.01
+    (first, *_others) = job.journal.unfinished(JOB)
+    wait_until(lambda: job.lease.left_s(first.fetched_at, time.time()) < 0)
+    assert intake.staged.still_wanted(images["2"])
+    assert not intake.staged.still_wanted(images["1"])
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2", "3"]
+
+
+def test_a_second_delivery_of_a_task_in_hand_joins_it(jobs: Callable[..., Job]) -> None:
+    """One download, one result, posted with the newer lease; and it shows how long leases really last."""
+    job = jobs()
+    job.images.gate.clear()
+    again = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
+    job.start_with([task(1), task(2), again], downloads=2)
+    wait_until(lambda: job.journal.subjects()[:1] == [again.reply_subject])
+    job.images.gate.set()
+    assert sorted(job.infer_all()) == ["1", "2"]
+    assert job.poster.wait_idle(5)
+    subjects = [subject for _job, entries in job.receiver.posts for subject, _body in entries]
+    assert sorted(subjects) == [again.reply_subject, task(2).reply_subject][::-1]
+    assert job.lease.ack_wait_s < 10

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adc_worker.antenna.wire import JobRef
-from adc_worker.runtime.slices import JobBoard, Turn
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.wire import JobRef, JobState
+from adc_worker.errors import AntennaError, AntennaRejected, AntennaUnreachable
+from adc_worker.journal.journal import Journal
+from adc_worker.runtime.slices import BUSY_POLL_S, POLL_BACKOFF_MAX_S, JobBoard, JobPoller, Turn
+from tests.support.fakes import task
+from tests.support.waiting import wait_until
 
 RULE_S = 600.0  # a job that saves nothing for so long is failed (contract)
 
@@ -199,3 +207,103 @@ def test_a_drain_ends_a_turn_without_breaking_it_off() -> None:
     assert turn.is_stopping()
     assert turn.fetches_no_more(0.0)
     assert not turn.breaks_off()
+
+
+class Antenna(AntennaClient):
+    """A job list of the test's making; every request is counted."""
+
+    def __init__(self) -> None:
+        self.listed: list[JobRef] = []
+        self.states: dict[int, JobState] = {}
+        self.polls = 0
+        self.fault: AntennaError | None = None
+
+    def jobs(self, pipeline_slugs: Sequence[str], project: int | None = None) -> list[JobRef]:
+        assert (list(pipeline_slugs), project) == (["simulated"], 3)
+        self.polls += 1
+        if self.fault is not None:
+            raise self.fault
+        return self.listed
+
+    def job(self, job_id: int) -> JobState:
+        if job_id not in self.states:
+            raise AntennaRejected("answered 404: Not found.", 404)
+        return self.states[job_id]
+
+
+def state(job_id: int, **changes: Any) -> JobState:
+    fields = {"id": job_id, "status": "STARTED", "pipeline": {"slug": "simulated"}, **changes}
+    return JobState.model_validate(fields)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "journal.db")
+    yield journal
+    journal.close()
+
+
+@contextmanager
+def polling(antenna: Antenna, journal: Journal, idle_s: float = 0.01) -> Iterator[tuple[JobPoller, JobBoard]]:
+    board = JobBoard(120.0, idle_s)
+    poller = JobPoller(board, antenna, journal, ["simulated"], 3, idle_s)
+    poller.start()
+    try:
+        yield poller, board
+    finally:
+        poller.close()
+
+
+@pytest.mark.parametrize(
+    "over",
+    [{"status": "REVOKED"}, {"status": "CANCELING"}, {"status": "SUCCESS"}, {"dispatch_mode": "sync_api"}, None],
+)
+def test_what_is_kept_for_a_job_that_takes_nothing_is_never_posted(
+    journal: Journal, over: dict[str, Any] | None
+) -> None:
+    """Cancelled, final, unknown, or not a job for workers that pull: a post would be useless or do harm."""
+    (held,) = journal.record(7, [task(1)])
+    journal.keep([(held.id, [b"result"])])
+    antenna = Antenna()
+    antenna.states = {} if over is None else {7: state(7, **over)}
+    with polling(antenna, journal) as (poller, _board):
+        wait_until(lambda: not journal.unposted_count())
+        wait_until(lambda: poller._lost)
+    assert poller.take_lost() == [(7, [held.id])]
+
+
+def test_a_job_that_antenna_serves_and_does_not_list_gets_its_turn(journal: Journal) -> None:
+    """It is known from the journal of an earlier run."""
+    journal.record(7, [task(1)])
+    antenna = Antenna()
+    antenna.states[7] = state(
+        7, progress={"stages": [{"key": "collect", "params": [{"key": "total_images", "value": 9}]}]}
+    )
+    with polling(antenna, journal) as (_poller, board):
+        wait_until(lambda: board.next_turn(never) is not None)
+        entry = take(board).entry
+        wait_until(lambda: entry.tasks == 9)
+    assert (entry.id, entry.pipeline_slug) == (7, "simulated")
+
+
+def test_polls_go_on_while_a_job_has_its_turn(journal: Journal) -> None:
+    """They are the heartbeat, also while models load; less often than those of an idle worker, never over a minute."""
+    antenna = Antenna()
+    with polling(antenna, journal) as (poller, _board), poller.busy():
+        before = antenna.polls
+        wait_until(lambda: antenna.polls > before + 2)
+    assert max(BUSY_POLL_S, POLL_BACKOFF_MAX_S) * 1.2 <= 60
+
+
+def test_an_antenna_that_never_answered_is_told_from_an_outage(journal: Journal) -> None:
+    """The first is a setting to correct."""
+    antenna = Antenna()
+    antenna.fault = AntennaUnreachable("refused")
+    with polling(antenna, journal) as (poller, _board):
+        wait_until(lambda: poller.failure is antenna.fault)
+        antenna.fault = None
+        wait_until(lambda: poller.failure is None)
+        antenna.fault = AntennaUnreachable("an outage")
+        before = antenna.polls
+        wait_until(lambda: antenna.polls > before + 1)
+        assert poller.failure is None
