@@ -110,6 +110,7 @@ class SaveWatch:
     def __init__(self) -> None:
         self.per_s = ASSUMED_SAVES_PER_S
         self._at: float | None = None  # of the last look
+        self._moved_at = 0.0  # when the counters were last seen to rise
         self._unsaved = self._accepted = self._saved = 0
         self._since = (0.0, 0)  # when a stretch began, and what was saved by then
         self._busy = False  # all through the stretch something waited to be saved
@@ -128,6 +129,12 @@ class SaveWatch:
         if self._at is None:
             self._since, self._busy = (now, saved), True
         self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
+        if self._unsaved == 0 and self._at is not None and now > self._at:  # what was accepted since then is saved
+            self.per_s = max(self.per_s, (accepted - self._accepted) / (now - self._at))
+        if saved > self._saved or self._at is None:
+            self._moved_at = now
+        elif now - self._moved_at > lease.ack_wait_s:
+            self._unsaved = 0  # lost at Antenna, or counted before: what is to come back is delivered again by now
         self._at, self._accepted, self._saved = now, accepted, saved
         self._busy = self._busy and self._unsaved > 0
         span_s, count = now - self._since[0], saved - self._since[1]

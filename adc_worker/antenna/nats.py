@@ -44,6 +44,8 @@ class LeaseKeeper:
 
     def hand_back(self, subjects: Sequence[str]) -> bool:
         """Give tasks back, so that Antenna hands them out at once; False when NATS cannot be reached."""
+        if not self._thread.is_alive():
+            return False
         done: Future[bool] = asyncio.run_coroutine_threadsafe(self._publish(subjects, HAND_BACK), self._loop)
         return done.result(CLOSE_TIMEOUT_S)
 

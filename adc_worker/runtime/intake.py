@@ -150,8 +150,7 @@ class TaskFetch:
     def _room(self) -> int:
         held = self._journal.held_count(self.job_id)
         unsaved = self._saves.unsaved(self._poster.accepted[self.job_id])
-        room = self._lease.held_limit(self._saves.per_s) - held - unsaved
-        return max(room, 0 if held else 1)  # one at a time always goes
+        return self._lease.held_limit(self._saves.per_s) - held - unsaved
 
 
 class Intake:

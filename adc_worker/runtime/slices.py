@@ -134,11 +134,13 @@ class JobBoard:
             first = min(ready, key=lambda one: (not one.is_small, not one.interrupted, one.waiting_since))
             return Turn(self, first, self._now(), draining)
 
-    def end_turn(self, turn: Turn, tasks: int, *, ended_empty: bool, switch_s: float | None = None) -> None:
+    def end_turn(
+        self, turn: Turn, tasks: int, *, ended_empty: bool, answered: bool = True, switch_s: float | None = None
+    ) -> None:
         """Put a job back in line.
 
-        `tasks`: how many it had for us. `ended_empty`: Antenna had no more for now, or failed. `switch_s`: seconds of
-        the turn before its first batch, where there was one.
+        `tasks`: how many it had for us. `ended_empty`: there were no more for now, or Antenna failed to answer, which
+        `answered` tells. `switch_s`: seconds of the turn before its first batch, where there was one.
         """
         entry, now = turn.entry, self._now()
         with self._lock:
@@ -149,7 +151,7 @@ class JobBoard:
                 entry.used_s += now - turn.started_at
             else:
                 entry.used_s, entry.waiting_since = 0.0, now
-            entry.asked_at = now
+            entry.asked_at = now if answered else entry.asked_at
             if tasks:
                 entry.begun, entry.last_task_at = True, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0

@@ -118,8 +118,11 @@ class WorkerLoop:
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
         if isinstance(summary.error, AntennaRefused) and not summary.tasks:
             self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
-        self._contacted |= summary.error is None
-        self._board.end_turn(turn, summary.tasks, ended_empty=summary.ended_empty, switch_s=summary.switch_s)
+        answered = summary.error is None
+        self._contacted |= answered
+        self._board.end_turn(
+            turn, summary.tasks, ended_empty=summary.ended_empty, answered=answered, switch_s=summary.switch_s
+        )
 
     def _is_idle(self) -> bool:
         """Whether to end: a peer's tasks may come to us until their leases are over."""

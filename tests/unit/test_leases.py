@@ -91,6 +91,16 @@ def test_a_server_that_saves_as_fast_as_the_worker_posts_does_not_hold_it_up() -
     assert took_s < 505
 
 
+def test_results_that_antenna_never_counts_hold_fetching_up_for_one_lease() -> None:
+    """Refused there, or posted twice: after ack_wait they are no lease any more."""
+    lease, watch = LeaseTerms(100), SaveWatch()
+    watch.look(lease, 0.0, accepted=30, saved=0)
+    watch.look(lease, 99.0, accepted=30, saved=0)
+    assert watch.unsaved(30) == 30
+    watch.look(lease, 101.0, accepted=30, saved=0)
+    assert watch.unsaved(31) == 1
+
+
 def test_redeliveries_correct_the_terms() -> None:
     """A third delivery shows max_deliver, one of a task in hand after 60 s shows the true ack_wait."""
     lease = LeaseTerms()
