@@ -33,6 +33,7 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
 # A link error on the last delivery is posted while the lease still has this share left, to be saved in time.
 LAST_CHANCE_SHARE = 0.2
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
+WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
 FETCH_GRACE_S = 5.0  # the end of a turn waits so long for a fetch under way: its tasks would lie idle
 
 
@@ -250,7 +251,8 @@ class Intake:
             self._fetch.settle(None, FETCH_GRACE_S)
 
     def _heed_turn(self) -> None:
-        if self._turn.is_stopping():
+        over_s = time.monotonic() - self._over_since if self._over_since is not None else 0.0
+        if self._turn.is_stopping() or over_s > WIND_DOWN_MAX_S:
             self._stopped.set()
         elif self._over_since is None and self._turn.fetches_no_more(self._in_hand / (self._images_per_s or 1.0)):
             self._over_since = time.monotonic()

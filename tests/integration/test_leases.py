@@ -78,7 +78,7 @@ def test_no_task_is_delivered_twice_with_leases_of_ten_images(serve: Serve, shee
 def test_a_gpu_that_suddenly_takes_ten_times_longer_loses_nothing(serve: Serve, sheet: Path, tmp_path: Path) -> None:
     """What was held at the old rate is left to its lease in time to be delivered again, and no image a third time."""
     server = serve(ack_wait_s=3.0)
-    job_id = server.add_job("slowing", [sheet] * 60)
+    job_id = server.add_job("slowing", [sheet] * 40)
     slowing = {"AMI_EXTRA_PIPELINES": "tests.support.slowing_pipeline:pipelines"}
     env = environment(server, tmp_path / "data", terms(3, 0, **slowing))
     code, _log = run_to_end(env, "--pipeline", "slowing", IDLE)

@@ -8,7 +8,7 @@ from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
 from adc_worker.models.registry import PipelineSpec
 from adc_worker.models.simulated import ALGORITHM, Simulated
 
-FAST_IMAGES, FAST_S, SLOW_S = 30, 0.05, 0.5
+FAST_IMAGES, FAST_S, SLOW_S = 24, 0.05, 0.5
 
 
 class Slowing(Simulated):
