@@ -71,10 +71,10 @@ class Settings(BaseSettings):
     )
     antenna_max_deliver: int = _setting(2, "Deliveries Antenna gives a task.", group="antenna", ge=1)
     antenna_job_slice_seconds: float = _setting(
-        120.0, "Longest stretch on one job while others wait, in seconds.", "planned", "antenna", ge=1
+        120.0, "Longest stretch on one job while others wait, in seconds.", group="antenna", ge=1
     )
-    antenna_nats_url: str | None = _setting(
-        None, "NATS, where it can be reached, to extend leases and hand tasks back.", "planned", "antenna", repr=False
+    antenna_nats_url: SecretStr | None = _setting(  # it may carry a password
+        None, "NATS, where it can be reached, to extend leases and hand tasks back.", group="antenna"
     )
 
     user_data_path: Path = _setting(
@@ -162,6 +162,14 @@ class Settings(BaseSettings):
             raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
         return value.rstrip("/")
 
+    @field_validator("antenna_nats_url")
+    @classmethod
+    def _is_nats_url(cls, value: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit(value.get_secret_value() if value else "nats://unset")
+        if parts.scheme not in {"nats", "tls"} or not parts.hostname:
+            raise ValueError("must be a nats:// or tls:// URL such as nats://nats.example.org:4222")
+        return value
+
     @field_validator("user_data_path", "staging_path", "antenna_api_auth_token_file")
     @classmethod
     def _knows_the_home_folder(cls, value: Path | None) -> Path | None:
@@ -232,7 +240,7 @@ def load(env_file: Path | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = variable(str(first["loc"][0])) if first["loc"] else "settings"
-        shown = "" if "token" in name.lower() else redact(f" (got {first['input']!r})")
+        shown = "" if {"TOKEN", "NATS"} & {*name.split("_")} else redact(f" (got {first['input']!r})")
         raise ConfigurationError(f"{name}: {first['msg']}{shown}") from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -31,8 +31,15 @@ _T = TypeVar("_T")
 class AntennaClient:
     """Antenna's endpoints as methods; raises only AntennaError. Safe to use from several threads."""
 
-    def __init__(self, base_url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        token: str,
+        transport: httpx.BaseTransport | None = None,
+        client_info: Mapping[str, Any] | None = None,
+    ) -> None:
         hide(token)  # Antenna, or a proxy before it, may quote it in an answer
+        self._who = {"client_info": client_info} if client_info else {}  # goes with every fetch and every post
         self._http = httpx.Client(
             base_url=base_url,
             headers={"Authorization": f"Token {token}", "User-Agent": f"adc-worker/{__version__}"},
@@ -74,7 +81,7 @@ class AntennaClient:
         an image there.
         """
         timeout = httpx.Timeout(TASKS_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count}, timeout=timeout)
+        body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count} | self._who, timeout=timeout)
         tasks = _read(wire.parse_tasks, body)
         ours = [task for task in tasks if job_of(task.reply_subject) in {job_id, None}]
         if len(ours) < len(tasks):
@@ -83,7 +90,7 @@ class AntennaClient:
 
     def post_results(self, job_id: int, entries: Sequence[wire.PostEntry]) -> None:
         """Post serialised results, part by part; accepted means queued at Antenna, not saved."""
-        size_bytes, parts = wire.result_post(entries)
+        size_bytes, parts = wire.result_post(entries, self._who)
         headers = {"Content-Type": "application/json", "Content-Length": str(size_bytes)}
         self._send("POST", f"/jobs/{job_id}/result/", content=parts, headers=headers)
 

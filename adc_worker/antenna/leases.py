@@ -5,11 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+
 _FIELDS = 9  # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>
 
 # Share of ack_wait that held tasks may fill: the other half covers a batch that takes twice as long as measured
 # and the server's own queue (design, "Leases").
 HORIZON_SHARE = 0.5
+ACK_WAIT_MIN_S = 1.0  # the smallest that AMI_ANTENNA_ACK_WAIT_SECONDS takes, too
+ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed (contract)
+# Shares of ack_wait: between two looks at a job, the same while only the saves hold fetching up, the window that the
+# rate is taken from, and how long a result may wait to be saved before the server counts as the slower one.
+LOOK_SHARE, LOOK_SHARE_BLOCKED, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 20, 1 / 150, 1 / 5, 1 / 10
+EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +57,28 @@ def parse_reply_subject(subject: str) -> Delivery | None:
     return Delivery(count, stream_seq, timestamp_ns, pending)
 
 
-@dataclass(frozen=True, slots=True)
+def same_message(subject: str, other: str) -> bool:
+    """Whether two subjects are deliveries of one message: the same place in the same incarnation of a stream.
+
+    Forms that cannot be read are taken for the same: their image is.
+    """
+    first, second = parse_reply_subject(subject), parse_reply_subject(other)
+    if first is None or second is None:
+        return True
+    return (first.stream_seq, first.timestamp_ns) == (second.stream_seq, second.timestamp_ns)
+
+
+@dataclass(slots=True)
 class LeaseTerms:
-    """How long a fetched task is ours, and how often it is handed out."""
+    """How long a fetched task is ours, and how often it is handed out: as configured, then as redeliveries show.
+
+    Attributes:
+        renewed_at: Unix seconds at which every lease held then began anew; 0 where nothing can extend them.
+    """
 
     ack_wait_s: float = 300.0
     max_deliver: int = 2
+    renewed_at: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ack_wait_s <= 0 or self.max_deliver < 1:
@@ -61,3 +87,69 @@ class LeaseTerms:
     def held_limit(self, images_per_s: float) -> int:
         """Return how many tasks may be held at `images_per_s`: rate x 0.5 x ack_wait, at least one."""
         return max(1, int(images_per_s * HORIZON_SHARE * self.ack_wait_s))
+
+    def left_s(self, fetched_at: float, now: float) -> float:
+        """Return the seconds (negative: since when) that a task fetched at Unix time `fetched_at` is still ours."""
+        return max(fetched_at, self.renewed_at) + self.ack_wait_s - now
+
+    def is_last(self, subject: str) -> bool:
+        """Whether nobody gets the task again once this lease is over."""
+        delivery = parse_reply_subject(subject)
+        return delivery is not None and delivery.count >= self.max_deliver
+
+    def learn(self, subject: str, held_since: float | None, now: float) -> None:
+        """Take in a delivery at `now`; `held_since`: we hold the task by the delivery before it, fetched then."""
+        delivery = parse_reply_subject(subject)
+        if delivery is None or delivery.count == 1:
+            return
+        if delivery.count > self.max_deliver:
+            _log.warning("max_deliver_corrected", was=self.max_deliver, seen=delivery.count)
+            self.max_deliver = delivery.count
+        if held_since is not None and now - max(held_since, self.renewed_at) < self.ack_wait_s:
+            seen_s = max(ACK_WAIT_MIN_S, now - max(held_since, self.renewed_at))
+            _log.warning("ack_wait_corrected", was_s=self.ack_wait_s, seen_s=round(seen_s, 3))
+            self.ack_wait_s = min(self.ack_wait_s, seen_s)
+
+
+class SaveWatch:
+    """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (contract)."""
+
+    def __init__(self) -> None:
+        self.per_s = ASSUMED_SAVES_PER_S
+        self._at: float | None = None  # of the last look
+        self._moved_at = 0.0  # when the counters were last seen to rise
+        self._unsaved = self._accepted = self._saved = 0
+        self._since = (0.0, 0)  # when a stretch began, and what was saved by then
+        self._busy = False  # all through the stretch something waited to be saved
+
+    def unsaved(self, accepted: int) -> int:
+        """Return how many results wait to be saved, as far as known, when `accepted` were taken so far."""
+        return self._unsaved + accepted - self._accepted
+
+    def is_due(self, lease: LeaseTerms, now: float, *, blocked: bool) -> bool:
+        """Whether to look at the job again: rarely, but soon where only the saves hold fetching up."""
+        wait_s = lease.ack_wait_s * (LOOK_SHARE_BLOCKED if blocked else LOOK_SHARE)
+        return self._at is None or now - self._at >= wait_s
+
+    def look(self, lease: LeaseTerms, now: float, accepted: int, saved: int) -> None:
+        """Take in how many of our results were `accepted` so far, and how many of the job are `saved` by `now`."""
+        if self._at is None:
+            self._since, self._busy = (now, saved), True
+        self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
+        if self._unsaved == 0 and self._at is not None and now > self._at:  # what was accepted since then is saved
+            self.per_s = max(self.per_s, (accepted - self._accepted) / (now - self._at))
+        if saved > self._saved or self._at is None:
+            self._moved_at = now
+        elif now - self._moved_at > lease.ack_wait_s:
+            self._unsaved = 0  # lost at Antenna, or counted before: what is to come back is delivered again by now
+        self._at, self._accepted, self._saved = now, accepted, saved
+        self._busy = self._busy and self._unsaved > 0
+        span_s, count = now - self._since[0], saved - self._since[1]
+        if count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s:
+            return
+        rate = count / span_s if span_s > 0 else 0.0
+        if count >= EVIDENCE_RESULTS and self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate:
+            self.per_s = max(self.per_s, GROWTH * rate)  # it keeps up: what it could do is not known yet
+        elif self._busy:
+            self.per_s = rate
+        self._since, self._busy = (now, saved), self._unsaved > 0

@@ -6,7 +6,7 @@ one that cannot be answered, for want of an image id or a reply subject, is logg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -45,6 +45,24 @@ class JobRef(_Wire):
     pipeline_slug: str
 
 
+class _Pipeline(_Wire):
+    slug: str
+
+
+class _Counter(_Wire):
+    key: str
+    value: Any = None
+
+
+class _Stage(_Wire):
+    key: str
+    params: list[_Counter] = Field(default_factory=list)
+
+
+class _Progress(_Wire):
+    stages: list[_Stage] = Field(default_factory=list)
+
+
 class JobState(_Wire):
     """What the worker reads of a job's detail."""
 
@@ -52,10 +70,34 @@ class JobState(_Wire):
     status: str
     dispatch_mode: str = "async_api"
     started_at: str | None = None
+    pipeline: _Pipeline | None = None
+    progress: _Progress = _Progress()
 
     @property
     def is_served(self) -> bool:
         return self.status in SERVED_STATES
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing may be posted to it any more: final, cancelled, or not a job for workers that pull."""
+        return self.status in FINAL_STATES or self.status == "CANCELING" or self.dispatch_mode != "async_api"
+
+    @property
+    def total(self) -> int | None:
+        """Images of the job; None while Antenna has not counted them."""
+        return self._counter("collect", "total_images")
+
+    @property
+    def saved(self) -> int:
+        """Images whose outcome is in Antenna's database."""
+        return (self._counter("results", "captures") or 0) + (self._counter("process", "failed") or 0)
+
+    def _counter(self, stage: str, key: str) -> int | None:
+        for one in self.progress.stages:
+            for counter in one.params if one.key == stage else ():
+                if counter.key == key and isinstance(counter.value, int):  # "" before the first count
+                    return counter.value
+        return None
 
 
 class _Page(_Wire):
@@ -161,10 +203,13 @@ class PostEntry:
     parts: Callable[[], Iterable[bytes]]
 
 
-def result_post(entries: Sequence[PostEntry]) -> tuple[int, Iterator[bytes]]:
-    """Return the body of one post: its size in bytes, and its parts, none of them larger than a result's own."""
+def result_post(entries: Sequence[PostEntry], fields: Mapping[str, Any] | None = None) -> tuple[int, Iterator[bytes]]:
+    """Return the body of one post: its size in bytes, and its parts, none of them larger than a result's own.
+
+    `fields` stand beside the results.
+    """
     heads = [b'{"reply_subject":' + orjson.dumps(entry.reply_subject) + b',"result":' for entry in entries]
-    start, separator, end = b'{"results":[', b",", b"]}"
+    start, separator, end = orjson.dumps({**(fields or {}), "results": []})[:-2], b",", b"]}"
     commas = max(0, len(entries) - 1)
     size_bytes = len(start) + sum(map(len, heads)) + commas + len(entries) + len(end)
 

@@ -69,11 +69,13 @@ class NatsServer:
         )
         self.port = self._wait_for_port(self._process)
 
-    def kill(self) -> None:
-        """End the process at once; its store stays for the next start."""
+    def kill(self, *, wipe: bool = False) -> None:
+        """End the process at once; its store stays for the next start, or is wiped."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        if wipe:
+            shutil.rmtree(self.folder / "store")
 
     def _wait_for_port(self, process: subprocess.Popen[bytes]) -> int:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -135,9 +135,12 @@ class DevServer:
     def fail_image(self, file_name: str, fault: ImageFault) -> None:
         self._api.images.faults[file_name] = fault
 
-    def kill_nats(self) -> None:
-        """As kill -9 does; the store stays."""
-        self._nats.kill()
+    def kill_nats(self, *, wipe: bool = False) -> None:
+        """As kill -9 does; the store stays, unless it is to be wiped."""
+        self._nats.kill(wipe=wipe)
+
+    def delete_stream(self, job_id: int) -> None:
+        self._wait_for(self._broker.delete(job_id))
 
     def start_nats(self) -> None:
         """After `kill_nats`: the same port, the same store."""

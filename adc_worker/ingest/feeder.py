@@ -157,7 +157,8 @@ class BatchFeeder:
     def _run(self) -> None:
         try:
             while (images := self._next_images()) is not None:
-                self._admit(images)
+                if wanted := [image for image in images if self._source.still_wanted(image)]:
+                    self._admit(wanted)
         except BaseException as error:  # noqa: BLE001 (handed to the consumer, who raises it)
             self._fail(error)
         with self._changed:

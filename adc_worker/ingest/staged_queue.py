@@ -13,7 +13,9 @@ from adc_worker.ingest.staging import StagedImage
 class StagedQueue:
     """A queue that can be waited on by one reader at a time, and that has an end."""
 
-    def __init__(self) -> None:
+    def __init__(self, still_wanted: Callable[[StagedImage], bool] | None = None) -> None:
+        """Make a queue; `still_wanted` settles an image whose lease is over, and says so, before it is decoded."""
+        self.still_wanted = still_wanted or (lambda _image: True)
         self._changed = threading.Condition()
         self._images: deque[StagedImage] = deque()
         self._ended = False

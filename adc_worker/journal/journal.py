@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from adc_worker.antenna.leases import parse_reply_subject
+from adc_worker.antenna.leases import parse_reply_subject, same_message
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host.budget import file_system
@@ -136,21 +136,22 @@ class Journal:
             self._db.close()
             os.close(self._slot_fd)
 
-    def record(self, job_id: int, tasks: Sequence[Task]) -> list[HeldTask]:
+    def record(self, job_id: int, tasks: Sequence[Task], fetched_at: float | None = None) -> list[HeldTask]:
         """Put fetched tasks on record and return those to work on; on return they survive a power cut.
 
         An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
-        the file takes nothing, the tasks are left to their leases.
+        the file takes nothing, the tasks are left to their leases. `fetched_at`: Unix time, now by default.
         """
-        now, held = time.time(), []
+        now, held = fetched_at or time.time(), []
         self._contacts[job_id] = time.monotonic()
         try:
             with self._writing():
                 self._bury_earlier_streams(job_id, tasks)
                 for task in tasks:
-                    task_id = self._insert(job_id, task, now)
-                    if task_id is not None and not self._answer(task_id, job_id, task.image_id):
-                        held.append(HeldTask(task_id, job_id, task, now))
+                    if self.rejoin(job_id, task, now) is None:
+                        task_id = self._insert(job_id, task, now)
+                        if not self._answer(task_id, job_id, task.image_id):
+                            held.append(HeldTask(task_id, job_id, task, now))
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
@@ -169,17 +170,9 @@ class Journal:
             finally:
                 self._db.execute("PRAGMA synchronous=FULL")
 
-    def _insert(self, job_id: int, task: Task, now: float) -> int | None:
-        """Return the new row's number; None for another delivery of a task that has a row."""
+    def _insert(self, job_id: int, task: Task, now: float) -> int:
         delivery = parse_reply_subject(task.reply_subject)
         message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
-        again = self._db.execute(
-            "UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE slot = ? AND job_id = ? AND image_id = ?"
-            " AND seq = ? AND published_ns = ? AND NOT dead",
-            (task.reply_subject, now, self.slot, job_id, task.image_id, *message),
-        )
-        if again.rowcount:
-            return None
         cursor = self._db.execute(
             "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -244,6 +237,8 @@ class Journal:
             return sum(size_bytes for size_bytes, _parts in sized.values())
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
+        if self._db.execute("SELECT 1 FROM adc_task WHERE id = ?", (task_id,)).fetchone() is None:
+            return 0  # its job was cancelled meanwhile
         self._db.execute("DELETE FROM adc_result WHERE task_id = ?", (task_id,))
         self._db.execute("INSERT INTO adc_result VALUES (?, 0, ?)", (task_id, time.time()))
         size_bytes = 0
@@ -393,6 +388,41 @@ class Journal:
                 (self.slot,),
             ).fetchone()
         return bool(count > UNPOSTED_RESULTS_MAX or size_bytes > self.most_bytes)
+
+    def rejoin(self, job_id: int, task: Task, fetched_at: float) -> tuple[HeldTask, bool] | None:
+        """Let another delivery of a task we hold join it, with the newer lease.
+
+        Return the task as it was, and whether its result is kept already; None for a task we do not hold.
+        """
+        for held, size_bytes in self._rows("t.job_id = ? AND t.image_id = ? AND NOT t.dead", (job_id, task.image_id)):
+            if same_message(held.task.reply_subject, task.reply_subject):
+                lease = (task.reply_subject, fetched_at, held.id)
+                with suppress(sqlite3.OperationalError), self._writing():  # the fault is noted, the older lease stays
+                    self._db.execute("UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?", lease)
+                return held, size_bytes > 0 or held.id in self._in_memory
+        return None
+
+    def drop_job(self, job_id: int) -> list[int]:
+        """Give up a job that takes no results any more; return the tasks whose staged files nobody needs."""
+        task_ids = [held.id for held in self.unfinished(job_id)]
+        self.bury(job_id)
+        return task_ids
+
+    def job_ids(self) -> set[int]:
+        """Return the jobs this slot holds tasks or results of."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", (self.slot,)
+            ).fetchall()
+        return {int(row[0]) for row in rows}
+
+    def subjects(self) -> list[str]:
+        """Return the leases this slot holds."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT reply_subject FROM adc_task WHERE slot = ? AND NOT dead", (self.slot,)
+            ).fetchall()
+        return [str(row[0]) for row in rows]
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet, oldest first."""

@@ -90,6 +90,7 @@ class Poster:
         self._draining = False
         self._closing = False
         self._refused = False
+        self.accepted: Counter[int] = Counter()  # results by job
         self.failure: BaseException | None = None
         self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
         self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
@@ -229,6 +230,7 @@ class Poster:
                 raise
             self._settle_rejected(group, error)
         else:
+            self.accepted[job_id] += len(group)
             self._done(group)
 
     def _is_served(self, job_id: int) -> bool:

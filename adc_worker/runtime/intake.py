@@ -1,4 +1,4 @@
-"""From Antenna's queue to staged images: how many tasks to take, and their downloads.
+"""From Antenna's queue to staged images: how many tasks to take and when, and their downloads.
 
 Decides nothing about memory or batches; what it stages goes to a queue that has an end.
 """
@@ -9,20 +9,23 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
+from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch
 from adc_worker.errors import AntennaError, ImageError, LinkError, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagingArea
+from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
+from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.outcomes import JobOutcomes
+from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
 
@@ -32,6 +35,9 @@ STOP_CHECK_S = 0.5
 RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
 # A link error on the last delivery is posted while the lease still has this share left, to be saved in time.
 LAST_CHANCE_SHARE = 0.2
+EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
+WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
+FETCH_GRACE_S = 5.0  # the end of a turn waits so long for a fetch under way: its tasks would lie idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,13 @@ class IntakeLimits:
     held: int
 
     @classmethod
-    def for_probe(cls, fetch_ceiling: int | None) -> IntakeLimits:
+    def for_probe(cls, fetch_ceiling: int | None, lease: LeaseTerms) -> IntakeLimits:
         """Two tasks to measure, and a few behind them so that the link does not rest meanwhile.
 
         Ten tasks keep within half a 300 s lease at up to 15 s an image; today's worker needs 2 (measurements).
         """
-        return cls(downloads=4, in_hand=10, fetch_size=min(8, fetch_ceiling or 8), held=10)
+        held = max(2, min(10, int(lease.ack_wait_s / 30)))
+        return cls(downloads=4, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
 
     @classmethod
     def of(cls, plan: IngestPlan) -> IntakeLimits:
@@ -58,41 +65,138 @@ class IntakeLimits:
         return cls(plan.download_concurrency, plan.staged_ahead + in_arena, plan.fetch_size, plan.held_limit)
 
 
+class TaskFetch:
+    """One job's fetches. With NATS down Antenna answers after 120 s: nobody waits for it here."""
+
+    def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
+        self.job_id = job_id
+        self.error: AntennaError | None = None
+        self.is_open = False
+        self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
+        self._client = client
+        self._journal = journal
+        self._poster = poster
+        self._lease = lease
+        self._saves = SaveWatch()
+        self._answer: list[HeldTask] | None = None
+        self._failure: BaseException | None = None
+        self._listener: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def has_answer(self) -> bool:
+        return self._answer is not None
+
+    def start(self, count: int, listener: Callable[[], None]) -> None:
+        """Ask for up to `count` tasks; `listener` is called when there is an answer. None may be open."""
+        self.is_open, self._listener = True, listener
+        self._thread = threading.Thread(target=self._run, args=(count,), name=f"fetch {self.job_id}", daemon=True)
+        self._thread.start()
+
+    def take_answer(self) -> list[HeldTask] | None:
+        """Return what the last fetch brought, once; None while it brought nothing yet. Raises what ended it."""
+        if self._failure is not None:
+            raise self._failure
+        answer, self._answer = self._answer, None
+        return answer
+
+    def settle(self, listener: Callable[[], None] | None, timeout_s: float) -> None:
+        """Wait for a fetch that is open, change who hears of it; what it brought is in the journal."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._listener, self._answer = listener, None
+
+    def _run(self, count: int) -> None:
+        try:
+            self._answer = self._ask(count)
+        except Exception as error:  # noqa: BLE001 (raised where the answer is taken)
+            self._failure = error
+        finally:
+            self.is_open = False
+            listener = self._listener
+            if listener is not None:
+                listener()
+
+    def _ask(self, count: int) -> list[HeldTask]:
+        try:
+            if (count := self._within_saves(count)) < 1:
+                return []
+            sent_at = time.time()
+            # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
+            tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
+        except AntennaError as error:
+            _log.warning("fetch_failed", job_id=self.job_id, error=str(error))
+            self.error = error
+            return []
+        self.error = None
+        fresh, joined = [], []
+        for task in tasks:
+            before = self._journal.rejoin(self.job_id, task, sent_at)
+            self._lease.learn(task.reply_subject, before and before[0].fetched_at, time.time())
+            if before is None:
+                fresh.append(task)
+            elif not before[1]:
+                joined.append(HeldTask(before[0].id, self.job_id, task, sent_at))
+        if len(fresh) < len(tasks):
+            _log.info("delivery_joined", job_id=self.job_id, tasks=len(tasks) - len(fresh))
+        return [*joined, *self._journal.record(self.job_id, fresh, sent_at)]
+
+    def _within_saves(self, count: int) -> int:
+        """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
+        accepted = self._poster.accepted[self.job_id]
+        if accepted and self._saves.is_due(self._lease, time.monotonic(), blocked=self._room() < count):
+            saved = self._client.job(self.job_id).saved
+            self._saves.look(self._lease, time.monotonic(), accepted, saved)
+        count = min(count, self._room())
+        self.looked_only = count < 1
+        return count
+
+    def _room(self) -> int:
+        held = self._journal.held_count(self.job_id)
+        unsaved = self._saves.unsaved(self._poster.accepted[self.job_id])
+        return self._lease.held_limit(self._saves.per_s) - held - unsaved
+
+
 class Intake:
-    """Fetches and downloads one job's tasks in the background until the job has none, or until stopped."""
+    """Fetches and downloads one job's tasks in the background until the job has none for now, or its turn is over."""
 
     def __init__(
         self,
-        job_id: int,
-        client: AntennaClient,
+        fetch: TaskFetch,
         journal: Journal,
         staging: StagingArea,
         outcomes: JobOutcomes,
         lease: LeaseTerms,
         limits: IntakeLimits,
-        stopping: threading.Event,
-        *,
+        turn: Turn,
         faults: Faults,
     ) -> None:
-        self.staged = StagedQueue()
-        self.error: AntennaError | None = None
+        self.staged = StagedQueue(self._still_wanted)
         self.failure: BaseException | None = None
         self.fetched = 0
         self.parked = 0  # left on record: their image host is at fault
-        self._job_id = job_id
-        self._client = client
+        self.ended_empty = False
+        self._fetch = fetch
+        self._job_id = fetch.job_id
         self._journal = journal
         self._staging = staging
         self._outcomes = outcomes
         self._lease = lease
         self._limits = limits
-        self._stopping = stopping
+        self._turn = turn
         self._faults = faults
+        self._images_per_s = 0.0  # measured; 0 until it is
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
+        self._unstarted: dict[int, HeldTask] = {}  # until a batch takes them
+        self._taken: set[int] = set()
         self._downloading = 0
-        self._drained = False
+        self._probing = True
+        self._woken = False
+        self._over_since: float | None = None
+        self._empty_answers = 0
+        self._next_fetch_at = 0.0
         self._executor = ThreadPoolExecutor(DOWNLOADS_MAX, thread_name_prefix="download")
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -100,13 +204,22 @@ class Intake:
         self._outcomes.listen(self.wake)
         self._thread.start()
 
+    @property
+    def error(self) -> AntennaError | None:
+        """What Antenna said to the last fetch, if that failed."""
+        return self._fetch.error
+
     def apply(self, limits: IntakeLimits) -> None:
-        with self._changed:
-            self._limits = limits
-            self._changed.notify_all()
+        self._limits, self._probing = limits, False
+        self.wake()
+
+    def pace(self, images_per_s: float) -> None:
+        """Say how fast a batch went: what is held must be done within its leases at that rate."""
+        self._images_per_s = images_per_s
 
     def wake(self) -> None:
         with self._changed:
+            self._woken = True
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -121,64 +234,114 @@ class Intake:
             self._thread.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def _in_hand(self) -> int:
+        return self.fetched - self._outcomes.settled - self.parked
+
     def _run(self) -> None:
         try:
+            self._fetch.settle(self.wake, FETCH_GRACE_S)
             self._take(self._journal.unfinished(self._job_id))
             while not self._finished():
-                if self._stopping.is_set():
-                    self._stopped.set()
                 journal_fault = self._journal.fault
                 self._faults.watch("journal", OSError(journal_fault) if journal_fault else None)
+                self._heed_turn()
+                self._take_answer()
+                self._drop_expired()
                 self._start_downloads()
-                if self._wants_tasks():
-                    self._fetch()
-                else:
-                    self._wait()
+                if (count := self._wanted_tasks()) > 0:
+                    self._fetch.start(count, self.wake)
+                self._wait()
         except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
             self.failure = error
         finally:
             self.staged.end()
+            self._fetch.settle(None, FETCH_GRACE_S)
+
+    def _heed_turn(self) -> None:
+        over_s = time.monotonic() - self._over_since if self._over_since is not None else 0.0
+        if self._turn.is_stopping() or over_s > WIND_DOWN_MAX_S:
+            self._stopped.set()
+        elif self._over_since is None and self._turn.fetches_no_more(self._in_hand / (self._images_per_s or 1.0)):
+            self._over_since = time.monotonic()
 
     def _finished(self) -> bool:
-        with self._changed:
-            if self._stopped.is_set():
-                return self._downloading == 0
-            ended = self._drained or self.parked
-            return bool(ended) and not self._to_download and self._downloading == 0
+        if self._stopped.is_set():
+            return self._downloading == 0
+        if self._in_hand:
+            return False
+        if self._fetch.is_open or self._fetch.has_answer:
+            return self._over_since is not None and time.monotonic() - self._over_since > FETCH_GRACE_S
+        self.ended_empty = self._over_since is None and (self._empty_answers > 0 or self.parked > 0)
+        return self.ended_empty or self._over_since is not None
 
-    def _take(self, tasks: list[HeldTask]) -> None:
-        with self._changed:
-            self.fetched += len(tasks)
-            self._to_download.extend(tasks)
+    def _take(self, tasks: Iterable[HeldTask]) -> None:
+        """Take tasks in, those on their last delivery first; one that is in hand already has a newer lease."""
+        for held in tasks:
+            if held.id in self._unstarted or held.id not in self._taken:
+                self._unstarted[held.id] = held
+            if held.id not in self._taken:
+                self._taken.add(held.id)
+                self.fetched += 1
+                last = self._lease.is_last(held.task.reply_subject)
+                (self._to_download.appendleft if last else self._to_download.append)(held)
 
-    def _wants_tasks(self) -> bool:
-        with self._changed:
-            room = self._limits.in_hand - (self.fetched - self._outcomes.settled)
-            if self._drained or self._stopped.is_set() or room < 1 or self.parked:
-                return False
-        return self._outcomes.may_take_more() and self._journal.held_count(self._job_id) < self._limits.held
-
-    def _fetch(self) -> None:
-        first = self.fetched == 0
-        with self._changed:
-            room = self._limits.in_hand - (self.fetched - self._outcomes.settled)
-            # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
-            count = 2 if first else min(self._limits.fetch_size, room)
-        try:
-            tasks = self._client.fetch_tasks(self._job_id, count)
-        except AntennaError as error:
-            _log.warning("fetch_failed", job_id=self._job_id, error=str(error))
-            self.error = error
-            self._drained = True
+    def _take_answer(self) -> None:
+        answer = self._fetch.take_answer()
+        if answer is None:
             return
-        self._take(self._journal.record(self._job_id, tasks))
-        self._outcomes.wake_poster()
-        self._drained = not tasks
+        self._take(answer)
+        self._outcomes.wake_poster()  # some may have been answered from the journal
+        if answer:
+            self._empty_answers = 0
+        elif self._fetch.looked_only:
+            self._next_fetch_at = time.monotonic() + LOOK_SHARE_BLOCKED * self._lease.ack_wait_s
+        else:
+            pause_s = min(EMPTY_RETRY_MAX_S, EMPTY_RETRY_FIRST_S * 2**self._empty_answers)
+            self._next_fetch_at = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
+            self._empty_answers += 1
+
+    def _wanted_tasks(self) -> int:
+        """Return how many tasks to ask for now: within what may be in hand, and within the lease horizon."""
+        if self._stopped.is_set() or self._over_since is not None or self._fetch.is_open or self.parked:
+            return 0
+        room = min(self._limits.fetch_size, self._limits.in_hand - self._in_hand)
+        if room < 1 or time.monotonic() < self._next_fetch_at or not self._outcomes.may_take_more():
+            return 0
+        # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
+        room = min(room, 2) if self._probing and self.fetched == 0 else room
+        held = self._journal.held_count(self._job_id)
+        if self._images_per_s:
+            room = min(room, self._lease.held_limit(self._images_per_s) - held)
+        return min(room, self._limits.held - held)
+
+    def _drop_expired(self) -> None:
+        """Leave tasks to their lease that could not be downloaded within it; the last delivery has as long again."""
+        for held in tuple(self._to_download):
+            lease = self._lease.ack_wait_s if self._lease.is_last(held.task.reply_subject) else 0.0
+            current = self._unstarted.get(held.id, held)
+            if self._lease.left_s(current.fetched_at, time.time()) + lease < 0:
+                with self._changed:
+                    if held not in self._to_download:
+                        continue
+                    self._to_download.remove(held)
+                self._outcomes.give_up(held.id, held.task, "its lease ended before it could be downloaded")
+
+    def _still_wanted(self, image: StagedImage) -> bool:
+        """Whether to decode an image: not when Antenna hands its task to somebody else by now."""
+        held = self._unstarted.pop(image.id, None)
+        if held is None or self._lease.is_last(held.task.reply_subject):  # nobody else will get it
+            return True
+        late_s = -self._lease.left_s(held.fetched_at, time.time())
+        if late_s > 0:
+            self._outcomes.give_up(held.id, held.task, f"its lease ended {late_s:.1f} s before it could be decoded")
+        return late_s <= 0
 
     def _wait(self) -> None:
         with self._changed:
-            if not self._can_start_download():
+            if not self._woken and not self._can_start_download():
                 self._changed.wait(STOP_CHECK_S)
+            self._woken = False
 
     def _can_start_download(self) -> bool:
         if self._stopped.is_set():
@@ -210,8 +373,7 @@ class Intake:
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:
-        delivery = parse_reply_subject(held.task.reply_subject)
-        last = delivery is not None and delivery.count >= self._lease.max_deliver
+        last = self._lease.is_last(held.task.reply_subject)
         host = urlsplit(held.task.image_url).netloc
         backoff_s = RETRY_FIRST_S
         while not self._stopped.is_set():
@@ -250,7 +412,7 @@ class Intake:
                 return
 
     def _lease_left_s(self, held: HeldTask) -> float:
-        return held.fetched_at + self._lease.ack_wait_s - time.time()
+        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, time.time())
 
     def _lapses_soon(self, held: HeldTask) -> bool:
         return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s

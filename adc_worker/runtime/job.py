@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
@@ -21,9 +22,10 @@ from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import infer_and_keep, measured_image
-from adc_worker.runtime.intake import Intake, IntakeLimits
+from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
+from adc_worker.runtime.slices import Turn
 from adc_worker.settings import Settings
 from adc_worker.tuning.drift import DriftWatch
 from adc_worker.tuning.plan import IngestPlan
@@ -47,6 +49,7 @@ class WorkerContext:
     policy: IngestPolicy
     lease: LeaseTerms
     stopping: threading.Event
+    keeper: LeaseKeeper | None  # where NATS is configured
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
     faults: Faults = field(default_factory=Faults)
 
@@ -60,13 +63,30 @@ class WorkerContext:
         )
 
 
+@dataclass(slots=True)
+class JobMemory:
+    """What a job keeps between its turns: it neither probes nor plans again."""
+
+    fetch: TaskFetch
+    report: ProbeReport | None = None
+    plan: IngestPlan | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """What came of one pass over a job: tasks worked on, and tasks that wait for an image host at fault."""
+    """What came of one turn of a job.
+
+    Attributes:
+        tasks: how many were worked on.
+        error: what Antenna said to the last fetch, if that failed.
+        ended_empty: no more tasks for now, or all that are left wait for an image host at fault.
+        switch_s: seconds before its first batch; None where there was none.
+    """
 
     tasks: int
     error: AntennaError | None
-    parked: int
+    ended_empty: bool
+    switch_s: float | None
 
 
 def ceilings(settings: Settings) -> Ceilings:
@@ -84,22 +104,21 @@ def ceilings(settings: Settings) -> Ceilings:
     )
 
 
-def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> JobSummary:
-    """Work on a job until Antenna has no more tasks of it for us, or the worker stops. The models are loaded."""
+def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory: JobMemory, turn: Turn) -> JobSummary:
+    """Work on a job until Antenna has no more tasks of it for us, or its turn is over. The models are loaded."""
     started = time.monotonic()
     outcomes = JobOutcomes(job_id, context.journal, context.staging, context.poster)
     intake = Intake(
-        job_id,
-        context.client,
+        memory.fetch,
         context.journal,
         context.staging,
         outcomes,
         context.lease,
-        IntakeLimits.for_probe(context.settings.antenna_api_batch_size),
-        context.stopping,
-        faults=context.faults,
+        IntakeLimits.for_probe(context.settings.antenna_api_batch_size, context.lease),
+        turn,
+        context.faults,
     )
-    run = _JobRun(job_id, pipeline, context, intake, outcomes)
+    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
     context.poster.listen(intake.wake)
     intake.start()
     try:
@@ -116,7 +135,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
     worked = intake.fetched - intake.parked
     if worked:
         run.log_summary(time.monotonic() - started)
-    return JobSummary(worked, intake.error, intake.parked)
+    return JobSummary(worked, intake.error, intake.ended_empty, run.switch_s)
 
 
 def _check_thread(name: str, failure: BaseException | None) -> None:
@@ -127,17 +146,27 @@ def _check_thread(name: str, failure: BaseException | None) -> None:
 
 
 class _JobRun:
-    """The state of one pass over a job."""
+    """The state of one turn of a job."""
 
     def __init__(
-        self, job_id: int, pipeline: Pipeline, context: WorkerContext, intake: Intake, outcomes: JobOutcomes
+        self,
+        job_id: int,
+        pipeline: Pipeline,
+        context: WorkerContext,
+        intake: Intake,
+        outcomes: JobOutcomes,
+        memory: JobMemory,
+        turn: Turn,
     ) -> None:
         self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
         self._pipeline = pipeline
         self._context = context
         self._intake = intake
         self._outcomes = outcomes
-        self._plan: IngestPlan | None = None
+        self._memory = memory
+        self._turn = turn
+        self.switch_s: float | None = None
+        self._started = time.monotonic()
         self._peak_bytes = 0
         self._limit_bytes = 0
         self._inference_s = 0.0
@@ -146,18 +175,22 @@ class _JobRun:
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
         self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
-        report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
-        if report is None:
-            return
+        report, plan = self._memory.report, self._memory.plan
+        if report is None or plan is None:
+            report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
+            if report is None:
+                return
+            plan = self._made_plan(report, host)
+        self._intake.apply(IntakeLimits.of(plan))
         drift = DriftWatch(report)
-        plan: IngestPlan | None = self._made_plan(report, host)
         while plan is not None:
             with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
                 plan = self._feed(loader, drift, host)
                 self._readiness = loader.readiness
 
     def _made_plan(self, report: ProbeReport, host: HostBudget) -> IngestPlan:
-        self._plan = plan = self._context.policy.plan(report, host, self._context.lease)
+        self._memory.report = report
+        self._memory.plan = plan = self._context.policy.plan(report, host, self._context.lease)
         self._intake.apply(IntakeLimits.of(plan))
         self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
         return plan
@@ -166,6 +199,8 @@ class _JobRun:
         """Infer what the loader brings; return a plan when it takes another loader to follow it."""
         next_plan: IngestPlan | None = None
         for batch in loader:
+            if self.switch_s is None:
+                self.switch_s = time.monotonic() - self._started
             with batch:
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
                 images = len(batch.staged)
@@ -176,6 +211,7 @@ class _JobRun:
                     next_plan = changed
                     loader.stop()
             self._inference_s += stats.inference_s
+            self._intake.pace(images / max(stats.inference_s, 1e-6))
             memory_bytes = self._memory_bytes(loader)
             self._peak_bytes = max(self._peak_bytes, memory_bytes)
             self._log.info(
@@ -190,10 +226,12 @@ class _JobRun:
             )
             self._check_background()
             self._wait_for_room()
-            if self._context.stopping.is_set():
+            if self._turn.is_stopping():
                 self._intake.stop()
                 loader.stop()
-        return None if self._context.stopping.is_set() else next_plan
+            if self._turn.breaks_off():  # what is decoded stays on disk, too: no later batch is waited for
+                break
+        return None if self._turn.is_stopping() else next_plan
 
     def _memory_bytes(self, loader: JobDataLoader) -> int:
         disk = self._context.staging.disk
@@ -211,7 +249,7 @@ class _JobRun:
             self._check_background()
 
     def log_summary(self, wall_s: float) -> None:
-        outcomes, plan = self._outcomes, self._plan
+        outcomes, plan = self._outcomes, self._memory.plan
         self._log.info(
             "job_summary",
             tasks=self._intake.fetched,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from adc_worker import log, settings
+from adc_worker import __version__, log, settings
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import (
     AntennaError,
     AntennaRefused,
@@ -33,8 +34,10 @@ from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
-from adc_worker.runtime.job import WorkerContext, _process_job, ceilings
+from adc_worker.runtime.intake import TaskFetch
+from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
@@ -42,7 +45,7 @@ _log = log.get_logger(__name__)
 
 LIFELINE_EXIT_S = 2.0  # with the parent gone nobody would reap us: leave within this time, the journal has everything
 _COMMAND_BYTES = 4096
-POLL_BACKOFF_MAX_S = 60.0  # also the longest silence after which Antenna calls a service offline (contract)
+IDLE_CHECK_S = 0.5
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class Stop:
 
 
 class WorkerLoop:
-    """Polls for jobs and processes them one after the other."""
+    """Gives jobs their turns; a thread of its own polls Antenna meanwhile, which is also the heartbeat."""
 
     def __init__(self, options: WorkerOptions, config: Settings, context: WorkerContext) -> None:
         self._options = options
@@ -78,49 +81,89 @@ class WorkerLoop:
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
-        self._waiting_for_host = False
+        self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
+        self._memories: dict[int, JobMemory] = {}
+        self._poller = JobPoller(
+            self._board, context.client, context.journal, list(self._specs), options.project,
+            config.antenna_idle_sleep_seconds,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Return when draining, or when idle and that was asked for."""
         _log.info(
             "worker_ready", device=str(self._device), pipelines=sorted(self._specs), threads=torch.get_num_threads()
         )
-        failures = 0
-        while not self._context.stopping.is_set():
-            try:
-                worked = self._pass()
-                failures = 0
-            except AntennaError as error:
-                self._first_contact_failed(error)
-                failures += 1
-                worked = False
-                _log.warning("poll_failed", error=str(error), attempt=failures)
-            if worked:
-                continue
-            if self._options.exit_when_idle and failures == 0 and not self._waiting_for_host and self._all_told():
-                _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
-                return
-            self._sleep(failures)
+        self._poller.start()
+        try:
+            while not self._context.stopping.is_set():
+                self._check_background()
+                self._discard_lost()
+                turn = self._board.next_turn(self._context.stopping.is_set)
+                if turn is not None:
+                    self._take_turn(turn)
+                elif self._is_idle():
+                    _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
+                    return
+                else:
+                    self._poller.wait_for_news(IDLE_CHECK_S)
+        finally:
+            self._poller.close()
+        self._hand_back()
 
-    def _all_told(self) -> bool:
-        return self._context.poster.wait_idle(0) and self._context.poster.jobs_ended
+    def _take_turn(self, turn: Turn) -> None:
+        job_id, context = turn.entry.id, self._context
+        memory = self._memories.setdefault(
+            job_id, JobMemory(TaskFetch(job_id, context.client, context.journal, context.poster, context.lease))
+        )
+        with self._poller.busy():
+            summary = _process_job(self._pipeline(turn.entry.pipeline_slug), job_id, context, memory, turn)
+        gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
+        if isinstance(summary.error, AntennaRefused) and not summary.tasks:
+            self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
+        answered = summary.error is None
+        self._contacted |= answered
+        self._board.end_turn(
+            turn, summary.tasks, ended_empty=summary.ended_empty, answered=answered, switch_s=summary.switch_s
+        )
 
-    def _pass(self) -> bool:
-        """Poll once and work on what is listed; True when any task was taken."""
-        jobs = self._context.client.jobs(list(self._specs), self._options.project)
-        random.shuffle(jobs)  # a fleet that polls together must not queue at the same job
-        tasks, error, self._waiting_for_host = 0, None, False
-        for job in jobs:
-            if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
-                summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
-                gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
-                tasks += summary.tasks
-                error = error or summary.error
-                self._waiting_for_host |= summary.parked > 0
-        if error is not None and not tasks:
-            raise error
-        self._contacted = True
-        return tasks > 0
+    def _is_idle(self) -> bool:
+        """Whether to end: a peer's tasks may come to us until their leases are over."""
+        return (
+            self._options.exit_when_idle
+            and self._poller.is_fresh
+            and self._board.idle_s() > self._context.lease.ack_wait_s
+            and self._context.poster.wait_idle(0)
+            and self._context.poster.jobs_ended
+            and not self._context.journal.job_ids()  # some may wait for an image host
+        )
+
+    def _discard_lost(self) -> None:
+        """Remove what is staged of jobs that were cancelled or are over; the journal has forgotten it."""
+        for job_id, task_ids in self._poller.take_lost():
+            self._memories.pop(job_id, None)
+            for task_id in task_ids:
+                self._context.staging.discard(task_id)
+
+    def _hand_back(self) -> None:
+        """On drain, give tasks that were not started back, unless this was their last delivery: those stay ours."""
+        journal, keeper = self._context.journal, self._context.keeper
+        if keeper is None:
+            return
+        held = [one for job_id in journal.job_ids() for one in journal.unfinished(job_id)]
+        back = [one for one in held if not self._context.lease.is_last(one.task.reply_subject)]
+        if back and keeper.hand_back([one.task.reply_subject for one in back]):
+            journal.forget([one.id for one in back])
+            for one in back:
+                self._context.staging.discard(one.id)
+            _log.info("tasks_handed_back", tasks=len(back), kept=len(held) - len(back))
+
+    def _check_background(self) -> None:
+        keeper = self._context.keeper
+        for name, failure in (("poller", self._poller.failure), ("leases", keeper.failure if keeper else None)):
+            if isinstance(failure, AntennaError):
+                self._first_contact_failed(failure)
+            elif failure is not None:
+                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
     def _pipeline(self, slug: str) -> Pipeline:
         if slug not in self._loaded:
@@ -144,10 +187,6 @@ class WorkerLoop:
                 f"AMI_ANTENNA_API_BASE_URL {self._config.antenna_api_base_url}: {error}"
             ) from error
 
-    def _sleep(self, failures: int) -> None:
-        pause_s = min(self._config.antenna_idle_sleep_seconds * 2**failures, POLL_BACKOFF_MAX_S)
-        self._context.stopping.wait(pause_s * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, no secret)
-
 
 def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPolicy | None = None) -> None:
     """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own."""
@@ -157,8 +196,8 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
     antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
     policy_of_addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
     with (
+        AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
         ImageClient(config.image_max_bytes, policy_of_addresses, config.antenna_ack_wait_seconds / 2) as images,
-        AntennaClient(config.antenna_api_base_url, config.token) as client,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
@@ -170,6 +209,9 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             swept_files=swept,
         )
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
+        lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
+        nats_url = config.antenna_nats_url
+        keeper = LeaseKeeper(nats_url.get_secret_value(), lease, journal.subjects) if nats_url else None
         context = WorkerContext(
             settings=config,
             client=client,
@@ -177,15 +219,25 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             poster=poster,
             staging=staging,
             policy=policy or IngestPolicy(ceilings(config)),
-            lease=LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver),
+            lease=lease,
             stopping=stop.draining,
+            keeper=keeper,
             pids=(os.getppid(), os.getpid()),
         )
         try:
             WorkerLoop(options, config, context).run()
         finally:
+            if keeper is not None:
+                keeper.close()
             poster.close(0.0 if stop.flushing.is_set() else config.shutdown_grace_seconds / 2)
             journal.close()
+
+
+def _client_info(instance: int) -> dict[str, str | int | None]:
+    """Return who we are, for Antenna's list of workers."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name = {"hostname": socket.gethostname(), "software": "adc-worker", "version": __version__}
+    return {**name, "gpu": gpu, "instance": instance}
 
 
 def _make_folder(folder: os.PathLike[str]) -> None:

@@ -109,6 +109,22 @@ def test_a_fetch_says_how_many_and_waits_longer_than_antenna_does() -> None:
 ERROR = b'{"error":"e","image_id":"1"}'
 
 
+def test_fetches_and_posts_say_who_asks() -> None:
+    """Which of an operator's machines holds a task shows at Antenna."""
+    antenna, who = Antenna(), {"hostname": "trap-7", "software": "adc-worker", "instance": 1, "gpu": None}
+    with AntennaClient("http://antenna.test/api/v2", TOKEN, transport=antenna, client_info=who) as asked:
+        asked.fetch_tasks(7, 1)
+        asked.post_results(
+            7, [PostEntry("s1", len(ERROR), lambda: [ERROR]), PostEntry("s2", len(ERROR), lambda: [ERROR])]
+        )
+    fetch, post = antenna.requests
+    assert orjson.loads(fetch.content) == {"batch_size": 1, "client_info": who}
+    body = orjson.loads(post.content)
+    assert body["client_info"] == who
+    assert [entry["reply_subject"] for entry in body["results"]] == ["s1", "s2"]
+    assert int(post.headers["content-length"]) == len(post.content)
+
+
 def test_results_are_posted_as_json() -> None:
     """Anything else is answered with 415."""
     antenna = Antenna()

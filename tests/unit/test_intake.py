@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.wire import Task, error_result
+from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
 from adc_worker.errors import ImageError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
@@ -20,8 +21,9 @@ from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.faults import Faults
-from adc_worker.runtime.intake import Intake, IntakeLimits
+from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from adc_worker.runtime.slices import JobBoard
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -41,6 +43,9 @@ class Queue(AntennaClient):
         assert job_id == JOB
         fetched, self._tasks = self._tasks[:count], self._tasks[count:]
         return fetched
+
+    def job(self, job_id: int) -> JobState:
+        return JobState(id=job_id, status="STARTED")
 
 
 class Images(ImageClient):
@@ -92,20 +97,16 @@ class Job:
     def start(self, tasks: int, downloads: int) -> Intake:
         return self.start_with([task(number) for number in range(1, tasks + 1)], downloads=downloads)
 
-    def start_with(self, tasks: list[Task], kind: type[Queue] = Queue, *, downloads: int = 1) -> Intake:
+    def start_with(self, tasks: Sequence[Task], kind: type[Queue] = Queue, *, downloads: int = 1) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
         queue = kind(tasks)
-        self.intake = Intake(
-            JOB,
-            queue,
-            self.journal,
-            self.staging,
-            self.outcomes,
-            LeaseTerms(),
-            limits,
-            self.stopping,
-            faults=self.faults,
-        )
+        self.lease = LeaseTerms()
+        fetch = TaskFetch(JOB, queue, self.journal, self.poster, self.lease)
+        board = JobBoard(120.0, 5.0)
+        board.add([JobRef(id=JOB, pipeline_slug="simulated")])
+        turn = board.next_turn(self.stopping.is_set)
+        assert turn is not None
+        self.intake = Intake(fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn, self.faults)
         self.intake.start()
         return self.intake
 
@@ -279,3 +280,44 @@ def test_an_image_is_answered_by_the_id_it_came_with(jobs: Callable[..., Job], o
     assert job.poster.wait_idle(5)
     ((_job, entries),) = job.receiver.posts
     assert entries == [(odd, error_result(odd, "broken"))]
+
+
+def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Callable[..., Job]) -> None:
+    """They go back to whoever has room; nobody's image is called broken."""
+    job = jobs()
+    job.images.faults = {task(number).image_url: FULL for number in (1, 2)}
+    job.start(tasks=2, downloads=1)
+    wait_until(lambda: not job.staging.disk.has_room() and job.intake._downloading == 0)
+    job.lease.ack_wait_s = 0.01
+    assert job.infer_all() == []
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0, 2)
+    assert job.journal.unfinished(JOB) == []
+
+
+def test_a_staged_task_whose_lease_is_over_is_not_decoded_unless_nobody_else_gets_it(jobs: Callable[..., Job]) -> None:
+    """A first delivery is left to the next; the last one counts, however late."""
+    job = jobs()
+    last = task(2).model_copy(update={"reply_subject": task(2).reply_subject.replace("consumer.1.", "consumer.2.")})
+    intake = job.start_with([task(1), last], downloads=1)
+    images = {image.task.image_id: image for image in (intake.staged.get(), intake.staged.get()) if image}
+    job.lease.ack_wait_s = 0.01
+    (first, *_others) = job.journal.unfinished(JOB)
+    wait_until(lambda: job.lease.left_s(first.fetched_at, time.time()) < 0)
+    assert intake.staged.still_wanted(images["2"])
+    assert not intake.staged.still_wanted(images["1"])
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
+
+
+def test_a_second_delivery_of_a_task_in_hand_joins_it(jobs: Callable[..., Job]) -> None:
+    """One download, one result, posted with the newer lease; and it shows how long leases really last."""
+    job = jobs()
+    job.images.gate.clear()
+    again = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
+    job.start_with([task(1), task(2), again], downloads=2)
+    wait_until(lambda: job.journal.subjects()[:1] == [again.reply_subject])
+    job.images.gate.set()
+    assert sorted(job.infer_all()) == ["1", "2"]
+    assert job.poster.wait_idle(5)
+    subjects = [subject for _job, entries in job.receiver.posts for subject, _body in entries]
+    assert sorted(subjects) == [again.reply_subject, task(2).reply_subject][::-1]
+    assert job.lease.ack_wait_s < 10

@@ -113,11 +113,40 @@ def test_a_result_kept_twice_is_the_later_one(journal: Journal) -> None:
 
 
 def test_results_are_kept_all_or_none(journal: Journal) -> None:
-    """One transaction: a number without a task spoils the batch, and says so."""
-    held = journal.record(7, [task(1)])
-    with pytest.raises(sqlite3.IntegrityError):
-        keep(journal, [(held[0].id, b"one"), (999, b"nobody's")])
+    """One transaction: a result that cannot be made spoils the batch, and says so."""
+    held = journal.record(7, [task(1), task(2)])
+
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 (it is this test's own)
+        journal.keep([(held[0].id, [b"one"]), (held[1].id, broken())])
     assert bodies(journal) == []
+
+
+def test_a_result_of_a_job_that_was_dropped_is_not_kept(journal: Journal) -> None:
+    """Its job was cancelled while it was inferred; the others of its batch are kept."""
+    (gone,) = journal.record(7, [task(1)])
+    (here,) = journal.record(8, [task(2)])
+    assert journal.drop_job(7) == [gone.id]
+    keep(journal, [(gone.id, b"nobody wants it"), (here.id, b"kept")])
+    assert bodies(journal) == [b"kept"]
+
+
+def test_a_second_delivery_joins_the_task_in_hand(journal: Journal) -> None:
+    """The row stays, with the newer lease; another image, or another incarnation of the stream, is another task."""
+    (held,) = journal.record(7, [task(1)])
+    again = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
+    assert journal.rejoin(7, task(2), 1.0) is None
+    reborn = again.reply_subject.replace("1760000000000000000", "1770000000000000000")
+    assert journal.rejoin(7, again.model_copy(update={"reply_subject": reborn}), 1.0) is None
+    assert journal.rejoin(7, again, 5.0) == (held, False)
+    (joined,) = journal.unfinished(7)
+    assert (joined.id, joined.task, joined.fetched_at) == (held.id, again, 5.0)
+    keep(journal, [(held.id, b"done")])
+    assert journal.rejoin(7, again, 6.0) == (joined, True)
+    assert journal.subjects() == [again.reply_subject]
 
 
 def test_unposted_results_come_oldest_first_up_to_a_number(journal: Journal) -> None:

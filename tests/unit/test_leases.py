@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adc_worker.antenna.leases import Delivery, LeaseTerms, parse_reply_subject
+from adc_worker.antenna.leases import Delivery, LeaseTerms, SaveWatch, parse_reply_subject, same_message
 
 # Recorded on a running Antenna.
 SUBJECT = "$JS.ACK.job_11.job-11-consumer.2.5.7.1784725318713022421.3"
@@ -50,3 +50,78 @@ def test_terms_that_lease_nothing_are_refused(ack_wait_s: float, max_deliver: in
     """With the offending value in the message."""
     with pytest.raises(ValueError, match=f"max_deliver={max_deliver}"):
         LeaseTerms(ack_wait_s, max_deliver)
+
+
+def played(saves_per_s: float, worker_per_s: float, images: int, ack_wait_s: float = 300.0) -> tuple[float, float]:
+    """Play a job by tenths of a second: one worker, one server that saves in order.
+
+    Return the longest lease and the time of all.
+    """
+    lease, watch = LeaseTerms(ack_wait_s), SaveWatch()
+    fetched_at: list[float] = []
+    accepted, saved, longest_s, now = 0.0, 0.0, 0.0, 0.0
+    while saved < images:
+        now += 0.1
+        accepted = min(len(fetched_at), accepted + worker_per_s * 0.1)
+        before, saved = int(saved), min(accepted, saved + saves_per_s * 0.1)
+        longest_s = max([longest_s, *(now - fetched_at[number] for number in range(before, int(saved)))])
+        held = len(fetched_at) - int(accepted)
+        room = lease.held_limit(watch.per_s) - held - watch.unsaved(int(accepted))
+        if watch.is_due(lease, now, blocked=room < 8):
+            watch.look(lease, now, int(accepted), int(saved))
+        room = min(8, lease.held_limit(min(worker_per_s, watch.per_s)) - held - watch.unsaved(int(accepted)))
+        fetched_at += [now] * min(images - len(fetched_at), room)
+    return longest_s, now
+
+
+@pytest.mark.parametrize(
+    ("saves_per_s", "worker_per_s"), [(0.5, 20.0), (0.5, 1.0), (1.0, 0.8), (3.0, 2.0), (0.3, 20.0)]
+)
+def test_results_are_saved_within_their_lease_however_slowly_antenna_saves(
+    saves_per_s: float, worker_per_s: float
+) -> None:
+    """The GPU waits for the saves; nothing is known of their rate at the start."""
+    longest_s, _took_s = played(saves_per_s, worker_per_s, images=1000)
+    assert longest_s < 300
+
+
+def test_a_server_that_saves_as_fast_as_the_worker_posts_does_not_hold_it_up() -> None:
+    """10 000 images at 20 images/s take 500 s."""
+    _longest_s, took_s = played(25.0, 20.0, images=10_000)
+    assert took_s < 505
+
+
+def test_results_that_antenna_never_counts_hold_fetching_up_for_one_lease() -> None:
+    """Refused there, or posted twice: after ack_wait they are no lease any more."""
+    lease, watch = LeaseTerms(100), SaveWatch()
+    watch.look(lease, 0.0, accepted=30, saved=0)
+    watch.look(lease, 99.0, accepted=30, saved=0)
+    assert watch.unsaved(30) == 30
+    watch.look(lease, 101.0, accepted=30, saved=0)
+    assert watch.unsaved(31) == 1
+
+
+def test_redeliveries_correct_the_terms() -> None:
+    """A third delivery shows max_deliver, one of a task in hand after 60 s shows the true ack_wait."""
+    lease = LeaseTerms()
+    lease.learn(SUBJECT.replace("consumer.2", "consumer.3"), None, 0.0)
+    assert (lease.max_deliver, lease.ack_wait_s) == (3, 300.0)
+    lease.learn(SUBJECT, 1000.0, 1060.0)
+    assert lease.ack_wait_s == 60.0
+    lease.learn(SUBJECT.replace("consumer.2", "consumer.1"), 1000.0, 1001.0)  # a first delivery tells nothing
+    assert lease.ack_wait_s == 60.0
+
+
+def test_a_renewal_begins_every_lease_anew() -> None:
+    """Those of tasks fetched later begin later."""
+    lease = LeaseTerms(renewed_at=500.0)
+    assert lease.left_s(fetched_at=100.0, now=600.0) == 200.0
+    assert lease.left_s(fetched_at=550.0, now=600.0) == 250.0
+
+
+def test_deliveries_of_one_message_are_known_as_such() -> None:
+    """Another place in the stream, or another incarnation of it, is another message."""
+    assert same_message(SUBJECT, SUBJECT.replace("consumer.2", "consumer.1"))
+    assert not same_message(SUBJECT, SUBJECT.replace(".5.7.", ".6.7."))
+    assert not same_message(SUBJECT, SUBJECT.replace("1784725318713022421", "1784725318713022422"))
+    assert same_message(SUBJECT, "opaque")

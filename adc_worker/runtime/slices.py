@@ -1,0 +1,310 @@
+"""Which jobs there are, whose turn it is, and for how long.
+
+The board is pure (its clock is given), the poller fills it; neither knows what a turn is spent on.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.wire import JobRef
+from adc_worker.errors import AntennaError, AntennaRejected
+from adc_worker.journal.journal import Journal
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+
+SMALL_JOB_TASKS = 8
+# Antenna fails the pending images of a job that saved nothing for 600 s (contract): each has its turn well before.
+ROUND_S = 480.0
+SWITCHES_PER_SLICE = 5  # a slice lasts at least as many times what a switch costs
+EMPTY_BACKOFF_MAX_S = 60.0
+# A service that shows no sign of life for 60 s counts as offline (contract): jitter included, polls are more frequent.
+BUSY_POLL_S, POLL_BACKOFF_MAX_S = 30.0, 50.0
+BUSY_POLL_FACTOR = 6  # x the idle poll's pause, up to BUSY_POLL_S
+LOOKS_PER_POLL = 10
+CLOSE_TIMEOUT_S = 2.0
+_JOB_UNKNOWN = 404
+SMALL_JOB_PATIENCE = 3  # doublings: after its turn a small job is probably being saved, and to ask interrupts others
+
+
+@dataclass(slots=True)
+class JobEntry:
+    """What is known of a job between its turns; seconds are the board's clock's."""
+
+    id: int
+    pipeline_slug: str
+    waiting_since: float
+    last_task_at: float
+    asked_at: float
+    tasks: int | None = None
+    described: bool = False
+    begun: bool = False
+    lost: bool = False
+    interrupted: bool = False
+    used_s: float = 0.0  # of a slice that small jobs interrupted
+    not_before: float = 0.0
+    empty_turns: int = 0
+
+    @property
+    def is_small(self) -> bool:
+        return self.tasks is not None and self.tasks <= SMALL_JOB_TASKS
+
+
+class Turn:
+    """One job's turn, as the job sees it; safe to ask from several threads."""
+
+    def __init__(self, board: JobBoard, entry: JobEntry, started_at: float, draining: Callable[[], bool]) -> None:
+        self.entry = entry
+        self.started_at = started_at
+        self._board = board
+        self._draining = draining
+
+    def fetches_no_more(self, work_left_s: float) -> bool:
+        """Whether finishing what is in hand, for `work_left_s`, fills the slice while others wait."""
+        return self.is_stopping() or self._board.is_over(self, work_left_s)
+
+    def is_stopping(self) -> bool:
+        """Whether to stop: the worker drains, or the turn breaks off."""
+        return self._draining() or self.breaks_off()
+
+    def breaks_off(self) -> bool:
+        """Whether to stop after the batch in hand: the job is lost, or a small one waits for this larger one."""
+        return self.entry.lost or self._board.small_one_waits_for(self.entry)
+
+
+class JobBoard:
+    """The jobs this worker may work on. A poll fills it from its thread, the worker takes turns from its own."""
+
+    def __init__(
+        self, longest_slice_s: float, idle_s: float, now: Callable[[], float] = time.monotonic, seed: int | None = None
+    ) -> None:
+        self._longest_s = longest_slice_s
+        self._idle_s = idle_s
+        self._now = now
+        self._random = random.Random(seed)  # noqa: S311 (jitter, no secret)
+        self._lock = threading.RLock()
+        self._entries: dict[int, JobEntry] = {}
+        self._switch_s = 0.0
+
+    def add(self, listed: Sequence[JobRef]) -> None:
+        """Take in what Antenna lists; what is not in there any more is in `unlisted`."""
+        now = self._now()
+        with self._lock:
+            for job in self._random.sample(listed, len(listed)):  # a fleet must not queue at the same job
+                self._entries.setdefault(job.id, JobEntry(job.id, job.pipeline_slug, now, now, now))
+
+    def to_describe(self) -> list[int]:
+        """Return jobs of unknown size, where there is a choice to make."""
+        with self._lock:
+            return [one.id for one in self._entries.values() if not one.described] if len(self._entries) > 1 else []
+
+    def describe(self, job_id: int, tasks: int | None) -> None:
+        with self._lock:
+            if job_id in self._entries:
+                self._entries[job_id].tasks, self._entries[job_id].described = tasks, True
+
+    def unlisted(self, listed: Sequence[JobRef]) -> list[int]:
+        with self._lock:
+            return list(self._entries.keys() - {job.id for job in listed})
+
+    def drop(self, job_id: int) -> None:
+        """Forget a job; a turn that it has ends."""
+        with self._lock:
+            entry = self._entries.pop(job_id, None)
+            if entry is not None:
+                entry.lost = True
+
+    def next_turn(self, draining: Callable[[], bool]) -> Turn | None:
+        """Return the turn of the job that waited longest, small ones first; None while no job may be asked."""
+        with self._lock:
+            ready = self._waiting(None)
+            begun = [one for one in self._entries.values() if one.begun]
+            if len(begun) > ROUND_S / max(SWITCHES_PER_SLICE * self._switch_s, 1e-6):  # more would come too late
+                ready = [one for one in ready if one.begun or one.is_small] or ready
+            if not ready:
+                return None
+            first = min(ready, key=lambda one: (not one.is_small, not one.interrupted, one.waiting_since))
+            return Turn(self, first, self._now(), draining)
+
+    def end_turn(
+        self, turn: Turn, tasks: int, *, ended_empty: bool, answered: bool = True, switch_s: float | None = None
+    ) -> None:
+        """Put a job back in line.
+
+        `tasks`: how many it had for us. `ended_empty`: there were no more for now, or Antenna failed to answer, which
+        `answered` tells. `switch_s`: seconds of the turn before its first batch, where there was one.
+        """
+        entry, now = turn.entry, self._now()
+        with self._lock:
+            if switch_s is not None:
+                self._switch_s = (self._switch_s + switch_s) / 2 if self._switch_s else switch_s
+            entry.interrupted = not ended_empty and self.small_one_waits_for(entry)
+            if entry.interrupted:
+                entry.used_s += now - turn.started_at
+            else:
+                entry.used_s, entry.waiting_since = 0.0, now
+            entry.asked_at = now if answered else entry.asked_at
+            if tasks:
+                entry.begun, entry.last_task_at = True, now
+                entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
+            if ended_empty:
+                entry.not_before = now + self._random.uniform(0.8, 1.2) * self._pause_s(entry.empty_turns)
+                entry.empty_turns += 1
+
+    def is_over(self, turn: Turn, work_left_s: float) -> bool:
+        with self._lock:
+            used_s = turn.entry.used_s + self._now() - turn.started_at
+            return used_s + work_left_s >= self.slice_s(len(self._waiting(turn.entry)))
+
+    def slice_s(self, waiting: int) -> float:
+        """Return how long a turn may last while that many other jobs wait."""
+        if not waiting:
+            return float("inf")
+        return max(SWITCHES_PER_SLICE * self._switch_s, min(self._longest_s, ROUND_S / waiting))
+
+    def small_one_waits_for(self, entry: JobEntry) -> bool:
+        with self._lock:
+            return not entry.is_small and any(one.is_small for one in self._waiting(entry))
+
+    def idle_s(self) -> float:
+        """Return for how long every job, when last asked, had had no task for us; infinite when there is no job."""
+        with self._lock:
+            return min((one.asked_at - one.last_task_at for one in self._entries.values()), default=float("inf"))
+
+    def _waiting(self, besides: JobEntry | None) -> list[JobEntry]:
+        now = self._now()
+        return [one for one in self._entries.values() if one is not besides and now >= one.not_before]
+
+    def _pause_s(self, empty_turns: int) -> float:
+        return float(min(self._idle_s * 2 ** min(empty_turns, 10), EMPTY_BACKOFF_MAX_S))
+
+
+class JobPoller:
+    """Polls the job list in the background: finds work, shows that we live, notices jobs that are over or cancelled."""
+
+    def __init__(
+        self,
+        board: JobBoard,
+        client: AntennaClient,
+        journal: Journal,
+        slugs: Sequence[str],
+        project: int | None,
+        idle_s: float,
+    ) -> None:
+        self.failure: BaseException | None = None  # an AntennaError where not one poll succeeded so far
+        self._board = board
+        self._client = client
+        self._journal = journal
+        self._slugs = slugs
+        self._project = project
+        self._idle_s = idle_s
+        self._changed = threading.Condition()
+        self._lost: deque[tuple[int, list[int]]] = deque()
+        self._polls = self._failures = 0
+        self._busy = self._kicked = self._closing = self._fresh = False
+        self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; one that waits for Antenna is not waited for."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the list was seen since the last turn."""
+        return self._fresh
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Poll less often while a job has its turn, and at once when it is over."""
+        with self._changed:
+            self._busy = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy, self._kicked, self._fresh = False, True, False
+                self._changed.notify_all()
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def take_lost(self) -> list[tuple[int, list[int]]]:
+        """Return jobs that take nothing any more and the tasks of them that the journal has forgotten."""
+        return [self._lost.popleft() for _ in range(len(self._lost))]
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._poll_once()
+                self._wait()
+        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
+            if not self._closing:
+                self.failure = error
+
+    def _poll_once(self) -> None:
+        with self._changed:
+            self._kicked = False
+        try:
+            self._poll()
+        except AntennaError as error:
+            self._failures += 1
+            self.failure = error if not self._polls else None
+            _log.warning("poll_failed", error=str(error), attempt=self._failures)
+        else:
+            self._polls += 1
+            self._failures, self.failure = 0, None
+            with self._changed:
+                self._fresh = not self._busy and not self._kicked
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait(self) -> None:
+        pause_s = min(BUSY_POLL_S, BUSY_POLL_FACTOR * self._idle_s) if self._busy else self._idle_s
+        pause_s = min(pause_s * 2 ** min(self._failures, 10), POLL_BACKOFF_MAX_S)
+        until = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
+        with self._changed:
+            while not self._closing and not (self._kicked and not self._failures) and time.monotonic() < until:
+                self._changed.wait(until - time.monotonic())
+
+    def _poll(self) -> None:
+        listed = [job for job in self._client.jobs(self._slugs, self._project) if job.pipeline_slug in self._slugs]
+        self._board.add(listed)
+        with self._changed:
+            self._changed.notify_all()
+        ids = {job.id for job in listed}
+        unlisted = {*self._board.unlisted(listed), *self._journal.job_ids()} - ids
+        for job_id in [*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]]:
+            self._look(job_id)
+
+    def _look(self, job_id: int) -> None:
+        """Ask for a job's detail: the only place where a cancel shows. A job may be served and not listed."""
+        try:
+            state = self._client.job(job_id)
+        except AntennaRejected as error:
+            if error.status != _JOB_UNKNOWN:
+                raise
+            state = None
+        if state is None or state.is_lost:
+            self._board.drop(job_id)
+            task_ids = self._journal.drop_job(job_id)
+            self._lost.append((job_id, task_ids))
+            _log.info("job_over", job_id=job_id, status=state.status if state else "unknown", dropped=len(task_ids))
+        elif state.pipeline is not None and state.pipeline.slug in self._slugs:
+            if state.is_served:
+                self._board.add([JobRef(id=job_id, pipeline_slug=state.pipeline.slug)])
+            self._board.describe(job_id, state.total)

@@ -1,0 +1,270 @@
+"""Leases, empty answers and jobs that share the worker, on a real NATS server with leases of seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.devserver.server import DevServer
+from adc_worker.devserver.sheets import write_sheets
+from adc_worker.devserver.state import JobView
+from adc_worker.errors import ExitCode
+from tests.support.waiting import wait_until
+from tests.support.workers import WorkerProcess, environment, run_to_end, worker
+
+SIMULATED = ("--pipeline", "simulated")
+IDLE = "--exit-when-idle"
+Serve = Callable[..., DevServer]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start desk servers that end with the test."""
+    running: list[AbstractContextManager[DevServer]] = []
+
+    def start(**options: Any) -> DevServer:
+        server = DevServer(**{"save_delay_s": 0.005, "image_dir": tmp_path, **options})
+        running.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def sheet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sheets(tmp_path_factory.mktemp("sheets"), 1, seed=3, sizes=((320, 240),))[0]
+
+
+def terms(ack_wait_s: float, image_s: float, **more: str) -> dict[str, str]:
+    return {
+        "AMI_ANTENNA_ACK_WAIT_SECONDS": str(ack_wait_s),
+        "AMI_SIMULATED_SECONDS_PER_IMAGE": str(image_s),
+        **more,
+    }
+
+
+def succeeded(server: DevServer, job_id: int, timeout_s: float = 60.0) -> JobView:
+    wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s)
+    job = server.job(job_id)
+    assert set(job.results) == set(job.image_ids)
+    assert not job.errors
+    return job
+
+
+def stop(running: WorkerProcess) -> None:
+    running.process.send_signal(signal.SIGTERM)
+    assert running.wait() == ExitCode.OK
+
+
+def test_no_task_is_delivered_twice_with_leases_of_ten_images(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """ack_wait 5 s, 0.5 s an image: what is held is done in time, from the first task on."""
+    server = serve(ack_wait_s=5.0)
+    job_id = server.add_job("simulated", [sheet] * 24)
+    code, _log = run_to_end(environment(server, tmp_path / "data", terms(5, 0.5)), *SIMULATED, IDLE)
+    assert code == ExitCode.OK
+    assert set(succeeded(server, job_id).deliveries.values()) == {1}
+
+
+def test_a_gpu_that_suddenly_takes_ten_times_longer_loses_nothing(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """What was held at the old rate is left to its lease in time to be delivered again, and no image a third time."""
+    server = serve(ack_wait_s=3.0)
+    job_id = server.add_job("slowing", [sheet] * 40)
+    slowing = {"AMI_EXTRA_PIPELINES": "tests.support.slowing_pipeline:pipelines"}
+    env = environment(server, tmp_path / "data", terms(3, 0, **slowing))
+    code, _log = run_to_end(env, "--pipeline", "slowing", IDLE)
+    assert code == ExitCode.OK
+    assert max(succeeded(server, job_id).deliveries.values()) <= 2
+
+
+def test_over_nats_leases_last_as_long_as_the_work(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """An image that takes longer than ack_wait is not delivered again."""
+    server = serve(ack_wait_s=1.5)
+    job_id = server.add_job("simulated", [sheet] * 3)
+    env = environment(server, tmp_path / "data", terms(1.5, 2, AMI_ANTENNA_NATS_URL=server.nats_url))
+    code, _log = run_to_end(env, *SIMULATED, IDLE)
+    assert code == ExitCode.OK
+    assert set(succeeded(server, job_id).deliveries.values()) == {1}
+
+
+def test_over_nats_a_drain_hands_back_what_was_not_started(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """Another worker gets it at once, where it would wait for the end of the leases otherwise."""
+    server = serve()
+    job_id = server.add_job("simulated", [sheet] * 40)
+    env = environment(server, tmp_path / "data", terms(300, 0.3, AMI_ANTENNA_NATS_URL=server.nats_url))
+    with worker(env, *SIMULATED) as running:
+        running.wait_for("nats_connected")
+        running.wait_for("batch", count=1)
+        stop(running)
+    (back,) = running.events("tasks_handed_back")
+    assert back["tasks"] > 0
+    assert back["kept"] == 0
+    code, _log = run_to_end(environment(server, tmp_path / "other", terms(300, 0.02)), *SIMULATED, IDLE)
+    assert code == ExitCode.OK
+    assert sum(succeeded(server, job_id).deliveries.values()) == 40 + back["tasks"]
+
+
+def test_nats_that_cannot_be_reached_is_said_once_and_no_password_with_it(
+    serve: Serve, sheet: Path, tmp_path: Path
+) -> None:
+    """The horizon alone holds then."""
+    server = serve()
+    job_id = server.add_job("simulated", [sheet] * 4)
+    url = "nats://worker:hunter2@127.0.0.1:9"
+    code, log = run_to_end(
+        environment(server, tmp_path / "data", terms(300, 0.05, AMI_ANTENNA_NATS_URL=url)), *SIMULATED, IDLE
+    )
+    assert code == ExitCode.OK
+    succeeded(server, job_id)
+    (said,) = log.events("nats_unreachable")
+    assert said["server"] == "127.0.0.1:9"
+    assert "hunter2" not in "\n".join(log.lines)
+
+
+def test_tasks_of_a_peer_that_dies_come_to_those_who_wait(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """Empty is not done: the worker asks again until the dead peer's leases are over, and ends only then."""
+    server = serve(ack_wait_s=8.0)  # longer than a worker takes to start
+    job_id = server.add_job("simulated", [sheet] * 6)
+    with AntennaClient(server.api_url, server.token) as peer:
+        assert len(peer.fetch_tasks(job_id, 4)) == 4
+    code, log = run_to_end(environment(server, tmp_path / "data", terms(8, 0.05)), *SIMULATED, IDLE)
+    assert code == ExitCode.OK
+    assert sorted(succeeded(server, job_id).deliveries.values()) == [1, 1, 2, 2, 2, 2]
+    assert len(log.events("job_summary")) > 1
+
+
+def test_a_job_that_is_not_listed_any_more_is_still_drained(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """More than half of its images failed, so Antenna hides it, and still waits for the others."""
+    server = serve(ack_wait_s=2.0)
+    job_id = server.add_job("simulated", [*(f"gone-{number}.jpg" for number in range(7)), *[sheet] * 5])
+    with AntennaClient(server.api_url, server.token) as peer:
+        held = {task.image_id for task in peer.fetch_tasks(job_id, 12)[-3:]}  # these three come when all has failed
+    with worker(environment(server, tmp_path / "data", terms(2, 0.05)), *SIMULATED) as running:
+        wait_until(lambda: held <= set(server.job(job_id).results) and server.job(job_id).failed == 7, timeout_s=40)
+        stop(running)
+
+
+def test_a_cancelled_job_is_dropped_and_nothing_of_it_posted(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """Staged images go, the batch in hand is thrown away, and the next job is done."""
+    server = serve()
+    job_id = server.add_job("simulated", [sheet] * 200)
+    data = tmp_path / "data"
+    with worker(environment(server, data, terms(300, 0.1)), *SIMULATED) as running:
+        running.wait_for("batch", count=2)
+        server.cancel(job_id)
+        (over,) = [running.wait_for("job_over")]
+        assert over["status"] == "REVOKED"
+        assert over["dropped"] > 0
+        posted = server.job(job_id).posts.total()
+        succeeded(server, server.add_job("simulated", [sheet] * 3))
+        assert server.job(job_id).posts.total() <= posted + 4  # one post may have been under way
+        wait_until(lambda: not list((data / "staging").iterdir()))
+        stop(running)
+    assert "Traceback" not in "\n".join(running.lines)
+
+
+def test_a_fetch_that_fails_backs_off_and_bursts_at_nothing(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """503 and lost answers: few requests, and one task asked for until one answer arrives."""
+    server = serve(ack_wait_s=3.0)
+    job_id = server.add_job("simulated", [sheet] * 12)
+    server.fail_next("POST tasks", 503, times=2)
+    server.lose_next_answer("POST tasks", times=1)
+    with worker(environment(server, tmp_path / "data", terms(3, 0.05)), *SIMULATED) as running:
+        job = succeeded(server, job_id)
+        stop(running)
+    assert len(running.events("fetch_failed")) == 3
+    assert sorted(job.deliveries.values())[-2:] == [1, 2]
+
+
+def test_nats_may_be_killed_and_restarted_mid_job(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """Fetches answer 503 meanwhile; what is staged is worked on, and all comes to its end."""
+    server = serve(nats_timeout_s=1.0, ack_wait_s=20.0)
+    job_id = server.add_job("simulated", [sheet] * 60)
+    env = environment(server, tmp_path / "data", terms(20, 0.05, AMI_ANTENNA_NATS_URL=server.nats_url))
+    with worker(env, *SIMULATED) as running:
+        running.wait_for("batch", count=2)
+        server.kill_nats()
+        running.wait_for("fetch_failed")
+        running.wait_for("nats_unreachable")
+        server.start_nats()
+        running.wait_for("nats_connected", count=2)
+        succeeded(server, job_id)
+        stop(running)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["stream", "store"])
+def test_a_stream_that_vanishes_ends_neither_worker_nor_staged_work(
+    serve: Serve, sheet: Path, tmp_path: Path, how: str
+) -> None:
+    """What was fetched is posted, the job is asked ever less often, and another job is done."""
+    server = serve(nats_timeout_s=1.0)
+    job_id = server.add_job("simulated", [sheet] * 100)
+    with worker(environment(server, tmp_path / "data", terms(300, 0.1)), *SIMULATED) as running:
+        running.wait_for("batch", count=2)
+        if how == "stream":
+            server.delete_stream(job_id)
+        else:
+            server.kill_nats(wipe=True)
+            server.start_nats()
+        fetched = server.job(job_id).deliveries.total()
+        assert fetched < 100
+        wait_until(lambda: server.job(job_id).processed == fetched, timeout_s=30)
+        succeeded(server, server.add_job("simulated", [sheet] * 3))
+        stop(running)
+
+
+@pytest.mark.soak
+def test_a_server_that_saves_slowly_is_not_overrun(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """0.5 results/s, 50 images that take 100 s under leases of 60 s: the GPU waits, and nothing is delivered twice."""
+    server = serve(save_delay_s=2.0, ack_wait_s=60.0)
+    job_id = server.add_job("simulated", [sheet] * 50)
+    with worker(environment(server, tmp_path / "data", terms(60, 0.02)), *SIMULATED) as running:
+        assert set(succeeded(server, job_id, timeout_s=150).deliveries.values()) == {1}
+        stop(running)
+
+
+def test_a_one_image_job_waits_for_the_batch_in_hand_only(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """It is done while a job of 500 images goes on, which neither probes nor plans anew."""
+    server = serve()
+    large = server.add_job("simulated", [sheet] * 500)
+    with worker(environment(server, tmp_path / "data", terms(300, 0.1)), *SIMULATED) as running:
+        running.wait_for("batch", count=2)
+        asked_at = time.monotonic()
+        small = succeeded(server, server.add_job("simulated", [sheet]))
+        assert small.first_saved_s is not None
+        assert small.first_saved_s - asked_at < 5  # a poll every 1.2 s, a batch of 0.4 s
+        batches = len(running.events("batch"))
+        running.wait_for("batch", count=batches + 3)
+        assert len([plan for plan in running.events("plan") if plan["job_id"] == large]) == 1
+        assert set(server.job(large).deliveries.values()) == {1}
+        os.kill(running.child_pid(), signal.SIGKILL)
+
+
+@pytest.mark.soak
+def test_six_jobs_share_two_workers(serve: Serve, sheet: Path, tmp_path: Path) -> None:
+    """2 x 10, 2 x 40 and 2 x 160 images in slices of two seconds: each saves early, none is delivered twice."""
+    server = serve()
+    jobs = [server.add_job("simulated", [sheet] * images) for images in (160, 10, 40, 10, 160, 40)]
+    more = terms(300, 0.1, AMI_ANTENNA_JOB_SLICE_SECONDS="2")
+    started = time.monotonic()
+    with (
+        worker(environment(server, tmp_path / "a", more), *SIMULATED, IDLE) as first,
+        worker(environment(server, tmp_path / "b", more), *SIMULATED, IDLE) as second,
+    ):
+        views = [succeeded(server, job_id, timeout_s=110) for job_id in jobs]
+        assert first.wait() == second.wait() == ExitCode.OK
+    firsts = [view.first_saved_s for view in views if view.first_saved_s is not None]
+    assert len(firsts) == len(jobs)
+    assert max(firsts) - min(firsts) < 20
+    assert max(view.last_saved_s or 0.0 for view in views) - started < 60  # 21 s of inference each
+    assert {count for view in views for count in view.deliveries.values()} == {1}
