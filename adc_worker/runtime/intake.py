@@ -37,7 +37,7 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
 LAST_CHANCE_SHARE = 0.2
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
-FETCH_GRACE_S = 5.0  # the end of a turn waits so long for a fetch under way: its tasks would lie idle
+FETCH_GRACE_S = 10.0  # the end of a turn waits so long for a fetch under way: its tasks would lie idle
 
 
 @dataclass(frozen=True, slots=True)

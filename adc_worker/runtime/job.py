@@ -181,6 +181,7 @@ class _JobRun:
             if report is None:
                 return
             plan = self._made_plan(report, host)
+            self._started = time.monotonic()  # a probe is work, and made once
         self._intake.apply(IntakeLimits.of(plan))
         drift = DriftWatch(report)
         while plan is not None:
