@@ -31,7 +31,7 @@ JOBS = 4
 FAULT_SHARE = 0.05  # of the requests to Antenna; none that spends a delivery and loses the answer
 FAULTS: tuple[Fault, ...] = (500, 502, 503, 429, "reset", "cut")
 CHILD_ALONE = 0.3  # of the kills
-LIFE_S = (4.0, 30.0)  # of a worker between two kills; it takes 3 s to start
+LIFE_S = (4.0, 20.0)  # of a worker between two kills; it takes 3 s to start
 TIMEOUT_S = 3000.0
 POLL_S = 0.05
 
