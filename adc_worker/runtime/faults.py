@@ -85,6 +85,11 @@ def rule_for(error: BaseException) -> Rule | None:
     return next((rule for rule in RULES if any(map(rule.matches, causes))), None)
 
 
+def advice(error: BaseException) -> str:
+    rule = rule_for(error)
+    return rule.advice if rule else ""
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -126,7 +131,7 @@ class Faults:
             if (len(streak.images) < IMAGES_ALIKE) if words else (streak.count < LINK_FAILURES):
                 return False
             if streak.retry_at is None:
-                _log.error("image_host_at_fault", host=host, error=str(error), do=rule.advice if rule else "")
+                _log.error("image_host_at_fault", host=host, error=str(error), do=advice(error))
             streak.retry_at = self._now() + streak.backoff_s
             streak.backoff_s = min(2 * streak.backoff_s, RETRY_MAX_S)
             return True
@@ -163,7 +168,6 @@ class Faults:
             new = part not in self._machine_since
             lasted_s = now - self._machine_since.setdefault(part, now)
         if new:
-            rule = rule_for(error)
-            _log.error("machine_fault", part=part, error=str(error), do=rule.advice if rule else "")
+            _log.error("machine_fault", part=part, error=str(error), do=advice(error))
         if lasted_s >= MACHINE_FAULT_S:
             raise WorkerFault(f"{part} at fault for {MACHINE_FAULT_S:.0f} s: {error}", ExitCode.MACHINE_FAULT)

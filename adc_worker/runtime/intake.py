@@ -21,7 +21,7 @@ from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
-from adc_worker.runtime.faults import Faults
+from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
@@ -93,6 +93,7 @@ class Intake:
         self._to_download: deque[HeldTask] = deque()
         self._downloading = 0
         self._drained = False
+        self._fetch_is_first = True
         self._executor = ThreadPoolExecutor(DOWNLOADS_MAX, thread_name_prefix="download")
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -124,6 +125,7 @@ class Intake:
     def _run(self) -> None:
         try:
             self._take(self._journal.unfinished(self._job_id))
+            self._fetch_is_first = not self.fetched
             while not self._finished():
                 if self._stopping.is_set():
                     self._stopped.set()
@@ -159,7 +161,7 @@ class Intake:
         return self._outcomes.may_take_more() and self._journal.held_count(self._job_id) < self._limits.held
 
     def _fetch(self) -> None:
-        first = self.fetched == 0
+        first, self._fetch_is_first = self._fetch_is_first, False
         with self._changed:
             room = self._limits.in_hand - (self.fetched - self._outcomes.settled)
             # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
@@ -167,7 +169,7 @@ class Intake:
         try:
             tasks = self._client.fetch_tasks(self._job_id, count)
         except AntennaError as error:
-            _log.warning("fetch_failed", job_id=self._job_id, error=str(error))
+            _log.warning("fetch_failed", job_id=self._job_id, error=str(error), do=advice(error))
             self.error = error
             self._drained = True
             return
