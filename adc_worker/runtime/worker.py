@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 from adc_worker import log, settings
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.wire import JobRef
 from adc_worker.errors import (
     AntennaError,
     AntennaRefused,
@@ -100,6 +102,9 @@ class WorkerLoop:
                 return
             self._sleep(failures)
 
+    def _held_since(self, job: JobRef) -> float:
+        return min((held.fetched_at for held in self._context.journal.unfinished(job.id)), default=math.inf)
+
     def _all_told(self) -> bool:
         return self._context.poster.wait_idle(0) and self._context.poster.jobs_ended
 
@@ -107,6 +112,7 @@ class WorkerLoop:
         """Poll once and work on what is listed; True when any task was taken."""
         jobs = self._context.client.jobs(list(self._specs), self._options.project)
         random.shuffle(jobs)  # a fleet that polls together must not queue at the same job
+        jobs.sort(key=self._held_since)  # what is held goes first: its leases run
         tasks, error, self._waiting_for_host = 0, None, False
         for job in jobs:
             if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
