@@ -86,7 +86,7 @@ def _usual(numbers: int) -> list[int]:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_thousands_of_images_with_kills_and_faults_at_random_have_one_outcome_each(tmp_path: Path) -> None:
-    """Nothing lost, no false error; each kill repeats at most one fetch, the batch in hand and the downloads under way."""
+    """Nothing lost, no false error; a kill repeats at most one fetch, one batch, and the downloads under way."""
     chance = random.Random(SEED)  # noqa: S311 (repeatable)
 
     def fault(route: str) -> Fault | None:
