@@ -60,7 +60,7 @@ def _is_device_error(error: BaseException) -> bool:
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 RULES = (  # the first that matches counts
-    Rule(_is(AntennaRefused), Affected.ANTENNA, "check AMI_ANTENNA_API_AUTH_TOKEN: fetching takes a superuser's token"),
+    Rule(_is(AntennaRefused), Affected.ANTENNA, "check the token: fetching takes a superuser's"),
     Rule(_is_device_error, Affected.MACHINE, "check the GPU with nvidia-smi and the kernel log; the process restarts"),
     Rule(_is(ImageError), Affected.IMAGE, "look at one of these URLs in a browser: several images fail alike"),
     Rule(_is(ProxyError), Affected.HOST, "check the proxy in HTTP_PROXY and HTTPS_PROXY, or list the host in NO_PROXY"),
