@@ -16,7 +16,15 @@ from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
-from adc_worker.antenna.wire import FINAL_STATES, JobState, PostEntry, Task, error_result, is_error_result
+from adc_worker.antenna.wire import (
+    FINAL_STATES,
+    SERVED_STATES,
+    JobState,
+    PostEntry,
+    Task,
+    error_result,
+    is_error_result,
+)
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
 from adc_worker.journal.journal import Journal, KeptResult
 from adc_worker.log import get_logger
@@ -220,9 +228,9 @@ class Poster:
         _log.warning("post_failed", job_id=job_id, error=f"{error}{hint}", retry_in_s=round(backoff_s, 1))
 
     def _post(self, job_id: int, group: Sequence[KeptResult]) -> None:
+        if self._journal.contact_age_s(job_id) > CONTACT_S and not self._is_served(job_id):
+            return  # what is still good comes again
         try:
-            if self._journal.contact_age_s(job_id) > CONTACT_S and not self._is_served(job_id):
-                return  # what is still good comes again
             self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
         except AntennaRejected as error:
             # Others, as a redirect or a 405, tell about the way to Antenna and not about the results.
@@ -238,33 +246,38 @@ class Poster:
 
         One task is fetched, for its subject: it tells whether the job's stream is still the one of what is kept.
         """
-        state = self._receiver.job(job_id)
-        if not state.is_served:
+        status = self._status(job_id)
+        if status not in SERVED_STATES:
             self._journal.bury(job_id)
-            raise AntennaUnavailable(f"job {job_id} is {state.status}: nothing is posted to it")
+            with self._changed:
+                self._endings[job_id] = _Ending(0.0)
+            raise AntennaUnavailable(f"job {job_id} is {status}: nothing is posted to it")
         if self._draining or self._journal.fault:
             return True  # nothing is fetched
         self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
         return False
+
+    def _status(self, job_id: int) -> str:
+        try:
+            return self._receiver.job(job_id).status
+        except AntennaRejected as error:
+            if error.status != _JOB_UNKNOWN:
+                raise
+            return "FAILURE"
 
     def _see_end(self, job_id: int, ending: _Ending) -> None:
         """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
 
         Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
         """
-        try:
-            status = self._receiver.job(job_id).status
-        except AntennaRejected as error:
-            if error.status != _JOB_UNKNOWN:
-                raise
-            status = "FAILURE"
+        status = self._status(job_id)
         if status in FINAL_STATES:
             if status != "REVOKED":  # a retry asks for the same images
                 self._journal.close_job(job_id)
             with self._changed:
                 self._endings.pop(job_id, None)
             return
-        if ending.looks and not self._draining:
+        if ending.looks and status in SERVED_STATES and not self._draining:
             tasks = self._receiver.fetch_tasks(job_id, 1)  # also proves whose stream this is
             self._journal.record(job_id, tasks)
             entry = self._journal.newest_accepted(job_id)
@@ -278,6 +291,7 @@ class Poster:
 
     def _settle_rejected(self, group: Sequence[KeptResult], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""
+        start = next(iter(self._journal.parts(group[0].held.id)), None)
         if error.status == _JOB_UNKNOWN:
             _log.warning("results_useless", job_id=group[0].held.job_id, results=len(group), reason=str(error))
             self._forget(group)
@@ -285,7 +299,9 @@ class Poster:
             middle = len(group) // 2
             self._post(group[0].held.job_id, group[:middle])
             self._post(group[0].held.job_id, group[middle:])
-        elif not is_error_result(next(iter(self._journal.parts(group[0].held.id)))):
+        elif start is None:
+            return  # the job was restarted meanwhile
+        elif not is_error_result(start):
             self._replace_with_error(group[0], error)
         else:
             _log.error("result_rejected", job_id=group[0].held.job_id, error=str(error))

@@ -60,7 +60,7 @@ def _is_device_error(error: BaseException) -> bool:
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 RULES = (  # the first that matches counts
-    Rule(_is(AntennaRefused), Affected.ANTENNA, "check AMI_ANTENNA_API_AUTH_TOKEN: fetching takes a superuser's token"),
+    Rule(_is(AntennaRefused), Affected.ANTENNA, "check the token: fetching takes a superuser's"),
     Rule(_is_device_error, Affected.MACHINE, "check the GPU with nvidia-smi and the kernel log; the process restarts"),
     Rule(_is(ImageError), Affected.IMAGE, "look at one of these URLs in a browser: several images fail alike"),
     Rule(_is(ProxyError), Affected.HOST, "check the proxy in HTTP_PROXY and HTTPS_PROXY, or list the host in NO_PROXY"),
@@ -83,6 +83,11 @@ def rule_for(error: BaseException) -> Rule | None:
     """Return the row for an error; None for what no row names, which is a bug and ends the process."""
     causes = list(_causes(error))
     return next((rule for rule in RULES if any(map(rule.matches, causes))), None)
+
+
+def advice(error: BaseException) -> str:
+    rule = rule_for(error)
+    return rule.advice if rule else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -126,7 +131,7 @@ class Faults:
             if (len(streak.images) < IMAGES_ALIKE) if words else (streak.count < LINK_FAILURES):
                 return False
             if streak.retry_at is None:
-                _log.error("image_host_at_fault", host=host, error=str(error), do=rule.advice if rule else "")
+                _log.error("image_host_at_fault", host=host, error=str(error), do=advice(error))
             streak.retry_at = self._now() + streak.backoff_s
             streak.backoff_s = min(2 * streak.backoff_s, RETRY_MAX_S)
             return True
@@ -163,7 +168,6 @@ class Faults:
             new = part not in self._machine_since
             lasted_s = now - self._machine_since.setdefault(part, now)
         if new:
-            rule = rule_for(error)
-            _log.error("machine_fault", part=part, error=str(error), do=rule.advice if rule else "")
+            _log.error("machine_fault", part=part, error=str(error), do=advice(error))
         if lasted_s >= MACHINE_FAULT_S:
             raise WorkerFault(f"{part} at fault for {MACHINE_FAULT_S:.0f} s: {error}", ExitCode.MACHINE_FAULT)

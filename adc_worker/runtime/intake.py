@@ -23,7 +23,7 @@ from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
-from adc_worker.runtime.faults import Faults
+from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
@@ -125,7 +125,7 @@ class TaskFetch:
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
             tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
         except AntennaError as error:
-            _log.warning("fetch_failed", job_id=self.job_id, error=str(error))
+            _log.warning("fetch_failed", job_id=self.job_id, error=str(error), do=advice(error))
             self.error = error
             return []
         self.error = None

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,12 +94,13 @@ class JobBoard:
         self._entries: dict[int, JobEntry] = {}
         self._switch_s = 0.0
 
-    def add(self, listed: Sequence[JobRef]) -> None:
-        """Take in what Antenna lists; what is not in there any more is in `unlisted`."""
+    def add(self, listed: Sequence[JobRef], held: Collection[int] = ()) -> None:
+        """Take in what Antenna lists; new jobs of which tasks are `held` go first, their leases run."""
         now = self._now()
         with self._lock:
             for job in self._random.sample(listed, len(listed)):  # a fleet must not queue at the same job
-                self._entries.setdefault(job.id, JobEntry(job.id, job.pipeline_slug, now, now, now))
+                since = now - ROUND_S if job.id in held else now
+                self._entries.setdefault(job.id, JobEntry(job.id, job.pipeline_slug, since, now, now))
 
     def to_describe(self) -> list[int]:
         """Return jobs of unknown size, where there is a choice to make."""
@@ -283,7 +284,7 @@ class JobPoller:
 
     def _poll(self) -> None:
         listed = [job for job in self._client.jobs(self._slugs, self._project) if job.pipeline_slug in self._slugs]
-        self._board.add(listed)
+        self._board.add(listed, self._journal.job_ids())
         with self._changed:
             self._changed.notify_all()
         ids = {job.id for job in listed}

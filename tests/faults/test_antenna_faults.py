@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
 from tests.faults.conftest import ALGORITHMS, Desk
@@ -95,6 +97,7 @@ def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_pa
     assert set(Counter(job.deliveries).values()) == {1}
 
 
+@pytest.mark.soak
 def test_a_fetch_whose_answer_is_lost_costs_one_delivery_and_no_image(tmp_path: Path) -> None:
     """Its tasks come again when their lease is over."""
     with (

@@ -107,7 +107,7 @@ STAGES = {
         _post("withhold"), lambda desk, _log: desk.gate.held["POST result"], lambda desk: desk.gate.open()
     ),
 }  # fmt: skip
-SHORT = {"fetched", "inferring", "kept", "posted"}
+SHORT = {"inferring", "kept"}
 
 
 @pytest.mark.parametrize(

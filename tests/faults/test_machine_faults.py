@@ -43,6 +43,7 @@ def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_j
     assert len(running.events("image_host_at_fault")) == 1
 
 
+@pytest.mark.soak
 def test_a_proxy_that_is_down_is_named_and_costs_no_image(desk: Desk) -> None:
     """Antenna is reached without it; images are not."""
     with ImageServer() as proxy:
@@ -58,6 +59,7 @@ def test_a_proxy_that_is_down_is_named_and_costs_no_image(desk: Desk) -> None:
         desk.done(job_id)
 
 
+@pytest.mark.soak
 def test_many_images_that_fail_alike_are_the_hosts_fault(desk: Desk) -> None:
     """A sign-in page in place of every photograph: a few errors before that is clear, and none after it."""
     for number in range(40):
@@ -140,6 +142,7 @@ def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk
     assert set(job.deliveries.values()) == {1}
 
 
+@pytest.mark.soak
 def test_a_worker_on_a_disk_without_space_says_so_and_runs_once_there_is_some(desk: Desk, small_disk: Path) -> None:
     """At start, too, a full disk is no fault of an image."""
     (small_disk / "data").mkdir()

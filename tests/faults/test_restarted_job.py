@@ -15,7 +15,13 @@ from tests.support.workers import run_to_end, worker
 IMAGES = 8  # fewer than a probe holds, so that it goes on fetching
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["worker is away meanwhile", "worker holds results meanwhile"])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(True, id="worker is away meanwhile"),
+        pytest.param(False, id="worker holds results meanwhile", marks=pytest.mark.soak),
+    ],
+)
 def test_kept_results_are_posted_into_the_new_stream_of_a_restarted_job_only_with_its_subjects(
     desk: Desk, *, killed: bool
 ) -> None:

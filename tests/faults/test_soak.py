@@ -30,8 +30,9 @@ SEED = int(os.environ.get("SOAK_SEED", "1"))
 JOBS = 4
 FAULT_SHARE = 0.05  # of the requests to Antenna; none that spends a delivery and loses the answer
 FAULTS: tuple[Fault, ...] = (500, 502, 503, 429, "reset", "cut")
+FETCH_SIZE = 16
 CHILD_ALONE = 0.3  # of the kills
-LIFE_S = (4.0, 30.0)  # of a worker between two kills; it takes 3 s to start
+LIFE_S = (4.0, 20.0)  # of a worker between two kills; it takes 3 s to start
 TIMEOUT_S = 3000.0
 POLL_S = 0.05
 
@@ -52,7 +53,9 @@ class _Kills:
     def run(self) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not self.finished() and time.monotonic() < deadline:
-            with worker(self.desk.environment({"COUNTING_SECONDS": "0.002"})) as running:
+            with worker(
+                self.desk.environment({"COUNTING_SECONDS": "0.002", "AMI_ANTENNA_API_BATCH_SIZE": str(FETCH_SIZE)})
+            ) as running:
                 while self._wait_for_moment(deadline) and self._kill(running.process.pid):
                     """The child is dead, and its parent starts another."""
             self.batches += [event["images"] for event in running.events("batch")]
@@ -83,7 +86,7 @@ def _usual(numbers: int) -> list[int]:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_thousands_of_images_with_kills_and_faults_at_random_have_one_outcome_each(tmp_path: Path) -> None:
-    """Nothing lost, no false error, no second delivery; what is inferred twice is at most a batch for each kill."""
+    """Nothing lost, no false error; a kill repeats at most one fetch, one batch, and the downloads under way."""
     chance = random.Random(SEED)  # noqa: S311 (repeatable)
 
     def fault(route: str) -> Fault | None:
@@ -130,11 +133,13 @@ def test_thousands_of_images_with_kills_and_faults_at_random_have_one_outcome_ea
     text = (
         f"## Kills and faults (`tests/faults/test_soak.py`)\n\n{report.machine()}, commit {report.commit()}.\n\n"
         f"{FAULT_SHARE:.0%} of the requests to Antenna fail, seed {SEED}. Requested twice: downloads under way when a"
-        f" kill came are asked for again.\n\n" + report.table(head, [cells])
+        f" kill came are asked for again. Second deliveries: of fetches whose answer died with the worker.\n\n"
+        + report.table(head, [cells])
     )
     print(text)  # noqa: T201 (what the soak is run for)
     if IMAGES >= 10_000:
         report.write_section("soak", text)
-    assert (lost, errors, delivered_twice) == (0, 0, 0)
+    assert (lost, errors) == (0, 0)
+    assert delivered_twice <= kills.count * FETCH_SIZE, "a fetch whose answer dies with the worker has spent its tasks"
     assert inferred_twice <= kills.count * max(kills.batches)
     assert downloaded_twice <= kills.count * 32, "as many as are under way at once"

@@ -61,7 +61,7 @@ UNKNOWN_NAME = NameResolutionError(HOST, connection(), socket.gaierror(-2, "Name
         (OSError(errno.ENOSPC, "No space left on device"), Affected.MACHINE, "free some space"),
         (OSError(errno.EIO, "Input/output error"), Affected.MACHINE, "check the disks"),
         (RuntimeError("CUDA error: unspecified launch failure"), Affected.MACHINE, "nvidia-smi"),
-        (AntennaRefused("answered 403"), Affected.ANTENNA, "AMI_ANTENNA_API_AUTH_TOKEN"),
+        (AntennaRefused("answered 403"), Affected.ANTENNA, "superuser"),
         (ImageMissing("404"), Affected.IMAGE, ""),
     ],
 )
