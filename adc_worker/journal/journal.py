@@ -111,9 +111,11 @@ class Journal:
         if url != held.task.image_url:
             with self._lock:
                 self._db.execute("PRAGMA synchronous=NORMAL")
-                with self._db:
-                    self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
-                self._db.execute("PRAGMA synchronous=FULL")
+                try:
+                    with self._db:
+                        self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
+                finally:
+                    self._db.execute("PRAGMA synchronous=FULL")
 
     def keep(self, results: Iterable[tuple[int, Iterable[bytes]]]) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
