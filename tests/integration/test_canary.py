@@ -95,3 +95,11 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
     written = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
     assert written, "the journal, at least"
     assert not [file for file in written if leaks(file.read_bytes().decode(errors="replace"))]
+
+
+def test_the_desk_server_listens_on_loopback_only(server: DevServer) -> None:
+    """It has no security to speak of: neither its API nor its NATS server is for the network."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [one.laddr for each in processes for one in each.net_connections() if one.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    assert {int(url.rpartition(":")[2]) for url in (server.url, server.nats_url)} <= {each.port for each in listening}
