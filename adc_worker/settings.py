@@ -178,24 +178,23 @@ class Settings(BaseSettings):
     @property
     def token(self) -> str:
         """Antenna's token, from the variable or the file it names; raises ConfigurationError if there is none."""
-        if self.antenna_api_auth_token_file is not None:
-            try:
-                token = self.antenna_api_auth_token_file.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ConfigurationError(
-                    f"AMI_ANTENNA_API_AUTH_TOKEN_FILE: cannot read {error.filename}: {error.strerror}"
-                ) from error
-            if not token:
-                raise ConfigurationError(
-                    f"AMI_ANTENNA_API_AUTH_TOKEN_FILE: {self.antenna_api_auth_token_file} is empty"
-                )
-            return _as_header("AMI_ANTENNA_API_AUTH_TOKEN_FILE", token)
+        name, file = "AMI_ANTENNA_API_AUTH_TOKEN", self.antenna_api_auth_token_file
         token = self.antenna_api_auth_token.get_secret_value().strip()
+        if file is not None:
+            name = f"{name}_FILE"
+            try:
+                token = file.read_text(encoding="utf-8", errors="replace").strip()
+            except OSError as error:
+                raise ConfigurationError(f"{name}: cannot read {error.filename}: {error.strerror}") from error
+            if not token:
+                raise ConfigurationError(f"{name}: {file} is empty")
         if not token:
-            raise ConfigurationError(
-                "AMI_ANTENNA_API_AUTH_TOKEN is not set: copy the token of the worker's user from Antenna into .env"
-            )
-        return _as_header("AMI_ANTENNA_API_AUTH_TOKEN", token)
+            raise ConfigurationError(f"{name} is not set: copy the token of the worker's user from Antenna into .env")
+        if (
+            not token.isascii() or not token.isprintable() or " " in token
+        ):  # an HTTP library would quote it in its error
+            raise ConfigurationError(f"{name} has characters that no token has: copy it again from Antenna")
+        return token
 
     @property
     def journal_path(self) -> Path:
@@ -208,13 +207,6 @@ class Settings(BaseSettings):
     @property
     def effective_staging_path(self) -> Path:
         return self.staging_path or self.user_data_path / "staging"
-
-
-def _as_header(name: str, token: str) -> str:
-    """Return a token that fits into one HTTP header as one word; the error must not show it."""
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigurationError(f"{name} has characters that no token has: copy it again from Antenna")
-    return token
 
 
 def variable(field_name: str) -> str:

@@ -77,8 +77,7 @@ class AntennaClient:
     def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
         """Take up to `count` tasks; each spends one delivery. An empty list can mean six things.
 
-        A task whose reply subject names another job's stream is dropped: its result would be saved here and acknowledge
-        an image there.
+        Tasks of another job's stream are dropped: saved here, their results would acknowledge images there.
         """
         timeout = httpx.Timeout(TASKS_READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         body = self._send("POST", f"/jobs/{job_id}/tasks/", json={"batch_size": count} | self._who, timeout=timeout)

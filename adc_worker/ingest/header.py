@@ -181,7 +181,7 @@ def _check_tiff(path: Path) -> None:
     """Refuse a TIFF whose tags would take memory out of all proportion (TIFF 6.0, section 2; BigTIFF)."""
     with path.open("rb") as file:
         start = file.read(16)
-        if start[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+        if not re.match(rb"(II|MM)(\0[*+]|[*+]\0)", start):  # Pillow takes them in either order
             return
         order, big = "<" if start[:1] == b"I" else ">", b"+" in start[:4]
         count, offset, entry = ("Q", "8xQ", "HHQQ") if big else ("H", "4xI", "HHII")

@@ -516,7 +516,8 @@ class Journal:
             db.execute(f"PRAGMA journal_mode={'DELETE' if self._shared else 'WAL'}")
             db.execute("PRAGMA synchronous=FULL")  # a result counts as kept only when a power cut cannot take it
             db.execute("PRAGMA foreign_keys=ON")
-            db.execute("PRAGMA secure_delete=FAST")  # what is erased or forgotten must not stay readable in its page
+            # What is erased or forgotten must not stay readable; FAST leaves copies of rows in pages that were freed.
+            db.execute("PRAGMA secure_delete=ON")
             self._upgrade(db)
         except BaseException:
             db.close()

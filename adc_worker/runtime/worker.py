@@ -194,10 +194,10 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
         _make_folder(folder)
     journal = Journal(config.journal_path)
     antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
-    policy_of_addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
+    addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
     with (
+        ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2) as images,
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
-        ImageClient(config.image_max_bytes, policy_of_addresses, config.antenna_ack_wait_seconds / 2) as images,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)

@@ -45,6 +45,7 @@ def leaks(text: str) -> list[str]:
     return [secret for secret in (TOKEN, SIGNATURE) if secret in text]
 
 
+@pytest.mark.timeout(240)
 def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -> None:
     """Good images, each kind of failure, a killed child and an outage of Antenna: nothing of it quotes a secret.
 
@@ -73,16 +74,16 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
             ),
         }
         good = [serve(images, f"/{number}.jpg", Reply(data)) for number in range(GOOD)]
-        job_id = server.add_job("light_sheet_blobs", [*good, *bad.values()])
+        job_id = server.add_job("simulated", [*good, *bad.values()])
         server.fail_next("POST result", 500, times=2)
         env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug"})
-        env["AMI_ANTENNA_ACK_WAIT_SECONDS"] = str(ACK_WAIT_S)
-        with worker(env, "--pipeline", "light_sheet_blobs") as running:
+        env |= {"AMI_ANTENNA_ACK_WAIT_SECONDS": str(ACK_WAIT_S), "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}
+        with worker(env, "--pipeline", "simulated") as running:
             running.wait_for("plan")
             child = psutil.Process(running.child_pid())
             shown = json.dumps([child.cmdline(), psutil.Process(running.process.pid).cmdline()])
             os.kill(child.pid, signal.SIGKILL)
-            wait_until(lambda: server.job(job_id).processed == GOOD + len(bad), timeout_s=60)
+            wait_until(lambda: server.job(job_id).processed == GOOD + len(bad), timeout_s=100)
             running.process.send_signal(signal.SIGTERM)
             assert running.wait() == ExitCode.OK
     job = server.job(job_id)
@@ -95,3 +96,11 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
     written = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
     assert written, "the journal, at least"
     assert not [file for file in written if leaks(file.read_bytes().decode(errors="replace"))]
+
+
+def test_the_desk_server_listens_on_loopback_only(server: DevServer) -> None:
+    """It has no security to speak of: neither its API nor its NATS server is for the network."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [one.laddr for each in processes for one in each.net_connections() if one.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    assert {int(url.rpartition(":")[2]) for url in (server.url, server.nats_url)} <= {each.port for each in listening}

@@ -79,6 +79,12 @@ def test_a_body_reaches_the_file(server: ImageServer, fetch: Fetch, *, chunked: 
     assert 0 < stats.first_byte_s <= stats.total_s
 
 
+def test_a_body_whose_connection_ends_with_it_reaches_the_file(server: ImageServer, fetch: Fetch) -> None:
+    """The socket is closed on paper before it is read."""
+    server.replies["/a.jpg"] = Reply(BODY, headers={"Connection": "close"})
+    assert fetch("/a.jpg")[0] == BODY
+
+
 def test_only_what_is_needed_is_said(server: ImageServer, fetch: Fetch) -> None:
     """Bytes as they are; no token, no cookie, not even one the host set before."""
     server.replies["/a.jpg"] = Reply(b"x", headers={"Set-Cookie": "session=1"})

@@ -150,6 +150,10 @@ CORPUS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: tiff(grey_tiff(t273=(1, 1_000_000, None)), bytes(1_000_000)),
         "tag 273 has 1000000 values",
     ),
+    "a TIFF of a million strips with its mark turned": (
+        lambda: with_byte(tiff(grey_tiff(t273=(4, 1_000_000, None)), bytes(4_000_000)), b"II*\0", b"II\0*"),
+        "tag 273 has 1000000 values",
+    ),
     "a TIFF with a million bits per sample": (
         lambda: tiff(grey_tiff(t258=(3, 1_000_000, None)), bytes(2_000_000)),
         "tag 258 has 1000000 values",

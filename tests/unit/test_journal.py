@@ -480,6 +480,15 @@ def test_a_network_file_system_gets_a_rollback_journal_and_slots_of_its_host(
     again_here.close()
 
 
+def test_what_opens_a_url_is_erased_and_commits_reach_the_disk_again(journal: Journal) -> None:
+    """Erasing alone need not: a power cut that brings a signature back brings it back into a private file."""
+    public, signed = task(1), task(2).model_copy(update={"image_url": "https://h/2.jpg?X-Signature=canary"})
+    for held in journal.record(7, [public, signed]):
+        journal.erase_url(held)
+    assert [held.task.image_url for held in journal.unfinished(7)] == [public.image_url, "https://h/2.jpg"]
+    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
 def test_many_threads_may_use_one_journal(journal: Journal) -> None:
     """Each task is recorded, kept and forgotten once, whatever happens beside it."""
     together = threading.Barrier(4)
