@@ -30,6 +30,8 @@ class ExitCode(IntEnum):
     MODEL_UNAVAILABLE = 3  # a pipeline named on the command line could not be loaded
     JOURNAL_UNUSABLE = 4  # the journal is from a newer version, or cannot be opened
     BACKGROUND_TASK_DIED = 5  # a thread that must live died; restart
+    HUNG = 6  # it held tasks and gave no sign of life; its parent ended and restarts it
+    RECYCLE = 7  # AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB is reached; its parent starts another at once
 
 
 class AdcError(Exception):

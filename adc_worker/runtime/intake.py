@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
@@ -20,6 +20,7 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
 from adc_worker.runtime.outcomes import JobOutcomes
+from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
 
@@ -68,6 +69,8 @@ class Intake:
         lease: LeaseTerms,
         limits: IntakeLimits,
         stopping: threading.Event,
+        *,
+        life: SignsOfLife,
     ) -> None:
         self.staged = StagedQueue()
         self.error: AntennaError | None = None
@@ -81,6 +84,7 @@ class Intake:
         self._lease = lease
         self._limits = limits
         self._stopping = stopping
+        self._life = life
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
@@ -98,7 +102,13 @@ class Intake:
             self._limits = limits
             self._changed.notify_all()
 
+    def moved(self) -> None:
+        """Say that something happened to the tasks in hand, or to what they wait for."""
+        holding = self.fetched > self._outcomes.settled
+        self._life.tasks(TASKS_LEASES * self._lease.ack_wait_s if holding else float("inf"))
+
     def wake(self) -> None:
+        self.moved()
         with self._changed:
             self._changed.notify_all()
 
@@ -113,10 +123,11 @@ class Intake:
         if self._thread.is_alive():
             self._thread.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._life.tasks(float("inf"))
 
     def _run(self) -> None:
         try:
-            self._take(self._journal.unfinished(self._job_id))
+            self._take([held for held in self._journal.unfinished(self._job_id) if not held.struck_out])
             while not self._finished():
                 if self._stopping.is_set():
                     self._stopped.set()
@@ -140,6 +151,7 @@ class Intake:
         with self._changed:
             self.fetched += len(tasks)
             self._to_download.extend(tasks)
+        self.moved()
 
     def _wants_tasks(self) -> bool:
         with self._changed:
@@ -196,6 +208,7 @@ class Intake:
             with self._changed:
                 self._downloading -= 1
                 self._changed.notify_all()
+            self.moved()
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:
@@ -204,7 +217,7 @@ class Intake:
         backoff_s = RETRY_FIRST_S
         while not self._stopped.is_set():
             try:
-                image = self._staging.stage(held.id, held.task, self._stopped.is_set)
+                image = self._staging.stage(held.id, held.task, self._cancelled)
             except StagingFull:
                 with self._changed:
                     self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
@@ -221,8 +234,13 @@ class Intake:
                 self._stopped.wait(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (no secret)
                 backoff_s = min(2 * backoff_s, RETRY_MAX_S)
             else:
-                self.staged.put(image, urgent=last)
+                self.staged.put(replace(image, suspect=held.strikes is not None), urgent=last)
                 return
+            self.moved()  # to the next attempt: a dead link is no hang
+
+    def _cancelled(self) -> bool:
+        self.moved()  # by a block of bytes, or it would not ask
+        return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:
         return held.fetched_at + self._lease.ack_wait_s - time.time()

@@ -23,6 +23,8 @@ from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
+from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
+from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
 from adc_worker.tuning.drift import DriftWatch
 from adc_worker.tuning.plan import IngestPlan
@@ -48,6 +50,8 @@ class WorkerContext:
     policy: IngestPolicy
     lease: LeaseTerms
     stopping: threading.Event
+    flushing: threading.Event
+    life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
 
     def host(self, pipeline: Pipeline) -> HostBudget:
@@ -96,6 +100,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
         context.lease,
         IntakeLimits.for_probe(context.settings.antenna_api_batch_size),
         context.stopping,
+        life=context.life,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes)
     context.poster.listen(intake.wake)
@@ -119,10 +124,13 @@ class _JobRun:
         self, job_id: int, pipeline: Pipeline, context: WorkerContext, intake: Intake, outcomes: JobOutcomes
     ) -> None:
         self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
+        self._job_id = job_id
         self._pipeline = pipeline
         self._context = context
         self._intake = intake
         self._outcomes = outcomes
+        self._struck_out = StruckOut(job_id, context.journal, outcomes)
+        self._inference_limit_s = 0.0  # for one image
         self._plan: IngestPlan | None = None
         self._peak_bytes = 0
         self._limit_bytes = 0
@@ -132,19 +140,24 @@ class _JobRun:
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
         self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
-        report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
-        if report is None:
-            return
-        drift = DriftWatch(report)
-        plan: IngestPlan | None = self._made_plan(report, host)
-        while plan is not None:
-            with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
-                plan = self._feed(loader, drift, host)
-                self._readiness = loader.readiness
+        first_s = FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s
+        report = probe(self._intake.staged, self._pipeline, host, self._outcomes, self._context.life, first_s)
+        if report is not None:
+            drift = DriftWatch(report)
+            plan: IngestPlan | None = self._made_plan(report, host)
+            while plan is not None:
+                with build_dataloader(
+                    plan, self._intake.staged, self._outcomes.fail_staged, self._outcomes.begin
+                ) as loader:
+                    plan = self._feed(loader, drift, host)
+                    self._readiness = loader.readiness
+        if not self._context.stopping.is_set():
+            self._struck_out.fail()
 
     def _made_plan(self, report: ProbeReport, host: HostBudget) -> IngestPlan:
         self._plan = plan = self._context.policy.plan(report, host, self._context.lease)
         self._intake.apply(IntakeLimits.of(plan))
+        self._inference_limit_s = INFERENCE_FACTOR * max(image.inference_s for image in report.images)
         self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
         return plan
 
@@ -152,9 +165,16 @@ class _JobRun:
         """Infer what the loader brings; return a plan when it takes another loader to follow it."""
         next_plan: IngestPlan | None = None
         for batch in loader:
-            with batch:
+            if self._context.flushing.is_set():
+                break
+            limit_s = max(
+                INFERENCE_LEASES * self._context.lease.ack_wait_s, self._inference_limit_s * len(batch.staged)
+            )
+            with batch, self._context.life.inference(limit_s):
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
                 images = len(batch.staged)
+            self._context.life.status(f"job {self._job_id}: {self._outcomes.done} images done")
+            self._struck_out.fail_once_others_succeed()
             report = drift.observe(measured_image(batch.staged, batch.reports, stats))
             if report is not None and next_plan is None:
                 changed = self._made_plan(report, host)
@@ -197,6 +217,7 @@ class _JobRun:
             self._context.journal.unposted_count() > UNPOSTED_RESULTS_MAX
             and not self._context.stopping.wait(_BACKPRESSURE_POLL_S)
         ):  # fmt: skip
+            self._intake.moved()  # not by us: Antenna is waited for
             self._check_background()
 
     def log_summary(self, wall_s: float) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import json
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.host.memory import anonymous_bytes, oom_kills
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -33,13 +35,14 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.job import WorkerContext, _process_job, ceilings
 from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
 _log = log.get_logger(__name__)
 
-LIFELINE_EXIT_S = 2.0  # with the parent gone nobody would reap us: leave within this time, the journal has everything
 _COMMAND_BYTES = 4096
+_FLUSH_CHECK_S = 0.5
 POLL_BACKOFF_MAX_S = 60.0  # also the longest silence after which Antenna calls a service offline (contract)
 
 
@@ -57,10 +60,7 @@ class Stop:
             self.draining.set()
             if b"flush" in commands:
                 self.flushing.set()
-        self.draining.set()
-        self.flushing.set()
-        _log.warning("parent_gone", exit_in_s=LIFELINE_EXIT_S)
-        time.sleep(LIFELINE_EXIT_S)
+        # The parent is gone. Usually the kernel has ended us by now; the journal has everything.
         os._exit(ExitCode.FAILED)
 
 
@@ -76,14 +76,21 @@ class WorkerLoop:
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = False
+        self._jobs_done = 0
 
-    def run(self) -> None:
-        """Return when draining, or when idle and that was asked for."""
+    def run(self) -> ExitCode:
+        """Return OK when draining, or when idle and that was asked for; RECYCLE when the process had its day."""
         _log.info(
             "worker_ready", device=str(self._device), pipelines=sorted(self._specs), threads=torch.get_num_threads()
         )
+        self._context.life.ready()
         failures = 0
         while not self._context.stopping.is_set():
+            if (failure := self._context.poster.failure) is not None:
+                raise WorkerFault(f"poster died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
+            if self._had_its_day():
+                _log.info("recycled", jobs=self._jobs_done, anonymous_bytes=anonymous_bytes([os.getpid()]))
+                return ExitCode.RECYCLE
             try:
                 worked = self._pass()
                 failures = 0
@@ -96,8 +103,17 @@ class WorkerLoop:
                 continue
             if self._options.exit_when_idle and failures == 0 and self._context.poster.wait_idle(0):
                 _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
-                return
+                return ExitCode.OK
             self._sleep(failures)
+        return ExitCode.OK
+
+    def _had_its_day(self) -> bool:
+        """Whether AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB ends this process between two jobs."""
+        most_jobs, most_mb = self._config.worker_max_jobs, self._config.worker_max_rss_mb
+        if not self._jobs_done:  # what it needs to start with is no reason to start again
+            return False
+        too_many = most_jobs is not None and self._jobs_done >= most_jobs
+        return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
 
     def _pass(self) -> bool:
         """Poll once and work on what is listed; True when any task was taken."""
@@ -105,9 +121,10 @@ class WorkerLoop:
         random.shuffle(jobs)  # a fleet that polls together must not queue at the same job
         tasks, error = 0, None
         for job in jobs:
-            if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
+            if job.pipeline_slug in self._specs and not self._context.stopping.is_set() and not self._had_its_day():
                 summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
                 gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
+                self._jobs_done += summary.tasks > 0
                 tasks += summary.tasks
                 error = error or summary.error
         if error is not None and not tasks:
@@ -142,8 +159,18 @@ class WorkerLoop:
         self._context.stopping.wait(pause_s * random.uniform(0.8, 1.2))  # noqa: S311 (jitter, no secret)
 
 
-def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPolicy | None = None) -> None:
-    """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own."""
+def run(
+    options: WorkerOptions,
+    config: Settings,
+    stop: Stop,
+    policy: IngestPolicy | None = None,
+    life: SignsOfLife | None = None,
+    died: tuple[int, str] | None = None,
+) -> ExitCode:
+    """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own.
+
+    `died` is the process before this one, where its death was of its own making: its pid, and how.
+    """
     for folder in (config.user_data_path, config.effective_staging_path):
         _make_folder(folder)
     journal = Journal(config.journal_path)
@@ -152,11 +179,13 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
         ImageClient(config.image_max_bytes) as images,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
+        suspects = journal.accuse(died, oom_kills())
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
         _log.info(
             "journal_open",
             path=str(config.journal_path),
             slot=journal.slot,
+            suspects=suspects,
             expired_tasks=expired,
             swept_files=swept,
         )
@@ -170,12 +199,18 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             policy=policy or IngestPolicy(ceilings(config)),
             lease=LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver),
             stopping=stop.draining,
+            flushing=stop.flushing,
+            life=life or SignsOfLife(),
             pids=(os.getppid(), os.getpid()),
         )
         try:
-            WorkerLoop(options, config, context).run()
+            return WorkerLoop(options, config, context).run()
         finally:
-            poster.close(0.0 if stop.flushing.is_set() else config.shutdown_grace_seconds / 2)
+            deadline = time.monotonic() + config.shutdown_grace_seconds / 2
+            while not stop.flushing.is_set() and poster.failure is None and time.monotonic() < deadline:
+                if poster.wait_idle(_FLUSH_CHECK_S):
+                    break
+            poster.close(0.0)
             journal.close()
 
 
@@ -188,16 +223,16 @@ def _make_folder(folder: os.PathLike[str]) -> None:
 
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
-    # Terminals and supervisors signal whole groups; only the parent decides what a signal means.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()  # SIGABRT is how the parent ends a child that hangs: the stacks are the evidence
+    threading.excepthook = _thread_died
     options = WorkerOptions.from_json(sys.argv[1])
+    life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_path)
     log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:
-        run(options, config, stop)
+        return run(options, config, stop, life=life, died=died)
     except ConfigurationError as error:
         _log.error("configuration", error=str(error))
         return ExitCode.CONFIGURATION
@@ -207,7 +242,13 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 (logged with its traceback; the parent restarts us)
         _log.exception("failed", error=str(error))
         return ExitCode.FAILED
-    return ExitCode.OK
+
+
+def _thread_died(died: threading.ExceptHookArgs) -> None:
+    """End the process: a thread that must live would be missed only much later."""
+    name = died.thread.name if died.thread else "?"
+    _log.error("thread_died", thread=name, exc_info=(died.exc_type, died.exc_value, died.exc_traceback))
+    os._exit(ExitCode.BACKGROUND_TASK_DIED)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from adc_worker.runtime.signs_of_life import SignsOfLife
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -89,7 +90,17 @@ class Job:
     def start(self, tasks: int, downloads: int) -> Intake:
         limits = IntakeLimits(downloads=downloads, in_hand=100, fetch_size=100, held=100)
         queue = Queue([task(number) for number in range(1, tasks + 1)])
-        self.intake = Intake(JOB, queue, self.journal, self.staging, self.outcomes, LeaseTerms(), limits, self.stopping)
+        self.intake = Intake(
+            JOB,
+            queue,
+            self.journal,
+            self.staging,
+            self.outcomes,
+            LeaseTerms(),
+            limits,
+            self.stopping,
+            life=SignsOfLife(),
+        )
         self.intake.start()
         return self.intake
 
