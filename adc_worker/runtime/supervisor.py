@@ -241,7 +241,8 @@ class Supervisor:
             child.exit_code = ExitCode(code)
         elif self._stop.level:
             # Killed at the end of the grace period is the stop that was asked for: what is kept is in the journal.
-            child.exit_code = ExitCode.OK if self._stop.level == _KILLED else ExitCode.FAILED
+            asked_for = self._stop.level == _KILLED or code == ExitCode.RECYCLE
+            child.exit_code = ExitCode.OK if asked_for else ExitCode.FAILED
         elif code == ExitCode.RECYCLE:
             child.restart_at = time.monotonic()
         else:
