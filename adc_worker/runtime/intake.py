@@ -127,7 +127,7 @@ class Intake:
 
     def _run(self) -> None:
         try:
-            self._take([held for held in self._journal.unfinished(self._job_id) if not held.struck_out])
+            self._take(self._journal.unfinished(self._job_id))
             while not self._finished():
                 if self._stopping.is_set():
                     self._stopped.set()
@@ -150,7 +150,7 @@ class Intake:
     def _take(self, tasks: list[HeldTask]) -> None:
         with self._changed:
             self.fetched += len(tasks)
-            self._to_download.extend(tasks)
+            self._to_download.extend(held for held in tasks if not held.struck_out)
         self.moved()
 
     def _wants_tasks(self) -> bool:

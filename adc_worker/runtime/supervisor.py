@@ -32,6 +32,7 @@ DRAIN, FLUSH = b"drain\n", b"flush\n"
 SAME_SIGNAL_S = 1.0
 RESTART_FIRST_S, RESTART_MAX_S = 1.0, 60.0
 FLUSH_S = 10.0  # after the second signal: what is under way may end in this time
+START_S = 600.0  # until a child is ready: torch takes 4-8 s (measurements), from a cold network file system minutes
 HUNG_CHECK_S = 2.0  # a deadline may have passed because the whole host was paused: look again before ending the child
 ABORT_S = 5.0  # to write the stacks; then SIGKILL
 ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
@@ -160,7 +161,7 @@ class Supervisor:
         )
         os.close(signs_write)
         child.pidfd = os.pidfd_open(child.process.pid)
-        child.silent_until, child.overdue = float("inf"), 0
+        child.silent_until, child.overdue = time.monotonic() + START_S, 0
         child.started_at = time.monotonic()
         _log.info("child_started", pid=child.process.pid, gpu=child.gpu)
 
@@ -189,6 +190,7 @@ class Supervisor:
         for line in os.read(child.signs, _SIGNS_BYTES).splitlines():
             word, _, rest = line.partition(b" ")
             if word == READY:
+                child.silent_until = float("inf")
                 notify("READY=1", "STATUS=waiting for jobs")
             elif word == STATUS:
                 notify(f"STATUS={rest.decode()}")

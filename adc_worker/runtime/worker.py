@@ -35,7 +35,7 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.job import WorkerContext, _process_job, ceilings
 from adc_worker.runtime.options import WorkerOptions
-from adc_worker.runtime.signs_of_life import SignsOfLife
+from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
@@ -206,6 +206,7 @@ def run(
         try:
             return WorkerLoop(options, config, context).run()
         finally:
+            context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             deadline = time.monotonic() + config.shutdown_grace_seconds / 2
             while not stop.flushing.is_set() and poster.failure is None and time.monotonic() < deadline:
                 if poster.wait_idle(_FLUSH_CHECK_S):

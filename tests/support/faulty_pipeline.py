@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adc_worker.models.registry import PipelineSpec
 
 CRASH, HANG, EAT = (1, 0, 7), (2, 0, 7), (3, 0, 7)
 SECONDS_PER_IMAGE = 0.02
+HELPER = ("sleep", "98765.4321")
 _MEAL_BYTES = 64 << 20
 
 
@@ -42,6 +44,12 @@ def pipelines() -> list[PipelineSpec]:
         return Pipeline("faulty", Faulty(), device, sizes=sizes)
 
     return [PipelineSpec("faulty", "Faulty", (Faulty.algorithm,), load)]
+
+
+def leaving_processes() -> list[PipelineSpec]:
+    """Return the same, but each load leaves a process behind, in a session of its own."""
+    subprocess.Popen(HELPER, start_new_session=True, stderr=subprocess.DEVNULL)
+    return pipelines()
 
 
 def photograph(path: Path, pixel: tuple[int, int, int] = (0, 0, 0)) -> Path:
