@@ -29,6 +29,7 @@ SIMULATED = ("--pipeline", "simulated")
 FAULTY = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:pipelines"}
 PARENT_BYTES = 60_000_000  # design, "Processes"
 GONE_S = 3.0  # the same
+PATIENCE_S = 180.0  # for five starts on a busy machine
 DRAINED = 60  # images
 
 
@@ -151,9 +152,12 @@ def test_a_second_signal_leaves_what_is_admitted_to_the_next_start(
     assert_complete(server, job_id)
 
 
+@pytest.mark.timeout(2 * PATIENCE_S)
 def test_an_image_that_crashes_the_decoder_or_the_model_costs_itself_only(server: DevServer, tmp_path: Path) -> None:
     """Real SIGSEGVs, among images of the same batches: two errors that name them, one result for each of the others."""
-    good = [photograph(tmp_path / f"{number}.png") for number in range(10)]
+    good = [
+        photograph(tmp_path / f"{number}.png") for number in range(8)
+    ]  # ten tasks in all: none is being fetched at a crash, and waits for its lease
     crashing = photograph(tmp_path / "crash.png", CRASH)
     undecodable = tmp_path / "crash.jpg"
     undecodable.write_bytes(jpeg(64, 48)[:2] + b"\xff\xfe\x00\x13crash the decoder" + jpeg(64, 48)[2:])
@@ -161,16 +165,16 @@ def test_an_image_that_crashes_the_decoder_or_the_model_costs_itself_only(server
     paths = f"{REPOSITORY}:{Path(faulty_pipeline.__file__).parent / 'crashing_decoder'}"
     leaving = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:leaving_processes", "PYTHONPATH": paths}
     env = environment(server, tmp_path / "data", leaving)
-    code, log = run_to_end(env, "--exit-when-idle")
-    assert code == ExitCode.OK
-    wait_until(lambda: server.job(job_id).processed == 12)
+    with worker(env, "--exit-when-idle") as log:
+        assert log.process.wait(PATIENCE_S) == ExitCode.OK
+    wait_until(lambda: server.job(job_id).processed == 10)
     job = server.job(job_id)
-    told = dict(zip(job.image_ids, range(12), strict=True))
+    told = dict(zip(job.image_ids, range(10), strict=True))
     assert {told[image_id]: reason for image_id, reason in job.errors.items()} == {
         4: "processing it alone ended the worker 2 times (SIGSEGV, SIGSEGV)",
         8: "decoding it crashed the decoder 2 times (SIGSEGV)",
     }
-    assert len(job.results) == 10
+    assert len(job.results) == 8
     assert set(job.deliveries.values()) == {1}
     assert set(job.posts.values()) == {1}
     ends = log.events("child_ended")
