@@ -137,6 +137,12 @@ class Settings(BaseSettings):
     )
 
     worker_instances: int | None = _setting(None, "Worker processes; by default one per GPU.", ge=1, le=64)
+    worker_max_jobs: int | None = _setting(
+        None, "Jobs after which a worker process is replaced by a fresh one; off by default.", ge=1
+    )
+    worker_max_rss_mb: int | None = _setting(
+        None, "Anonymous memory in MB at which, between jobs, it is replaced; off by default.", ge=1
+    )
     shutdown_grace_seconds: float = _setting(60.0, "Seconds to finish what is in hand after a signal.", ge=0)
     image_allowed_networks: Networks = _setting(
         (), "Private networks images may come from, comma-separated CIDR; not needed where Antenna is private, too."

@@ -90,6 +90,21 @@ def _anonymous(pid: int) -> int:
     return int(status.get("RssAnon:", 0)) * _KIB
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """Count the processes of this cgroup (without one: of this host) that the kernel killed for want of memory."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _hierarchy, controllers, path = line.split(":", 2)
+        v2 = controllers == ""
+        if not v2 and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("" if v2 else "memory")
+        for folder in (base / path.lstrip("/"), base):
+            file = folder / ("memory.events" if v2 else "memory.oom_control")
+            if file.exists() and (count := _key_values(file).get("oom_kill")) is not None:
+                return int(count)
+    return int(_key_values(root / "proc/vmstat").get("oom_kill", 0))
+
+
 class PeakResidentMemory:
     """Measures the peak resident memory of this process over an interval, to the page, without sampling.
 

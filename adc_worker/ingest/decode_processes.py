@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from adc_worker.errors import ImageUnreadable, WorkerFault
+from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport, ScratchLedger
 from adc_worker.ingest.decode_worker import MESSAGE_BYTES
@@ -27,6 +28,7 @@ _log = get_logger(__name__)
 # A death of the process's own making is evidence against the image; a kill from outside is not.
 _OWN_DEATHS = frozenset({-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE})
 STRIKES = 2  # design, "The journal": two strikes make an error result
+KILLS_MAX = 10  # of one image's decoders by another's hand: then something on this machine is set on it
 
 
 class DecoderDied(Exception):
@@ -113,9 +115,9 @@ class ProcessEngine:
 
     def _decode(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
         with self._ledger.charge(header.scratch_bytes):
-            strikes = 0
+            strikes = kills = 0
             while True:
-                process = self._idle.get()
+                process, oom_kills_before = self._idle.get(), oom_kills()
                 try:
                     report = process.decode(self._arena, path, header, target)
                 except DecoderDied as died:
@@ -126,8 +128,17 @@ class ProcessEngine:
                         died.exit_code >= 0
                     ):  # an exception, told on stderr; as in a decode thread it is ours, not the image's
                         raise WorkerFault(str(died)) from None
-                    strikes += died.exit_code in _OWN_DEATHS
-                    _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes)
+                    # Beside other decodes, whose memory it was says nothing.
+                    if died.exit_code in _OWN_DEATHS or (self.workers == 1 and oom_kills() > oom_kills_before):
+                        strikes += 1
+                    else:
+                        kills += 1
+                    _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes, kills=kills)
+                    if kills == KILLS_MAX:
+                        raise WorkerFault(
+                            f"decode processes were killed {KILLS_MAX} times at one image, and not for want of memory:"
+                            " find out what kills processes on this machine"
+                        ) from None
                     if strikes == STRIKES:
                         name = signal.Signals(-died.exit_code).name
                         raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None

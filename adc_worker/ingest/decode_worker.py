@@ -5,12 +5,15 @@ Messages are JSON over a SEQPACKET socket; the arena's memfd travels beside the 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ MESSAGE_BYTES = 1 << 16
 
 def serve(connection: socket.socket) -> None:
     """Answer one message after the other until the other end closes."""
+    threading.Thread(target=_end_with_owner, args=(connection.fileno(),), daemon=True).start()
     arena = mmap.mmap(-1, mmap.PAGESIZE)
     while True:
         message, descriptors, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, 1)
@@ -48,7 +52,16 @@ def _answer(task: dict[str, Any], arena: mmap.mmap) -> dict[str, Any]:
     return {"decode_s": report.decode_s, "truncated": report.truncated}
 
 
+def _end_with_owner(descriptor: int) -> None:
+    """Also in the middle of a decode, which may never end."""
+    hang_up = select.poll()
+    hang_up.register(descriptor, 0)  # that it hung up is reported unasked
+    hang_up.poll()
+    os._exit(0)
+
+
 def main() -> None:
+    faulthandler.enable()
     # Signals of a terminal or a supervisor reach whole groups; the end of the socket is what ends this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

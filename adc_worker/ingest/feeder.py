@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,12 +77,17 @@ class BatchFeeder:
         arena: Arena,
         engine: DecodeEngine,
         on_failure: Callable[[StagedImage, ImageError], None],
+        on_admit: Callable[[Sequence[StagedImage]], None],
+        isolate: Callable[[], DecodeEngine],
     ) -> None:
         self._plan = plan
         self._source = source
         self._arena = arena
         self._engine = engine
         self._on_failure = on_failure
+        self._on_admit = on_admit
+        self._isolate = isolate
+        self._isolated: DecodeEngine | None = None  # decodes suspects
         self._changed = threading.Condition()
         self._waiting: dict[_Kind, list[StagedImage]] = {}  # each in the order of staging
         self._ready: deque[DecodedBatch] = deque()
@@ -107,7 +112,7 @@ class BatchFeeder:
 
     @property
     def decode_pids(self) -> list[int]:
-        return self._engine.pids
+        return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
 
     def apply(self, plan: IngestPlan) -> None:
         """Form the next batches by another plan; its arena and decode workers must be those of the first."""
@@ -127,6 +132,8 @@ class BatchFeeder:
         self._source.listen(None)
         self._thread.join()
         self._engine.close()
+        if self._isolated is not None:
+            self._isolated.close()
         with self._changed:
             self._ready.clear()
             for region in tuple(self._in_arena):
@@ -186,7 +193,7 @@ class BatchFeeder:
             self._put_waiting(image)
 
     def _put_waiting(self, image: StagedImage) -> None:
-        kind = (image.header.shape, self._runs_alone(image.header))
+        kind = (image.header.shape, self._runs_alone(image))
         insort(self._waiting.setdefault(kind, []), image, key=_staged_at)
 
     def _closable_kind(self) -> _Kind | None:
@@ -209,11 +216,12 @@ class BatchFeeder:
         oldest = min(images[0].staged_at for images in self._waiting.values())
         return max(0.0, oldest + self._plan.batch_wait_s - time.monotonic())
 
-    def _runs_alone(self, header: ImageHeader) -> bool:
-        return header.pixel_bytes > self._plan.arena_bytes or header.scratch_bytes > self._plan.scratch_bytes
+    def _runs_alone(self, image: StagedImage) -> bool:
+        header, plan = image.header, self._plan
+        return image.suspect or header.pixel_bytes > plan.arena_bytes or header.scratch_bytes > plan.scratch_bytes
 
     def _images_per_batch(self, image: StagedImage) -> int:
-        if self._runs_alone(image.header):
+        if self._runs_alone(image):
             return 1
         return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
 
@@ -246,10 +254,18 @@ class BatchFeeder:
         with self._changed:
             self._batches_ahead += 1
             self._images_decoding += len(images)
+        self._on_admit(images)
+        engine = self._engine_for(images[0])
         for row, image in enumerate(images):
             target = Region(region.offset + row * image_bytes, image_bytes)
-            future = self._engine.submit(image.path, image.header, target)
+            future = engine.submit(image.path, image.header, target)
             future.add_done_callback(partial(self._on_decoded, batch, row))
+
+    def _engine_for(self, image: StagedImage) -> DecodeEngine:
+        if not image.suspect:
+            return self._engine
+        self._isolated = self._isolated or self._isolate()
+        return self._isolated
 
     def _bytes_needed(self, header: ImageHeader) -> int:
         """Return what the image needs alone: its pixels, and what its decoder uses beyond the plan's scratch."""
@@ -257,7 +273,7 @@ class BatchFeeder:
 
     def _allocate(self, images: list[StagedImage]) -> Region | None:
         header = images[0].header
-        runs_alone = self._runs_alone(header)
+        runs_alone = self._runs_alone(images[0])
         with self._changed:
             while not self._stopping:
                 region = None if runs_alone else self._arena.allocate(header.pixel_bytes * len(images))
@@ -273,7 +289,7 @@ class BatchFeeder:
         """Nothing is in flight: one image is always admitted, whatever its size.
 
         One that exceeds the arena, or whose decoder exceeds the plan's scratch, gets an arena of just its size, so that
-        the pages of the usual one do not count beside it.
+        the pages of the usual one do not count beside it; a suspect, so that nothing else is admitted beside it.
         """
         for image in images[1:]:
             self._put_waiting(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,12 +96,21 @@ _ENGINES: Mapping[str, Callable[[Arena, int, int], DecodeEngine]] = {
 
 
 def build_dataloader(
-    plan: IngestPlan, source: StagedQueue, on_failure: Callable[[StagedImage, ImageError], None]
+    plan: IngestPlan,
+    source: StagedQueue,
+    on_failure: Callable[[StagedImage, ImageError], None],
+    on_admit: Callable[[Sequence[StagedImage]], None] = lambda _images: None,
 ) -> JobDataLoader:
-    """Build the loader of a job. `on_failure` hears of images that cannot be decoded, from a decode thread."""
+    """Build the loader of a job.
+
+    `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
+    """
     arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
     engine = _ENGINES[plan.decode_engine](arena, plan.decode_workers, plan.scratch_bytes)
-    return JobDataLoader(plan, BatchFeeder(plan, source, arena, engine, on_failure), arena)
+    feeder = BatchFeeder(
+        plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
+    )
+    return JobDataLoader(plan, feeder, arena)
 
 
 class _CudaPageLocker:

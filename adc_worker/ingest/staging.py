@@ -33,6 +33,7 @@ class StagedImage:
     header: ImageHeader
     download: DownloadStats
     staged_at: float  # monotonic seconds; 0 when it is urgent
+    suspect: bool = False  # a process died while it worked on it: runs alone, decoded in a process of its own
 
 
 class StagingArea:

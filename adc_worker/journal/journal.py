@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from adc_worker.antenna.leases import parse_reply_subject, same_message
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
@@ -83,18 +84,34 @@ CREATE TABLE adc_finished (  -- results that need no post any more, compressed, 
 );
 CREATE INDEX adc_task_image ON adc_task (job_id, image_id)
 """,
+    # runner: pid of the process that decodes or infers it; oom_kills: what the kernel had counted when that began;
+    # strikes: NULL unless a suspect, else how the processes died that it was alone in.
+    """
+ALTER TABLE adc_task ADD COLUMN runner INTEGER;
+ALTER TABLE adc_task ADD COLUMN oom_kills INTEGER;
+ALTER TABLE adc_task ADD COLUMN strikes TEXT
+""",
 )
 _PART_BYTES = 1_000_000
+STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
 
 
 @dataclass(frozen=True, slots=True)
 class HeldTask:
-    """A task on record. `id` is unique on this host for ever; `fetched_at` is Unix seconds."""
+    """A task on record. `id` is unique on this host for ever; `fetched_at` is Unix seconds.
+
+    `strikes` names the deaths of processes that worked on this task alone; None when none ever died working on it.
+    """
 
     id: int
     job_id: int
     task: Task
     fetched_at: float
+    strikes: tuple[str, ...] | None = None
+
+    @property
+    def struck_out(self) -> bool:
+        return len(self.strikes or ()) >= STRIKES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +150,11 @@ class Journal:
 
     def close(self) -> None:
         with self._lock:
+            try:
+                with self._db:  # an orderly end accuses nobody
+                    self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (os.getpid(),))
+            except sqlite3.Error as error:
+                _log.warning("marks_left", error=str(error), effect="the images in hand run one by one at first")
             self._db.close()
             os.close(self._slot_fd)
 
@@ -162,13 +184,8 @@ class Journal:
         url = public_url(held.task.image_url)
         if url == held.task.image_url:
             return
-        with self._lock, suppress(sqlite3.OperationalError):  # the fault is noted, the URL goes with its row
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            try:
-                with self._writing():
-                    self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
-            finally:
-                self._db.execute("PRAGMA synchronous=FULL")
+        with self._writing_loosely():
+            self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
 
     def _insert(self, job_id: int, task: Task, now: float) -> int:
         delivery = parse_reply_subject(task.reply_subject)
@@ -220,6 +237,52 @@ class Journal:
     def bury(self, job_id: int) -> None:
         """The job is served no more: no subject of it may be used; results stay for images that come again."""
         self._remove((), lambda: self._bury(job_id, time.time_ns()))
+
+    def begin(self, task_ids: Iterable[int], oom_kills: int, *, alone: bool) -> None:
+        """Mark tasks that are about to be decoded and inferred, so that a crash shows which they were.
+
+        The marks need not survive a power cut. `alone` says that nothing else is in work any more.
+        """
+        pid = os.getpid()
+        with self._writing_loosely():
+            if alone:
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (pid,))
+            self._db.executemany(
+                "UPDATE adc_task SET runner = ?, oom_kills = ? WHERE id = ?",
+                [(pid, oom_kills, task_id) for task_id in task_ids],
+            )
+
+    def accuse(self, died: tuple[int, str] | None, oom_kills: int) -> int:
+        """Make suspects of what dead processes were working on, and return how many tasks that are.
+
+        `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
+        a process that ended while the kernel killed for want of memory, gets a strike.
+        """
+        in_work = "slot = ? AND runner IS NOT NULL AND id NOT IN (SELECT task_id FROM adc_result)"
+        with self._writing():
+            groups = self._db.execute(
+                f"SELECT runner, count(*), min(id), min(oom_kills) FROM adc_task WHERE {in_work} GROUP BY runner",  # noqa: S608
+                (self.slot,),
+            ).fetchall()
+            for runner, count, task_id, oom_kills_before in groups:
+                cause = died[1] if died is not None and died[0] == runner else None
+                if cause is None and oom_kills > oom_kills_before:
+                    cause = "out of memory"
+                if count == 1 and cause is not None:
+                    self._db.execute(
+                        "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?", (cause, task_id)
+                    )
+            self._db.execute(
+                f"UPDATE adc_task SET strikes = coalesce(strikes, '') WHERE {in_work}",  # noqa: S608
+                (self.slot,),
+            )
+            self._db.execute("UPDATE adc_task SET runner = NULL WHERE slot = ?", (self.slot,))
+        return sum(count for _runner, count, _task_id, _oom_kills in groups)
+
+    def pardon(self, task_ids: Iterable[int]) -> None:
+        """Take the strikes of suspects back: they died of something else."""
+        with self._writing():
+            self._db.executemany("UPDATE adc_task SET strikes = '' WHERE id = ?", [(number,) for number in task_ids])
 
     def keep(self, results: Collection[tuple[int, Iterable[bytes]]]) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
@@ -356,6 +419,17 @@ class Journal:
                 self.fault = f"the journal {self._path} cannot be written: {error}"
                 raise
 
+    @contextmanager
+    def _writing_loosely(self) -> Iterator[None]:
+        """One transaction that a power cut may undo, or a fault prevent: `fault` tells, and nobody else is told."""
+        with self._lock, suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            try:
+                with self._writing():
+                    yield
+            finally:
+                self._db.execute("PRAGMA synchronous=FULL")
+
     def check_writable(self) -> bool:
         """Whether tasks may be fetched; after a fault, write what is in memory as soon as the file takes it."""
         with self._lock:
@@ -425,9 +499,12 @@ class Journal:
         return [str(row[0]) for row in rows]
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
-        """Return this slot's tasks of a job that have no result yet, oldest first."""
+        """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
         rows = self._rows("t.job_id = ? AND r.task_id IS NULL AND NOT t.dead", (job_id,))
-        return [held for held, _size_bytes in rows if held.id not in self._in_memory.keys() | self._to_forget]
+        settled = self._in_memory.keys() | self._to_forget
+        return sorted(
+            (held for held, _size_bytes in rows if held.id not in settled), key=lambda held: len(held.strikes or ())
+        )
 
     def known_ids(self) -> set[int]:
         """Return the tasks of every slot: the ones whose staged files belong to somebody."""
@@ -498,16 +575,14 @@ class Journal:
 
     def _rows(self, where: str, arguments: tuple[object, ...]) -> list[tuple[HeldTask, int]]:
         query = (
-            "SELECT t.id, t.job_id, t.image_id, t.image_url, t.reply_subject, t.fetched_at, coalesce(r.size_bytes, 0)"  # noqa: S608 (only this file's literals and integers)
+            "SELECT t.id, t.job_id, t.image_id, t.image_url, t.reply_subject, t.fetched_at, t.strikes,"  # noqa: S608 (only this file's literals and integers)
+            " coalesce(r.size_bytes, 0)"
             f" FROM adc_task t LEFT JOIN adc_result r ON r.task_id = t.id WHERE t.slot = ? AND {where}"
             " ORDER BY t.id"
         )
         with self._lock:
             rows = self._db.execute(query, (self.slot, *arguments)).fetchall()
-        return [
-            (HeldTask(row[0], row[1], Task(image_id=row[2], image_url=row[3], reply_subject=row[4]), row[5]), row[6])
-            for row in rows
-        ]
+        return [(_held(row), row[7]) for row in rows]
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -571,6 +646,12 @@ class Journal:
                     self._db.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
             finally:
                 os.close(fd)
+
+
+def _held(row: Sequence[Any]) -> HeldTask:
+    strikes = None if row[6] is None else tuple(filter(None, row[6].split(",")))
+    task = Task(image_id=row[2], image_url=row[3], reply_subject=row[4])
+    return HeldTask(row[0], row[1], task, row[5], strikes)
 
 
 def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -74,6 +74,9 @@ class _Ending:
     looks: int = 0
 
 
+_FLUSH_CHECK_S = 0.5
+
+
 class Poster:
     """Posts kept results in the background."""
 
@@ -135,10 +138,13 @@ class Poster:
                 self._changed.wait(min(left, 1.0))
         return self.failure is None
 
-    def close(self, flush_s: float) -> None:
-        """Post what is kept for up to `flush_s` seconds, then stop; the rest stays in the journal."""
+    def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
+        """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
         self._draining = True
-        self.wait_idle(flush_s)
+        deadline = time.monotonic() + flush_s
+        while self.failure is None and not (cut_short and cut_short.is_set()) and time.monotonic() < deadline:
+            if self.wait_idle(min(flush_s, _FLUSH_CHECK_S)):
+                break
         with self._changed:
             self._closing = True
             self._changed.notify_all()

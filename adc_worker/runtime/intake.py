@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
@@ -25,7 +25,9 @@ from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
+from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
+from adc_worker.runtime.suspects import StruckOut
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
 
@@ -169,7 +171,10 @@ class Intake:
         lease: LeaseTerms,
         limits: IntakeLimits,
         turn: Turn,
+        *,
         faults: Faults,
+        life: SignsOfLife,
+        struck_out: StruckOut,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
         self.failure: BaseException | None = None
@@ -185,6 +190,8 @@ class Intake:
         self._limits = limits
         self._turn = turn
         self._faults = faults
+        self._life = life
+        self._struck_out = struck_out
         self._images_per_s = 0.0  # measured; 0 until it is
         self._changed = threading.Condition()
         self._stopped = threading.Event()
@@ -217,7 +224,12 @@ class Intake:
         """Say how fast a batch went: what is held must be done within its leases at that rate."""
         self._images_per_s = images_per_s
 
+    def moved(self) -> None:
+        """Say that something happened to the tasks in hand, or to what they wait for."""
+        self._life.tasks(TASKS_LEASES * self._lease.ack_wait_s if self._in_hand > 0 else float("inf"))
+
     def wake(self) -> None:
+        self.moved()
         with self._changed:
             self._woken = True
             self._changed.notify_all()
@@ -233,10 +245,11 @@ class Intake:
         if self._thread.is_alive():
             self._thread.join()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._life.tasks(float("inf"))
 
     @property
     def _in_hand(self) -> int:
-        return self.fetched - self._outcomes.settled - self.parked
+        return self.fetched - self._outcomes.settled - self.parked - self._struck_out.waiting
 
     def _run(self) -> None:
         try:
@@ -284,7 +297,9 @@ class Intake:
                 self._taken.add(held.id)
                 self.fetched += 1
                 last = self._lease.is_last(held.task.reply_subject)
-                (self._to_download.appendleft if last else self._to_download.append)(held)
+                if not held.struck_out:
+                    (self._to_download.appendleft if last else self._to_download.append)(held)
+        self.moved()
 
     def _take_answer(self) -> None:
         answer = self._fetch.take_answer()
@@ -370,6 +385,7 @@ class Intake:
             with self._changed:
                 self._downloading -= 1
                 self._changed.notify_all()
+            self.moved()
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:
@@ -382,7 +398,7 @@ class Intake:
                 self._park_or_settle(held, fault, last=last)
                 return
             try:
-                image = self._staging.stage(held.id, held.task, self._stopped.is_set)
+                image = self._staging.stage(held.id, held.task, self._cancelled)
             except StagingFull as error:
                 self._faults.watch("staging", error)
                 with self._changed:
@@ -408,8 +424,13 @@ class Intake:
                 self._journal.erase_url(held)
                 self._faults.image_came(host)
                 self._faults.watch("staging", None)
-                self.staged.put(image, urgent=last)
+                self.staged.put(replace(image, suspect=held.strikes is not None), urgent=last)
                 return
+            self.moved()  # to the next attempt: a dead link is no hang
+
+    def _cancelled(self) -> bool:
+        self.moved()  # by a block of bytes, or it would not ask
+        return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:
         return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, time.time())

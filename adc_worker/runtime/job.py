@@ -25,7 +25,9 @@ from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
+from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
+from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
 from adc_worker.tuning.drift import DriftWatch
 from adc_worker.tuning.plan import IngestPlan
@@ -50,6 +52,8 @@ class WorkerContext:
     lease: LeaseTerms
     stopping: threading.Event
     keeper: LeaseKeeper | None  # where NATS is configured
+    flushing: threading.Event
+    life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
     faults: Faults = field(default_factory=Faults)
 
@@ -108,6 +112,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     """Work on a job until Antenna has no more tasks of it for us, or its turn is over. The models are loaded."""
     started = time.monotonic()
     outcomes = JobOutcomes(job_id, context.journal, context.staging, context.poster)
+    struck_out = StruckOut(job_id, context.journal, outcomes)
     intake = Intake(
         memory.fetch,
         context.journal,
@@ -116,9 +121,11 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         context.lease,
         IntakeLimits.for_probe(context.settings.antenna_api_batch_size, context.lease),
         turn,
-        context.faults,
+        faults=context.faults,
+        life=context.life,
+        struck_out=struck_out,
     )
-    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
+    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn, struck_out)
     context.poster.listen(intake.wake)
     intake.start()
     try:
@@ -157,14 +164,18 @@ class _JobRun:
         outcomes: JobOutcomes,
         memory: JobMemory,
         turn: Turn,
+        struck_out: StruckOut,
     ) -> None:
         self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
+        self._job_id = job_id
         self._pipeline = pipeline
         self._context = context
         self._intake = intake
         self._outcomes = outcomes
         self._memory = memory
         self._turn = turn
+        self._struck_out = struck_out
+        self._inference_limit_s = 0.0  # for one image
         self.switch_s: float | None = None
         self._started = time.monotonic()
         self._peak_bytes = 0
@@ -177,15 +188,23 @@ class _JobRun:
         self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
         report, plan = self._memory.report, self._memory.plan
         if report is None or plan is None:
-            report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
-            if report is None:
-                return
-            plan = self._made_plan(report, host)
+            first_s = FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s
+            report = probe(self._intake.staged, self._pipeline, host, self._outcomes, self._context.life, first_s)
+            plan = self._made_plan(report, host) if report is not None else None
             self._started = time.monotonic()  # a probe is work, and made once
-        self._intake.apply(IntakeLimits.of(plan))
+        if report is not None and plan is not None:
+            self._follow(report, plan, host)
+        if not self._turn.is_stopping():
+            self._struck_out.fail()
+
+    def _follow(self, report: ProbeReport, plan: IngestPlan | None, host: HostBudget) -> None:
+        if plan is not None:
+            self._intake.apply(IntakeLimits.of(plan))
+        self._inference_limit_s = INFERENCE_FACTOR * max(image.inference_s for image in report.images)
         drift = DriftWatch(report)
+        outcomes = self._outcomes
         while plan is not None:
-            with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
+            with build_dataloader(plan, self._intake.staged, outcomes.fail_staged, outcomes.begin) as loader:
                 plan = self._feed(loader, drift, host)
                 self._readiness = loader.readiness
 
@@ -193,6 +212,7 @@ class _JobRun:
         self._memory.report = report
         self._memory.plan = plan = self._context.policy.plan(report, host, self._context.lease)
         self._intake.apply(IntakeLimits.of(plan))
+        self._inference_limit_s = INFERENCE_FACTOR * max(image.inference_s for image in report.images)
         self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
         return plan
 
@@ -200,11 +220,18 @@ class _JobRun:
         """Infer what the loader brings; return a plan when it takes another loader to follow it."""
         next_plan: IngestPlan | None = None
         for batch in loader:
+            if self._context.flushing.is_set():
+                break
             if self.switch_s is None:
                 self.switch_s = time.monotonic() - self._started
-            with batch:
+            limit_s = max(
+                INFERENCE_LEASES * self._context.lease.ack_wait_s, self._inference_limit_s * len(batch.staged)
+            )
+            with batch, self._context.life.inference(limit_s):
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
                 images = len(batch.staged)
+            self._context.life.status(f"job {self._job_id}: {self._outcomes.done} images done")
+            self._struck_out.fail_once_others_succeed()
             report = drift.observe(measured_image(batch.staged, batch.reports, stats))
             if report is not None and next_plan is None:
                 changed = self._made_plan(report, host)
@@ -247,6 +274,7 @@ class _JobRun:
         """Pause while too many results wait for Antenna, or the next ones could not be kept."""
         journal = self._context.journal
         while (journal.fault or journal.is_full()) and not self._context.stopping.wait(_BACKPRESSURE_POLL_S):
+            self._intake.moved()  # not by us: Antenna or the disk is waited for
             self._check_background()
 
     def log_summary(self, wall_s: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from adc_worker.antenna.wire import Task, error_result
 from adc_worker.errors import ImageError
+from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
@@ -59,6 +60,11 @@ class JobOutcomes:
 
     def wake_poster(self) -> None:
         self._poster.wake()
+
+    def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
+        """Put on record what is about to be decoded and inferred; `alone` when nothing else is."""
+        alone = alone or any(image.suspect for image in images)
+        self._journal.begin([image.id for image in images], oom_kills(), alone=alone)
 
     def succeed(self, results: Sequence[ImageResult]) -> int:
         """Keep results, return their bytes: they survive a crash from here on, and their staged files are gone."""

@@ -1,20 +1,28 @@
-"""The parent: starts one child per GPU, restarts it with back-off, passes stop signals on. Imports no torch."""
+"""The parent: starts a child per GPU, ends one that hangs, restarts it, passes stop signals on. Imports no torch."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import count_gpus, raise_descriptor_limit
 from adc_worker.log import get_logger
+from adc_worker.runtime.notify import notify, watchdog_period_s
 from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.signs_of_life import READY, STATUS, UNTIL
 from adc_worker.settings import Settings
 
 _log = get_logger(__name__)
@@ -23,12 +31,24 @@ DRAIN, FLUSH = b"drain\n", b"flush\n"
 # A terminal and a supervisor signal the whole group and forward it, too: within a second it is the same signal.
 SAME_SIGNAL_S = 1.0
 RESTART_FIRST_S, RESTART_MAX_S = 1.0, 60.0
+FLUSH_S = 10.0  # after the second signal: what is under way may end in this time
+START_S = 600.0  # until a child is ready: torch takes 4-8 s (measurements), from a cold network file system minutes
+HUNG_CHECK_S = 2.0  # a deadline may have passed because the whole host was paused: look again before ending the child
+ABORT_S = 5.0  # to write the stacks; then SIGKILL
+ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
+OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
 # glibc's threshold adapts upwards, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
 # (measurements, "Other costs"). With a fixed threshold the heap is trimmed at every 128 kB unless told otherwise, which
 # cost Pillow's decodes 38 000 page faults each.
 CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "33554432"}
 _KILLED = 3
+_HUNG = 2  # times overdue
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what batch systems warn with
+_SIGNS_BYTES = 1 << 16
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+# Deaths of a process's own making: evidence against an image that was alone in it.
+_OWN_DEATHS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 _NO_RESTART = frozenset(
     {
         ExitCode.OK,
@@ -49,6 +69,10 @@ class _Child:
     backoff_s: float = RESTART_FIRST_S
     restart_at: float = 0.0
     exit_code: ExitCode | None = None  # final: it is not started again
+    signs: int = -1  # its end of life: what it says on this pipe
+    silent_until: float = float("inf")  # monotonic seconds; past that it hangs
+    overdue: int = 0  # how often that was found
+    died: tuple[int, str] | None = None  # the process before, if its death was of its own making
 
 
 @dataclass(slots=True)
@@ -71,17 +95,21 @@ class Supervisor:
         self._children = [_Child(gpu=index % gpus if gpus else None) for index in range(instances)]
         self._stop = _Stop()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._strangers = {process.pid for process in psutil.Process().children()}  # of whoever became us by exec
+        self._ping_s, self._ping_at = watchdog_period_s(), 0.0
 
     def run(self) -> ExitCode:
         """Return when every child is done: OK, or the first code that says a restart is useless."""
         raise_descriptor_limit()
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         try:
             while any(child.exit_code is None for child in self._children):
                 self._start_due()
                 self._wait()
                 self._reap()
+                self._end_hung()
                 self._enforce_deadline()
         finally:
             signal.set_wakeup_fd(wakeup)
@@ -97,7 +125,9 @@ class Supervisor:
             return
         self._stop.last_signal_at = now
         self._stop.level = min(self._stop.level + 1, 2)
-        self._stop.deadline = min(self._stop.deadline, now + self._grace_s)
+        patience_s = self._grace_s if self._stop.level == 1 else min(self._grace_s, FLUSH_S)
+        self._stop.deadline = min(self._stop.deadline, now + patience_s)
+        notify("STOPPING=1")
         _log.info("stopping", signal=signal.Signals(number).name, how="drain" if self._stop.level == 1 else "flush")
         self._command(DRAIN if self._stop.level == 1 else FLUSH)
 
@@ -126,28 +156,66 @@ class Supervisor:
         if child.gpu is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[child.gpu] if visible != [""] else str(child.gpu)
+        child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(signs_write, True)
+        arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]
         child.process = subprocess.Popen(
-            [sys.executable, "-m", "adc_worker.runtime.worker", self._options.to_json()],
+            [sys.executable, "-m", "adc_worker.runtime.worker", *arguments],
             stdin=subprocess.PIPE,  # commands, and a lifeline: it closes when this process is gone
             start_new_session=True,
             env=environment,
+            pass_fds=[signs_write],
+            preexec_fn=_become_child,  # noqa: PLW1509 (the parent has one thread; exec keeps what it sets)
         )
+        os.close(signs_write)
         child.pidfd = os.pidfd_open(child.process.pid)
+        child.silent_until, child.overdue = time.monotonic() + START_S, 0
         child.started_at = time.monotonic()
         _log.info("child_started", pid=child.process.pid, gpu=child.gpu)
 
     def _wait(self) -> None:
         """Sleep until a child ends, a signal comes, or something is due."""
+        if (now := time.monotonic()) >= self._ping_at:
+            notify("WATCHDOG=1")
+            self._ping_at = now + self._ping_s
         due = [child.restart_at for child in self._children if child.process is None and child.exit_code is None]
-        timeout = min([*due, self._stop.deadline]) - time.monotonic()
+        due += [child.silent_until for child in self._running()]
+        timeout = min([*due, self._ping_at, self._stop.deadline]) - now
         readable, _, _ = select.select(
-            [self._wake_read, *(child.pidfd for child in self._running())],
+            [self._wake_read, *(end for child in self._running() for end in (child.pidfd, child.signs))],
             [],
             [],
             None if timeout == float("inf") else max(0.0, timeout),
         )
         if self._wake_read in readable:
             os.read(self._wake_read, 512)
+        for child in self._running():
+            if child.signs in readable:
+                self._hear(child)
+
+    def _hear(self, child: _Child) -> None:
+        """Take what a child says; see `SignsOfLife`."""
+        for line in os.read(child.signs, _SIGNS_BYTES).splitlines():
+            word, _, rest = line.partition(b" ")
+            if word == READY:
+                child.silent_until = float("inf")
+                notify("READY=1", "STATUS=waiting for jobs")
+            elif word == STATUS:
+                notify(f"STATUS={rest.decode()}")
+            elif word == UNTIL:
+                child.silent_until, child.overdue = float(rest), 0
+
+    def _end_hung(self) -> None:
+        """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that."""
+        for child in self._running():
+            if child.process is None or time.monotonic() < child.silent_until:
+                continue
+            child.overdue += 1
+            child.silent_until = time.monotonic() + (HUNG_CHECK_S if child.overdue == 1 else ABORT_S)
+            if child.overdue == _HUNG:
+                _log.error("child_hung", pid=child.process.pid, next="stacks of all its threads, and a restart")
+            if child.overdue >= _HUNG:
+                child.process.send_signal(signal.SIGABRT if child.overdue == _HUNG else signal.SIGKILL)
 
     def _reap(self) -> None:
         for child in self._running():
@@ -155,19 +223,38 @@ class Supervisor:
             if process is None or process.poll() is None:
                 continue
             os.close(child.pidfd)
+            os.close(child.signs)
             if process.stdin is not None:
                 process.stdin.close()
             child.process = None
+            self._clear_orphans()
             self._decide(child, process)
 
+    def _clear_orphans(self) -> None:
+        """Kill and reap what a dead child left; its memory and its GPU must be free before the next one starts."""
+        deadline = time.monotonic() + ORPHANS_S
+        known = self._strangers | {child.process.pid for child in self._running() if child.process is not None}
+        while orphans := [process for process in psutil.Process().children() if process.pid not in known]:
+            for orphan in orphans:
+                with suppress(psutil.NoSuchProcess):
+                    orphan.kill()
+            _gone, alive = psutil.wait_procs(orphans, max(0.0, deadline - time.monotonic()))
+            if alive:
+                _log.error("orphans_left", pids=[orphan.pid for orphan in alive], reason="SIGKILL does not end them")
+                return
+
     def _decide(self, child: _Child, process: subprocess.Popen[bytes]) -> None:
-        """Start it again later, unless that is useless or we are stopping."""
-        code = process.returncode
+        """Start it again, at once or later, unless that is useless or we are stopping."""
+        code = ExitCode.HUNG if child.overdue >= _HUNG else process.returncode
+        child.died = (process.pid, _name(code)) if code == ExitCode.HUNG or -code in _OWN_DEATHS else None
         if code in _NO_RESTART:
             child.exit_code = ExitCode(code)
         elif self._stop.level:
             # Killed at the end of the grace period is the stop that was asked for: what is kept is in the journal.
-            child.exit_code = ExitCode.OK if self._stop.level == _KILLED else ExitCode.FAILED
+            asked_for = self._stop.level == _KILLED or code == ExitCode.RECYCLE
+            child.exit_code = ExitCode.OK if asked_for else ExitCode.FAILED
+        elif code == ExitCode.RECYCLE:
+            child.restart_at = time.monotonic()
         else:
             if time.monotonic() - child.started_at > STEADY_S:
                 child.backoff_s = RESTART_FIRST_S
@@ -183,6 +270,21 @@ class Supervisor:
             if child.process is not None:
                 _log.warning("child_killed", pid=child.process.pid, reason="AMI_SHUTDOWN_GRACE_SECONDS are over")
                 child.process.kill()
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _become_child() -> None:
+    """Between fork and exec: die with the parent, and leave its signals to it, though they be sent to whole groups."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError):  # some containers mount /proc read-only: then the kernel goes by size, which is the child
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE_STEP)))
 
 
 def _name(code: int) -> str:

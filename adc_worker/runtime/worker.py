@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.host.memory import anonymous_bytes, oom_kills
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
@@ -37,13 +39,13 @@ from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
 _log = log.get_logger(__name__)
 
-LIFELINE_EXIT_S = 2.0  # with the parent gone nobody would reap us: leave within this time, the journal has everything
 _COMMAND_BYTES = 4096
 IDLE_CHECK_S = 0.5
 
@@ -62,10 +64,7 @@ class Stop:
             self.draining.set()
             if b"flush" in commands:
                 self.flushing.set()
-        self.draining.set()
-        self.flushing.set()
-        _log.warning("parent_gone", exit_in_s=LIFELINE_EXIT_S)
-        time.sleep(LIFELINE_EXIT_S)
+        # The parent is gone. Usually the kernel has ended us by now; the journal has everything.
         os._exit(ExitCode.FAILED)
 
 
@@ -87,28 +86,34 @@ class WorkerLoop:
             self._board, context.client, context.journal, list(self._specs), options.project,
             config.antenna_idle_sleep_seconds,
         )  # fmt: skip
+        self._jobs_done = 0
 
-    def run(self) -> None:
-        """Return when draining, or when idle and that was asked for."""
+    def run(self) -> ExitCode:
+        """Return OK when draining, or when idle and that was asked for; RECYCLE when the process had its day."""
         _log.info(
             "worker_ready", device=str(self._device), pipelines=sorted(self._specs), threads=torch.get_num_threads()
         )
+        self._context.life.ready()
         self._poller.start()
         try:
             while not self._context.stopping.is_set():
                 self._check_background()
                 self._discard_lost()
+                if self._had_its_day():
+                    _log.info("recycled", jobs=self._jobs_done, anonymous_bytes=anonymous_bytes([os.getpid()]))
+                    return ExitCode.RECYCLE
                 turn = self._board.next_turn(self._context.stopping.is_set)
                 if turn is not None:
                     self._take_turn(turn)
                 elif self._is_idle():
                     _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
-                    return
+                    return ExitCode.OK
                 else:
                     self._poller.wait_for_news(IDLE_CHECK_S)
         finally:
             self._poller.close()
         self._hand_back()
+        return ExitCode.OK
 
     def _take_turn(self, turn: Turn) -> None:
         job_id, context = turn.entry.id, self._context
@@ -120,6 +125,7 @@ class WorkerLoop:
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
         if isinstance(summary.error, AntennaRefused) and not summary.tasks:
             self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
+        self._jobs_done += summary.tasks > 0 and summary.ended_empty
         answered = summary.error is None
         self._contacted |= answered
         self._board.end_turn(
@@ -157,9 +163,21 @@ class WorkerLoop:
                 self._context.staging.discard(one.id)
             _log.info("tasks_handed_back", tasks=len(back), kept=len(held) - len(back))
 
+    def _had_its_day(self) -> bool:
+        """Whether AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB ends this process between two jobs."""
+        most_jobs, most_mb = self._config.worker_max_jobs, self._config.worker_max_rss_mb
+        if not self._jobs_done:  # what it needs to start with is no reason to start again
+            return False
+        too_many = most_jobs is not None and self._jobs_done >= most_jobs
+        return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
+
     def _check_background(self) -> None:
         keeper = self._context.keeper
-        for name, failure in (("poller", self._poller.failure), ("leases", keeper.failure if keeper else None)):
+        for name, failure in (
+            ("poller", self._poller.failure),
+            ("poster", self._context.poster.failure),
+            ("leases", keeper.failure if keeper else None),
+        ):
             if isinstance(failure, AntennaError):
                 self._first_contact_failed(failure)
             elif failure is not None:
@@ -188,8 +206,18 @@ class WorkerLoop:
             ) from error
 
 
-def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPolicy | None = None) -> None:
-    """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own."""
+def run(
+    options: WorkerOptions,
+    config: Settings,
+    stop: Stop,
+    policy: IngestPolicy | None = None,
+    life: SignsOfLife | None = None,
+    died: tuple[int, str] | None = None,
+) -> ExitCode:
+    """Build what outlives a job, work until stopped, and flush; benchmarks bring a policy of their own.
+
+    `died` is the process before this one, where its death was of its own making: its pid, and how.
+    """
     for folder in (config.user_data_path, config.effective_staging_path):
         _make_folder(folder)
     journal = Journal(config.journal_path)
@@ -200,11 +228,13 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
+        suspects = journal.accuse(died, oom_kills())
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
         _log.info(
             "journal_open",
             path=str(config.journal_path),
             slot=journal.slot,
+            suspects=suspects,
             expired_tasks=expired,
             swept_files=swept,
         )
@@ -222,14 +252,17 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             lease=lease,
             stopping=stop.draining,
             keeper=keeper,
+            flushing=stop.flushing,
+            life=life or SignsOfLife(),
             pids=(os.getppid(), os.getpid()),
         )
         try:
-            WorkerLoop(options, config, context).run()
+            return WorkerLoop(options, config, context).run()
         finally:
             if keeper is not None:
                 keeper.close()
-            poster.close(0.0 if stop.flushing.is_set() else config.shutdown_grace_seconds / 2)
+            context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
+            poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
             journal.close()
 
 
@@ -249,16 +282,16 @@ def _make_folder(folder: os.PathLike[str]) -> None:
 
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
-    # Terminals and supervisors signal whole groups; only the parent decides what a signal means.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()  # SIGABRT is how the parent ends a child that hangs: the stacks are the evidence
+    threading.excepthook = _thread_died
     options = WorkerOptions.from_json(sys.argv[1])
+    life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_path)
     log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:
-        run(options, config, stop)
+        return run(options, config, stop, life=life, died=died)
     except ConfigurationError as error:
         _log.error("configuration", error=str(error))
         return ExitCode.CONFIGURATION
@@ -268,7 +301,13 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 (logged with its traceback; the parent restarts us)
         _log.exception("failed", error=str(error))
         return ExitCode.FAILED
-    return ExitCode.OK
+
+
+def _thread_died(died: threading.ExceptHookArgs) -> None:
+    """End the process: a thread that must live would be missed only much later."""
+    name = died.thread.name if died.thread else "?"
+    _log.error("thread_died", thread=name, exc_info=(died.exc_type, died.exc_value, died.exc_traceback))
+    os._exit(ExitCode.BACKGROUND_TASK_DIED)
 
 
 if __name__ == "__main__":

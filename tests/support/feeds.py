@@ -16,7 +16,7 @@ from tests.support.images import header, staged
 from tests.support.plans import ingest_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from adc_worker.errors import ImageError
     from adc_worker.ingest.header import ImageHeader
@@ -103,8 +103,18 @@ class Feed:
         self.source = StagedQueue()
         self.arena = Arena(self.plan.arena_bytes)
         self.engine = FakeEngine(self.arena, workers, at_once=at_once)
+        self.isolated: FakeEngine | None = None
+        self.admitted: list[Sequence[StagedImage]] = []
         self.failures: list[tuple[int, ImageError]] = []
-        self.feeder = BatchFeeder(self.plan, self.source, self.arena, self.engine, on_failure or self._record)
+        self.feeder = BatchFeeder(
+            self.plan,
+            self.source,
+            self.arena,
+            self.engine,
+            on_failure or self._record,
+            self.admitted.append,
+            self._isolate,
+        )
         self._batches = iter(self.feeder)
 
     def put(self, *numbers: int, shape: tuple[int, int] = PAGE_SHAPE, staged_at: float | None = None) -> None:
@@ -146,6 +156,10 @@ class Feed:
         self.feeder.close()
         assert self.arena.used_bytes == 0
         self.arena.close()
+
+    def _isolate(self) -> FakeEngine:
+        self.isolated = FakeEngine(self.arena, 1, at_once=True)
+        return self.isolated
 
     def _waits(self) -> bool:
         changed: Any = self.feeder._changed

@@ -572,7 +572,9 @@ def test_another_feeder_goes_on_where_the_first_one_stopped(feed: MakeFeed) -> N
     drained = [number for batch in one.drain() for number in batch]
     one.feeder.close()
     one.source.end()
-    second = BatchFeeder(other.plan, one.source, other.arena, other.engine, other._record)
+    second = BatchFeeder(
+        other.plan, one.source, other.arena, other.engine, other._record, other.admitted.append, other._isolate
+    )
     try:
         rest = [number for batch in second for number in other.use(batch)]
     finally:
@@ -667,3 +669,25 @@ def test_readiness_counts_the_batches_that_were_there_when_asked_for(feed: MakeF
     one.source.end()
     assert one.next() is None
     assert (one.feeder.batches_ready, one.feeder.batches_asked) == (1, 2)
+
+
+def test_a_suspect_is_decoded_elsewhere_and_alone(feed: MakeFeed) -> None:
+    """What came before is out of the arena when it goes in, and nothing follows before it is out again."""
+    one = feed(at_once=True, batch_size=4, prefetch_factor=4)
+    one.put(1)
+    before = one.next()
+    one.put_image(replace(staged(2, Path("2.img"), header(*PAGE_SHAPE), 1.0), suspect=True))
+    one.settle()
+    one.put(3)
+    one.source.end()
+    one.settle()
+    assert one.isolated is None
+    assert one.use(before) == [1]
+    suspect = one.next()
+    one.settle()
+    assert one.isolated is not None
+    assert one.isolated.numbers == [2]
+    assert one.engine.numbers == [1]
+    assert one.use(suspect) == [2]
+    assert one.drain() == [[3]]
+    assert [[image.id for image in images] for images in one.admitted] == [[1], [2], [3]]

@@ -28,7 +28,7 @@ from tests.support.images import by_pillow, encoded, header, jpeg, picture, stag
 from tests.support.plans import ingest_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -333,7 +333,18 @@ def test_with_real_decoders_every_image_ends_once_and_memory_stays_bounded(
         failures.append(image.id)
 
     used: list[int] = []
-    with library.staging(kinds) as source, closing(BatchFeeder(plan, source, arena, engine, on_failure)) as feeder:
+    admitted: list[int] = []
+
+    def on_admit(images: Sequence[StagedImage]) -> None:
+        admitted.extend(image.id for image in images)
+
+    def isolate() -> ThreadEngine:
+        raise AssertionError("no image is suspect here")
+
+    with (
+        library.staging(kinds) as source,
+        closing(BatchFeeder(plan, source, arena, engine, on_failure, on_admit, isolate)) as feeder,
+    ):
         for count, batch in enumerate(feeder):
             with batch:
                 assert arena.used_bytes <= arena.size_bytes
@@ -353,6 +364,8 @@ def test_with_real_decoders_every_image_ends_once_and_memory_stays_bounded(
     arena.close()
     assert len(used + failures) == len(set(used + failures))
     assert all(kinds[number] == library.broken for number in failures)
+    assert set(used) <= set(admitted)
+    assert len(admitted) == len(set(admitted))
     if stop_after is None and close_after is None:
         assert sorted(used + failures) == list(range(len(kinds)))
 

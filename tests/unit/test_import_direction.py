@@ -139,18 +139,18 @@ def _reads_environment(node: ast.AST) -> bool:
 
 
 def test_settings_alone_read_the_environment() -> None:
-    """Others hand it to children whole, or ask which GPUs CUDA shows them."""
+    """Others hand it to children whole, or ask what CUDA and systemd set."""
     readers = {
         module
         for module in MODULES
         if any(_reads_environment(node) for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
     }
     to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.demo"}
-    assert readers == {"adc_worker.settings", "adc_worker.host.budget", *to_children}
+    assert readers == {"adc_worker.settings", "adc_worker.host.budget", "adc_worker.runtime.notify", *to_children}
 
 
 def test_outside_settings_no_ami_variable_is_read() -> None:
-    """Of the others only CUDA_VISIBLE_DEVICES is asked for by name; demo's child gets its AMI_ variables set."""
+    """Of the others only CUDA's and systemd's are asked for by name; demo's child gets its AMI_ variables set."""
     asked = set()
     for module in MODULES.keys() - {"adc_worker.settings"}:
         for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
@@ -159,4 +159,4 @@ def test_outside_settings_no_ami_variable_is_read() -> None:
             key = node.args[0] if isinstance(node, ast.Call) and node.args else getattr(node, "slice", None)
             if inner is not None and _reads_environment(inner) and isinstance(key, ast.Constant):
                 asked.add(key.value)
-    assert asked == {"CUDA_VISIBLE_DEVICES"}
+    assert asked == {"CUDA_VISIBLE_DEVICES", "NOTIFY_SOCKET", "WATCHDOG_USEC"}

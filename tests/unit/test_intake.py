@@ -23,7 +23,9 @@ from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.runtime.slices import JobBoard
+from adc_worker.runtime.suspects import StruckOut
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -106,7 +108,10 @@ class Job:
         board.add([JobRef(id=JOB, pipeline_slug="simulated")])
         turn = board.next_turn(self.stopping.is_set)
         assert turn is not None
-        self.intake = Intake(fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn, self.faults)
+        self.intake = Intake(
+            fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn,
+            faults=self.faults, life=SignsOfLife(), struck_out=StruckOut(JOB, self.journal, self.outcomes),
+        )  # fmt: skip
         self.intake.start()
         return self.intake
 

@@ -22,6 +22,7 @@ from adc_worker.journal.journal import _SCHEMA, TASK_LIFE_S, Journal
 from tests.support.fakes import task
 
 ALL = 1 << 40
+NEWER = len(_SCHEMA) + 1
 
 
 @pytest.fixture
@@ -266,18 +267,101 @@ def test_the_journal_of_a_newer_worker_is_refused_and_left_alone(path: Path) -> 
     """With what to do about it, and an exit code that says a restart is useless."""
     Journal(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version=99")
+        db.execute(f"PRAGMA user_version={NEWER}")
     db.close()
     with pytest.raises(WorkerFault) as caught:
         Journal(path)
     assert caught.value.exit_code is ExitCode.JOURNAL_UNUSABLE
     assert str(caught.value) == (
-        f"the journal {path} was written by a newer worker (version 99, this one knows 2): install that version"
-        " again, or move the file away once its results are posted"
+        f"the journal {path} was written by a newer worker (version {NEWER}, this one knows {NEWER - 1}):"
+        " install that version again, or move the file away once its results are posted"
     )
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+        assert db.execute("PRAGMA user_version").fetchone() == (NEWER,)
     db.close()
+
+
+# Suspects
+
+
+PID = os.getpid()
+SEGV = (PID, "SIGSEGV")
+
+
+def crash(journal: Journal) -> Journal:
+    """Come back after this process died: without the orderly end that `close` is."""
+    with journal._lock:
+        journal._db.close()
+        os.close(journal._slot_fd)
+    return Journal(journal._path)
+
+
+def strikes(journal: Journal) -> dict[str, tuple[str, ...] | None]:
+    return {held.task.image_id: held.strikes for held in journal.unfinished(7)}
+
+
+def test_what_a_dead_process_worked_on_is_suspect(path: Path) -> None:
+    """Not what it merely held, nor what has its result; several at once share the suspicion and get no strike."""
+    journal = Journal(path)
+    held = journal.record(7, [task(number) for number in range(1, 5)])
+    journal.begin([one.id for one in held[:3]], 0, alone=False)
+    keep(journal, [(held[0].id, b"done")])
+    journal = crash(journal)
+    assert journal.accuse(SEGV, 0) == 2
+    assert strikes(journal) == {"2": (), "3": (), "4": None}
+    journal.close()
+
+
+def test_an_orderly_end_makes_no_suspects(path: Path) -> None:
+    """Nor does an error that the process could still report."""
+    journal = Journal(path)
+    (held,) = journal.record(7, [task(1)])
+    journal.begin([held.id], 0, alone=True)
+    journal.close()
+    journal = Journal(path)
+    assert journal.accuse(SEGV, 5) == 0
+    assert strikes(journal) == {"1": None}
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("died", "oom_kills", "expected"),
+    [
+        (SEGV, 3, ("SIGSEGV",)),
+        ((PID, "HUNG"), 3, ("HUNG",)),
+        ((PID + 1, "SIGSEGV"), 3, ()),  # the death of another worker's process
+        (None, 3, ()),  # a kill from outside, or nobody saw it: parent and child died together
+        (None, 4, ("out of memory",)),
+        (None, 0, ()),  # the counter began anew: the host was restarted, or its cgroup was
+    ],
+)
+def test_a_task_that_was_alone_gets_a_strike_for_a_death_of_the_processs_own_making(
+    path: Path, died: tuple[int, str] | None, oom_kills: int, expected: tuple[str, ...]
+) -> None:
+    """And for one that the kernel counted; a kill from outside is no evidence."""
+    journal = Journal(path)
+    first, second = journal.record(7, [task(1), task(2)])
+    journal.begin([first.id], 3, alone=False)
+    journal.begin([second.id], 3, alone=True)
+    journal = crash(journal)
+    assert journal.accuse(died, oom_kills) == 1
+    assert strikes(journal) == {"1": None, "2": expected}
+    journal.close()
+
+
+def test_two_strikes_are_out_and_come_last_until_pardoned(path: Path) -> None:
+    """The others go first: one that succeeds shows that this machine works."""
+    journal = Journal(path)
+    held = journal.record(7, [task(1), task(2)])
+    for _death in range(2):
+        journal.begin([held[0].id], 0, alone=True)
+        journal = crash(journal)
+        journal.accuse(SEGV, 0)
+    assert list(strikes(journal).items()) == [("2", None), ("1", ("SIGSEGV", "SIGSEGV"))]
+    assert [one.struck_out for one in journal.unfinished(7)] == [False, True]
+    journal.pardon([held[0].id])
+    assert strikes(journal) == {"1": (), "2": None}
+    journal.close()
 
 
 def _folder(path: Path) -> None:

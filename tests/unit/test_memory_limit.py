@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from adc_worker.host.budget import measure
-from adc_worker.host.memory import PeakResidentMemory, anonymous_bytes, memory_limit
+from adc_worker.host.memory import PeakResidentMemory, anonymous_bytes, memory_limit, oom_kills
 from tests.support.waiting import wait_until
 
 GIB = 1024**3
@@ -185,3 +185,22 @@ def test_a_peak_is_seen_although_nobody_looked_at_that_moment() -> None:
     with touched_pages(32 << 20):
         pass
     assert 28 << 20 <= peak.growth_bytes() <= 48 << 20
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "file", "text"),
+    [
+        ("0::/a\n", "sys/fs/cgroup/a/memory.events", "low 0\nhigh 2\nmax 9\noom 3\noom_kill 2\n"),
+        ("0::/../a\n", "sys/fs/cgroup/memory.events", "oom 3\noom_kill 2\n"),
+        ("4:cpu:/\n3:memory:/a\n", "sys/fs/cgroup/memory/a/memory.oom_control", "under_oom 0\noom_kill 2\n"),
+        ("", "proc/vmstat", "nr_free_pages 7\noom_kill 2\n"),
+        ("0::/\n", "proc/vmstat", "nr_free_pages 7\noom_kill 2\n"),
+    ],
+)
+def test_kills_for_want_of_memory_are_counted_as_near_as_the_kernel_does(
+    tmp_path: Path, cgroup: str, file: str, text: str
+) -> None:
+    """By the own group, by the mount of a namespace, or by the host."""
+    tree = Tree(tmp_path, cgroup)
+    tree.write(file, text)
+    assert oom_kills(tree.root) == 2
