@@ -11,6 +11,7 @@ from statistics import fmean
 import torch
 
 from adc_worker.antenna.wire import success_result
+from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
@@ -30,6 +31,7 @@ class InferenceStats:
     keep_s: float
     detections: int
     result_bytes: int
+    device_s: float  # of inference_s, what the models took
 
 
 def infer_and_keep(
@@ -40,10 +42,13 @@ def infer_and_keep(
     outcomes: JobOutcomes,
 ) -> InferenceStats:
     """Infer uint8 [n, H, W, 3] and keep each image's result; `staged` and `reports` say what row i is."""
-    started = time.perf_counter()
+    started, device_s = time.perf_counter(), pipeline.clock.total_s
     keep_s, detections, result_bytes, arrays_bytes = 0.0, 0, 0, 0
     waiting: list[ImageResult] = []
     for image, report, found in zip(staged, reports, pipeline.infer(images), strict=True):
+        if isinstance(found, ImageError):
+            outcomes.fail_staged(image, found)
+            continue
         now = datetime.now(UTC).isoformat()
         # The share of the batch so far, and its own decode: what one image cost.
         total_s = report.decode_s + (time.perf_counter() - started - keep_s) / (1 + staged.index(image))
@@ -60,7 +65,8 @@ def infer_and_keep(
     keeping = time.perf_counter()
     result_bytes += outcomes.succeed(waiting)
     keep_s += time.perf_counter() - keeping
-    return InferenceStats(time.perf_counter() - started - keep_s, keep_s, detections, result_bytes)
+    inference_s, device_s = time.perf_counter() - started - keep_s, pipeline.clock.total_s - device_s
+    return InferenceStats(inference_s, keep_s, detections, result_bytes, device_s)
 
 
 def measured_image(staged: Sequence[StagedImage], reports: Sequence[DecodeReport], stats: InferenceStats) -> ImageProbe:

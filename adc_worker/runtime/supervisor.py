@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from adc_worker.errors import ExitCode
-from adc_worker.host.budget import count_gpus, raise_descriptor_limit
+from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
 from adc_worker.log import get_logger
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.settings import Settings
@@ -34,7 +34,7 @@ _NO_RESTART = frozenset({ExitCode.OK, ExitCode.CONFIGURATION, ExitCode.MODEL_UNA
 
 @dataclass(slots=True)
 class _Child:
-    gpu: int | None
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES names it
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     started_at: float = 0.0
@@ -58,9 +58,9 @@ class Supervisor:
     def __init__(self, options: WorkerOptions, settings: Settings) -> None:
         self._options = options
         self._grace_s = settings.shutdown_grace_seconds
-        gpus = count_gpus()
-        instances = settings.worker_instances or max(1, gpus)
-        self._children = [_Child(gpu=index % gpus if gpus else None) for index in range(instances)]
+        gpus = visible_gpus()
+        instances = settings.worker_instances or max(1, len(gpus))
+        self._children = [_Child(gpu=gpus[index % len(gpus)] if gpus else None) for index in range(instances)]
         self._stop = _Stop()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -116,8 +116,7 @@ class Supervisor:
     def _start(self, child: _Child) -> None:
         environment = os.environ | CHILD_ENVIRONMENT
         if child.gpu is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[child.gpu] if visible != [""] else str(child.gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = child.gpu
         child.process = subprocess.Popen(
             [sys.executable, "-m", "adc_worker.runtime.worker", self._options.to_json()],
             stdin=subprocess.PIPE,  # commands, and a lifeline: it closes when this process is gone

@@ -71,10 +71,13 @@ class WorkerLoop:
         self._options = options
         self._config = config
         self._context = context
-        specs = registry.available(config.extra_pipelines, config.simulated_seconds_per_image)
+        specs = registry.available(config)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
+        torch.backends.cudnn.allow_tf32 = False
+        self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
         self._contacted = False
 
     def run(self) -> None:
@@ -106,7 +109,11 @@ class WorkerLoop:
         tasks, error = 0, None
         for job in jobs:
             if job.pipeline_slug in self._specs and not self._context.stopping.is_set():
-                summary = _process_job(self._pipeline(job.pipeline_slug), job.id, self._context)
+                pipeline = self._pipeline(job.pipeline_slug)
+                if pipeline is None:
+                    continue
+                summary = _process_job(pipeline, job.id, self._context)
+                del pipeline  # the cache alone decides how long its models live
                 gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
                 tasks += summary.tasks
                 error = error or summary.error
@@ -115,15 +122,27 @@ class WorkerLoop:
         self._contacted = True
         return tasks > 0
 
-    def _pipeline(self, slug: str) -> Pipeline:
-        if slug not in self._loaded:
-            started = time.monotonic()
-            sizes = CallSizes(self._config.localization_batch_size, self._config.classification_batch_size)
-            self._loaded[slug] = registry.load(self._specs[slug], self._device, sizes)
-            gc.collect()
-            gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
-            _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
-        return self._loaded[slug]
+    def _pipeline(self, slug: str) -> Pipeline | None:
+        """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
+        if slug in self._loaded:
+            return self._loaded[slug]
+        started = time.monotonic()
+        try:
+            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
+        except WorkerFault as error:
+            if slug in self._options.pipelines:
+                raise
+            _log.error(
+                "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
+            )
+            return None
+        gc.unfreeze()  # what an evicted model leaves can go
+        gc.collect()
+        gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
+        _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
+        if not self._specs[slug].cached:
+            self._loaded[slug] = pipeline
+        return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""
