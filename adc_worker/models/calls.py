@@ -1,4 +1,4 @@
-"""Calls of a model: as many items at once as the device holds, the next ones copied meanwhile, and the time it takes."""
+"""Calls of a model: as many items as the device holds, the next ones copied meanwhile, and the time it takes."""
 
 from __future__ import annotations
 

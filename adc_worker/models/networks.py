@@ -15,7 +15,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from adc_worker.models.catalogue import ClassifierCard, DetectorCard
 from adc_worker.models.pipeline import Detections, Scores
-from adc_worker.models.weights import read_state_dict
+from adc_worker.models.weights import load_weights
 
 _CLASSES = 2  # of the detector: background, object
 _FEATURES = 2048  # of a ResNet-50's last block
@@ -29,7 +29,7 @@ class FasterRcnn:
         self.network = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=_CLASSES, box_detections_per_img=card.boxes_per_image
         )
-        self.network.load_state_dict(read_state_dict(weights))
+        load_weights(self.network, weights)
         self.network.to(device).eval()
         self._threshold = card.score_threshold
 
@@ -81,7 +81,7 @@ class CropClassifier:
     def __init__(self, card: ClassifierCard, weights: Path, labels: tuple[str, ...], device: torch.device) -> None:
         self.algorithm = card.algorithm(labels)
         self.network = ARCHITECTURES[card.architecture](len(labels))
-        self.network.load_state_dict(read_state_dict(weights))
+        load_weights(self.network, weights)
         self.network.to(device).eval()
         self._size = (card.crop_px, card.crop_px)
         self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in card.statistics)

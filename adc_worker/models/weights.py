@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import torch
+from torch import nn
 
 from adc_worker import __version__
 from adc_worker.errors import ExitCode, WorkerFault
@@ -28,7 +29,6 @@ _log = get_logger(__name__)
 
 TIMEOUT_S = 30.0
 PROGRESS_EVERY_S = 5.0
-_READ_BYTES = 1 << 20
 
 
 def _fault(message: str) -> WorkerFault:
@@ -128,7 +128,7 @@ class WeightStore:
             total = part.tell() + int(response.headers.get("content-length", 0))
             _log.info("weights_fetch", url=url, received_bytes=part.tell(), total_bytes=total)
             told = time.monotonic()
-            for block in response.iter_raw(_READ_BYTES):
+            for block in response.iter_raw():  # as it comes: a buffer's content would be lost with the connection
                 part.write(block)
                 if time.monotonic() - told > PROGRESS_EVERY_S:
                     told = time.monotonic()
@@ -159,13 +159,14 @@ def read_labels(path: Path) -> tuple[str, ...]:
     return tuple(sorted(indices, key=indices.__getitem__))
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint, a state dict or a dict that holds one under `model_state_dict`; tensors only, no code runs."""
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a checkpoint, a state dict or a dict that holds one under `model_state_dict`; tensors only, no code runs.
+
+    Raises:
+        WorkerFault: it cannot be read, or is not of this network; names the file.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
     except Exception as error:
-        raise _fault(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise _fault(f"{path} holds {type(checkpoint).__name__} instead of a state dict")
-    state: dict[str, torch.Tensor] = checkpoint.get("model_state_dict", checkpoint)
-    return state
+        raise _fault(f"{path} does not hold the weights of {type(network).__name__}: {error}") from error

@@ -5,10 +5,11 @@ Nothing is fetched: the files are written here, in the layout of the real ones.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ByteSize
 from torch import nn
 
 from adc_worker.antenna.wire import Detection
 from adc_worker.devserver.sheets import draw_sheet
 from adc_worker.errors import WorkerFault
-from adc_worker.host.memory import anonymous_bytes
 from adc_worker.models import catalogue, registry
 from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
 from adc_worker.models.networks import ARCHITECTURES
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
 from adc_worker.models.registry import PipelineSpec
+from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from adc_worker.settings import Settings
 from tests.support import checkpoints
 from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
@@ -50,16 +50,15 @@ class Reference:
         self.detector = checkpoints.detector()
         checkpoints.save(self.detector, folder, DETECTOR.weights)
         self.networks = {card.key: self._saved(card) for card in (MOTH_FILTER, *(CARDS[slug] for slug in SLUGS))}
-        self.images = [draw_sheet(STRIP, seed).image for seed in (1, 2)]
-        self.boxes = [plain_boxes(self.detector, image) for image in self.images]
+        self.image = draw_sheet(STRIP, 1).image
+        self.boxes = plain_boxes(self.detector, self.image)
         # A random filter says the same of every crop: shifted to its median it says either.
         bias = self.networks[MOTH_FILTER.key].get_parameter("fc.bias")
         differences = [
-            plain_logits(self.networks[MOTH_FILTER.key], MOTH_FILTER, self.images[0], box) @ (1, -1)
-            for box in self.boxes[0]
+            plain_logits(self.networks[MOTH_FILTER.key], MOTH_FILTER, self.image, box) @ (1, -1) for box in self.boxes
         ]
         with torch.no_grad():
-            bias[1] += float(np.median(differences))
+            bias[1] += float(np.sort(differences)[[len(differences) // 2, len(differences) // 2 - 1]].mean())
         checkpoints.save(self.networks[MOTH_FILTER.key], folder, MOTH_FILTER.weights, wrapped=True)
 
     def _saved(self, card: ClassifierCard) -> nn.Module:
@@ -101,18 +100,14 @@ class Given:
         return [Detections(self._boxes, np.ones(len(self._boxes), np.float32)) for _ in images]
 
 
-def test_the_detector_finds_what_it_finds_called_plainly(
-    reference: Reference, specs: dict[str, PipelineSpec]
-) -> None:
-    """The same boxes in the same order, on strips and on a photograph that is enlarged first."""
+def test_the_detector_finds_what_it_finds_called_plainly(reference: Reference, specs: dict[str, PipelineSpec]) -> None:
+    """The same boxes in the same order, also on a photograph that is enlarged first."""
     detect_only = replace(specs[SLUGS[0]].load(CPU, CallSizes(images=2)), binary_filter=None, classifier=None)
-    for image, expected in zip(reference.images, reference.boxes, strict=True):
+    small = draw_sheet((1000, 200), 3).image
+    for image, expected in ((reference.image, reference.boxes), (small, plain_boxes(reference.detector, small))):
         (found,) = infer(detect_only, [image])
         assert [one.box_px for one in found] == expected
         assert len(expected) > 10
-    sheet = draw_sheet((640, 480), 3).image
-    (found,) = infer(detect_only, [sheet])
-    assert [one.box_px for one in found] == plain_boxes(reference.detector, sheet)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -120,7 +115,7 @@ def test_every_architecture_scores_crops_as_it_does_called_plainly(
     reference: Reference, specs: dict[str, PipelineSpec], slug: str
 ) -> None:
     """Labels, softmax and logits within 1e-5; what the filter rejects goes no further."""
-    image, boxes, card = reference.images[0], reference.boxes[0], CARDS[slug]
+    image, boxes, card = reference.image, reference.boxes, CARDS[slug]
     loaded = specs[slug].load(CPU, CallSizes(crops=7))
     (found,) = infer(replace(loaded, detector=Given(boxes)), [image])
     moths = 0
@@ -141,37 +136,61 @@ def test_every_architecture_scores_crops_as_it_does_called_plainly(
             assert given.logits == pytest.approx(logits.numpy(), abs=1e-5 * max(1.0, float(logits.abs().max())))
             assert given.scores == pytest.approx(logits.softmax(0).numpy(), abs=1e-5)
     assert loaded.binary_filter is None or 0 < moths < len(boxes), "the filter has to say either"
-    assert len({one.classifications[-1].label for one in found}) > 1, "a constant answer would prove nothing"
+    assert np.ptp([one.classifications[0].logits[0] for one in found]) > 0.1, "a constant answer would prove nothing"
 
 
 def test_the_same_image_gives_the_same_boxes_in_chunks_of_1_3_and_8(specs: dict[str, PipelineSpec]) -> None:
-    """On a CPU, to the pixel; fewer proposals than usual, for speed."""
-    images = [draw_sheet((1320, 96), seed).image for seed in range(8)]
+    """On a CPU, to the pixel; with less enlargement than usual, for speed."""
+    images = [draw_sheet((320, 96), seed).image for seed in range(8)]
     found = {}
     for most in (1, 3, 8):
         pipeline = replace(specs[SLUGS[0]].load(CPU, CallSizes(images=most)), binary_filter=None, classifier=None)
-        pipeline.detector.network.rpn._post_nms_top_n = {"testing": 100}  # type: ignore[attr-defined]
+        pipeline.detector.network.transform.max_size = 400  # type: ignore[attr-defined]
         found[most] = [[one.box_px for one in boxes] for boxes in infer(pipeline, images)]
     assert found[1] == found[3] == found[8]
-    assert sum(map(len, found[1])) > 10
+    assert sum(map(len, found[1])) > 8
 
 
-def test_the_fourth_job_takes_no_more_memory_than_the_first(reference: Reference) -> None:
-    """Where memory is short, the classifier of the job before leaves; detector and filter are shared."""
-    short = Settings(user_data_path=reference.folder.parent, memory_limit_bytes=ByteSize(100_000_000))
-    specs = registry.available(short)
-    image = torch.from_numpy(reference.images[0])[None]
-    used, detectors = [], set()
-    for slug in (*SLUGS[:3], SLUGS[0]):
-        pipeline = replace(specs[slug].load(CPU, CallSizes()), detector=Given(reference.boxes[0][:4]))
-        detectors.add(id(specs[slug].load(CPU, CallSizes()).detector))
-        list(pipeline.infer(image))
-        del pipeline
-        gc.collect()
-        used.append(anonymous_bytes([os.getpid()]))
-    assert len(detectors) == 1
-    one_classifier = Path(reference.folder / CARDS[SLUGS[0]].weights.rsplit("/", 1)[-1]).stat().st_size
-    assert used[3] - used[0] < one_classifier / 2, used
+JOBS = """
+import gc, os, sys, torch
+from dataclasses import replace
+from adc_worker.host.memory import anonymous_bytes
+from adc_worker.models import registry
+from adc_worker.models.pipeline import CallSizes
+from adc_worker.settings import Settings
+from tests.integration.test_pipelines import CPU, Given
+
+sizes, image = CallSizes(), torch.zeros(1, 160, 1320, 3, dtype=torch.uint8)
+specs = registry.available(Settings(user_data_path=sys.argv[1], memory_limit_bytes=sys.argv[2]))
+for slug in sys.argv[3:]:
+    pipeline = registry.load(specs[slug], CPU, sizes)
+    list(replace(pipeline, detector=Given([(0, 0, 99, 99)] * 4)).infer(image))
+    del pipeline
+    gc.collect()
+    print(anonymous_bytes([os.getpid()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "slugs"),
+    [("100MB", ("panama_moths_2023", "quebec_vermont_moths_2023", "panama_moths_2023")), ("64GB", SLUGS[:1] * 3)],
+    ids=["short", "plenty"],
+)
+def test_memory_after_the_third_job_is_memory_after_the_first(
+    reference: Reference, limit_bytes: str, slugs: Sequence[str]
+) -> None:
+    """Where it is short, the classifier of the job before leaves; where it is not, nothing is loaded twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", JOBS, str(reference.folder.parent), limit_bytes, *slugs],
+        env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    used = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    assert len(used) == 3
+    one_classifier = (reference.folder / Path(CARDS[SLUGS[0]].weights).name).stat().st_size
+    assert used[2] - used[0] < one_classifier / 4, used
 
 
 @pytest.mark.parametrize("damage", ["cut", "other_classes", "no_tensors"])
@@ -193,7 +212,7 @@ def test_weights_that_do_not_fit_are_named_with_their_path(reference: Reference,
         registry.load(spec, CPU, CallSizes())
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[], nn.Module]] = {
     "fasterrcnn_resnet50_fpn": checkpoints.detector,
     "resnet50_torchvision": partial(ARCHITECTURES["torchvision_resnet50"], 3),
     "resnet50_timm": partial(ARCHITECTURES["timm_resnet50"], 3),

@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import functional as transforms
 
+from adc_worker.devserver.sheets import draw_sheet
 from adc_worker.models.catalogue import DETECTOR, ClassifierCard
 
 Pixels = npt.NDArray[np.uint8]
@@ -66,12 +67,23 @@ def detector(seed: int = 0) -> nn.Module:
 
 
 def classifier(card: ClassifierCard, labels: int, seed: int = 0) -> nn.Module:
-    """A classifier whose random logits differ from crop to crop."""
+    """A classifier whose random logits differ from crop to crop: its statistics are those of crops of a sheet."""
     torch.manual_seed(seed)
-    network: nn.Module = BUILD[card.architecture](labels).eval()
-    last = list(network.parameters())[-1]
+    network: nn.Module = BUILD[card.architecture](labels)
+    for name, values in network.named_parameters():
+        if name.endswith("gamma"):  # ConvNeXt's blocks start at almost nothing
+            nn.init.ones_(values)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain mean of what it sees in training
+    sheet = torch.from_numpy(draw_sheet((192, 192), seed).image).permute(2, 0, 1) / 255
+    crops = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
-        last.mul_(5)
+        network.train()(crops - crops.mean())
+        factor = 3 / network.eval()(crops - crops.mean()).abs().max()
+        for values in last.parameters():
+            values.mul_(factor)
     return network
 
 
