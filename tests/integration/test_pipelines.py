@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from adc_worker.antenna.wire import Detection
+from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import draw_sheet
-from adc_worker.errors import WorkerFault
+from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.models import catalogue, registry
 from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
 from adc_worker.models.networks import ARCHITECTURES
@@ -31,6 +33,8 @@ from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from adc_worker.settings import Settings
 from tests.support import checkpoints
 from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
+from tests.support.waiting import wait_until
+from tests.support.workers import environment, run_to_end
 
 LISTINGS = Path(__file__).parents[3] / "shared" / "checkpoints"
 CPU = torch.device("cpu")
@@ -149,6 +153,30 @@ def test_the_same_image_gives_the_same_boxes_in_chunks_of_1_3_and_8(specs: dict[
         found[most] = [[one.box_px for one in boxes] for boxes in infer(pipeline, images)]
     assert found[1] == found[3] == found[8]
     assert sum(map(len, found[1])) > 8
+
+
+def test_a_worker_finishes_a_job_with_the_algorithms_that_are_registered(reference: Reference, tmp_path: Path) -> None:
+    """Antenna saves nothing whose algorithm it does not know: from `register` to the last acknowledgement."""
+    slug, picture = SLUGS[0], tmp_path / "strip.png"
+    Image.fromarray(reference.image).save(picture)
+    with DevServer(save_delay_s=0.0) as server:
+        env = environment(server, reference.folder.parent)
+        register = [sys.executable, "-m", "adc_worker", "worker", "register", "--pipeline", slug]
+        subprocess.run(register, env=env, check=True, stdout=subprocess.DEVNULL)
+        known = [(one["name"], one["key"], one["task_type"]) for one in server.pipeline(slug)["algorithms"]]
+        job_id = server.add_job(slug, [picture], algorithms=known)
+        code, log = run_to_end(env, "--pipeline", slug, "--exit-when-idle")
+        assert code == ExitCode.OK, "\n".join(log.lines)
+        wait_until(lambda: server.job(job_id).status == "SUCCESS")
+        (result,) = server.job(job_id).results.values()
+    boxes = [tuple(int(one["bbox"][side]) for side in ("x1", "y1", "x2", "y2")) for one in result["detections"]]
+    assert boxes == reference.boxes
+    given = [
+        [(one["algorithm"]["key"], one["terminal"]) for one in box["classifications"]] for box in result["detections"]
+    ]
+    filtered = [(MOTH_FILTER.key, False)]
+    assert all(keys in (filtered, [*filtered, (CARDS[slug].key, True)]) for keys in given)
+    assert log.events("job_summary")[0]["done"] == 1
 
 
 JOBS = """

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES
-from tests.support.workers import environment
+from tests.support.workers import environment, run_to_end
 
 EXTRA = {"AMI_EXTRA_PIPELINES": "tests.support.extra_pipeline:pipelines"}
 HOST = socket.gethostname()
@@ -101,3 +102,22 @@ def test_the_files_of_the_models_are_listed_with_what_is_missing(server: DevServ
     assert len(lines) == 1 + 2 * len(PIPELINES)  # the detector's, and of each classifier weights and labels
     assert sum("missing" in line for line in lines) == 1 + len(PIPELINES)
     assert any(Path(DETECTOR.weights).name in line and "(10 pipelines)" in line for line in lines)
+
+
+def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: DevServer, data: Path) -> None:
+    """Named on the command line the pipeline is what the operator wants: exit code 3. Otherwise other jobs go on."""
+    picture = data / "sheet.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    job_id = server.add_job("moth_binary", [picture])
+    env = environment(server, data, {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
+    code, log = run_to_end(env, "--pipeline", "moth_binary", "--exit-when-idle")
+    assert code == ExitCode.MODEL_UNAVAILABLE
+    code, others = run_to_end(env, "--exit-when-idle")
+    assert code == ExitCode.OK
+    for line in (*log.events("worker_fault"), *others.events("pipeline_unavailable")):
+        assert DETECTOR.weights in line["error"]
+        assert str(data / "models" / Path(DETECTOR.weights).name) in line["error"]
+    assert log.events("worker_fault")
+    assert others.events("pipeline_unavailable")
+    assert not server.job(job_id).deliveries, "no task is fetched for a model that is not there"
+    server.cancel(job_id)
