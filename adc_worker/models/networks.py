@@ -78,7 +78,7 @@ ARCHITECTURES: Mapping[str, Callable[[int], nn.Module]] = {
 class CropClassifier:
     """Softmax and raw logits of crops of any size, in the order of the card's labels."""
 
-    def __init__(self, card: ClassifierCard, weights: Path, labels: tuple[str, ...], device: torch.device) -> None:
+    def __init__(self, card: ClassifierCard, weights: Path, device: torch.device, labels: tuple[str, ...]) -> None:
         self.algorithm = card.algorithm(labels)
         self.network = ARCHITECTURES[card.architecture](len(labels))
         load_weights(self.network, weights)

@@ -81,9 +81,8 @@ class Pipeline:
     positive_label: str = ""
     classifier: Classifier | None = None
     sizes: CallSizes = field(default_factory=CallSizes)
-    relieve: Callable[[], bool] = lambda: (
-        False
-    )  # when memory is short: frees what others hold, False if there is nothing
+    # When memory is short: frees what others hold; False if there is nothing.
+    relieve: Callable[[], bool] = lambda: False
     clock: DeviceClock = field(default_factory=DeviceClock)
 
     def infer(self, images: torch.Tensor) -> Iterator[list[Detection] | ImageError]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.models import cache, catalogue, light_sheet_blobs, simulated
 from adc_worker.models.cache import ModelCache, Wanted
-from adc_worker.models.catalogue import ClassifierCard, PipelineCard
+from adc_worker.models.catalogue import ClassifierCard, DetectorCard, PipelineCard
 from adc_worker.models.pipeline import Algorithm, CallSizes, Pipeline
 from adc_worker.models.weights import WeightStore, read_labels
 from adc_worker.settings import Settings
@@ -60,19 +61,13 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
     def load(device: torch.device, sizes: CallSizes) -> Pipeline:
         from adc_worker.models.networks import CropClassifier, FasterRcnn  # noqa: PLC0415 (40 MB that others go without)
 
-        detector = store.ensure(catalogue.DETECTOR.weights)
-        wanted = [
-            Wanted(
-                catalogue.DETECTOR.algorithm.key,
-                detector.stat().st_size,
-                partial(FasterRcnn, catalogue.DETECTOR, detector, device),
-            )
-        ]
-        for one in classifiers:
-            weights = store.ensure(one.weights)
-            make = partial(CropClassifier, one, weights, labels(one), device)
-            wanted.append(Wanted(one.key, weights.stat().st_size, make))
-        found, *scored = models.hold(wanted, device)
+        def wanted(card: DetectorCard | ClassifierCard, make: Callable[..., Any], *more: Any) -> Wanted:
+            weights = store.ensure(card.weights)
+            return Wanted(card.key, weights.stat().st_size, partial(make, card, weights, device, *more))
+
+        parts = [wanted(catalogue.DETECTOR, FasterRcnn)]
+        parts += [wanted(one, CropClassifier, labels(one)) for one in classifiers]
+        found, *scored = models.hold(parts, device)
         return Pipeline(
             card.slug,
             found,
