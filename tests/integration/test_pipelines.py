@@ -36,6 +36,8 @@ from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end
 
+pytestmark = pytest.mark.timeout(400)  # seconds alone; minutes where other work has the cores
+
 LISTINGS = Path(__file__).parents[3] / "shared" / "checkpoints"
 CPU = torch.device("cpu")
 CARDS = {card.slug: card.classifier for card in PIPELINES}

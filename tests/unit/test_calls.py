@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,9 @@ import torch
 from adc_worker.antenna.wire import Detection
 from adc_worker.errors import ImageError
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Pipeline, Scores
+from adc_worker.runtime.inference import infer_and_keep
+from adc_worker.runtime.outcomes import ImageResult
+from tests.support.fakes import task
 
 CPU = torch.device("cpu")
 
@@ -95,6 +101,27 @@ def test_crops_are_cut_and_halved_a_call_at_a_time() -> None:
     assert classifier.calls[:5] == [4, 2, 2, 1, 2]
     assert max(classifier.calls[1:]) == 2
     assert [isinstance(one, ImageError) for one in found] == [False, True, False]
+
+
+def test_the_image_that_failed_has_an_error_result_and_the_others_theirs() -> None:
+    """As a batch of a job: the error is kept for that image alone."""
+    staged: Any = [SimpleNamespace(id=number, task=task(number)) for number in range(1, 4)]
+    reports: Any = [SimpleNamespace(decode_s=0.1, truncated=False)] * 3
+    kept: dict[int, str] = {}
+
+    def succeed(results: Sequence[ImageResult]) -> int:
+        kept.update({one.task_id: json.loads(b"".join(one.parts))["source_images"][0]["id"] for one in results})
+        return 1
+
+    outcomes: Any = SimpleNamespace(
+        succeed=succeed, fail_staged=lambda image, error: kept.update({image.id: str(error)})
+    )
+    pipeline = Pipeline("hungry", Hungry(8, poison=2), CPU)
+    stats = infer_and_keep(pipeline, images(3), staged, reports, outcomes)
+    assert (kept[1], kept[3]) == ("1", "3")
+    assert "out of memory" in kept[2]
+    assert stats.detections == 10
+    assert 0 < stats.device_s <= stats.inference_s
 
 
 def test_what_others_hold_is_freed_before_a_call_is_made_smaller() -> None:
