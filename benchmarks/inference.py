@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,12 @@ THRESHOLD_LOGIT = 1.3863  # of a softmax over two classes at 0.8
 FLIP_SCORE = 0.05
 
 
-def write_models(folder: Path, image: checkpoints.Pixels) -> None:
+def write_models(folder: Path, image: checkpoints.Pixels, slugs: Sequence[str]) -> None:
     detector = checkpoints.detector()
     shift(detector, image)
     checkpoints.save(detector, folder, DETECTOR.weights)
     cards = {card.slug: card.classifier for card in PIPELINES}
-    for slug in SLUGS:
+    for slug in {"moth_binary", *slugs}:  # the filter is moth_binary's classifier
         labels = ["nonmoth", "moth"] if slug == "moth_binary" else _labels(CLASSES.get(slug, DEFAULT_CLASSES))
         checkpoints.save(checkpoints.classifier(cards[slug], len(labels)), folder, cards[slug].weights)
         checkpoints.save_labels(folder, cards[slug], labels)
@@ -170,19 +170,20 @@ def main() -> None:
     parser.add_argument("--pipeline", action="append", help=f"one of {', '.join(SLUGS)}; repeatable")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    slugs = options.pipeline or SLUGS
     device, told = torch.device(options.device), caption()
     images = torch.from_numpy(np.stack([draw_sheet((4096, 2160), seed).image for seed in range(options.images)]))
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        write_models(Path(folder) / "models", images[0].numpy())
+        write_models(Path(folder) / "models", images[0].numpy(), slugs)
         specs = registry.available(Settings(user_data_path=Path(folder)))
         rows = []
-        for slug in options.pipeline or SLUGS:
+        for slug in slugs:
             rows.append(measure(specs[slug].load(device, CallSizes()), images, options.rounds))
             print(*rows[-1])
         sheets = torch.from_numpy(
             np.stack([draw_sheet((1365, 720), seed).image for seed in range(options.flip_images)])
         )
-        flipped = flips(replace(specs[SLUGS[0]].load(device, CallSizes()), classifier=None), sheets)
+        flipped = flips(replace(specs[slugs[0]].load(device, CallSizes()), classifier=None), sheets)
     head = ("pipeline", "boxes an image", "plain images/s", "ours", "overhead", "plain peak", "ours")
     text = (
         f"## Inference (`benchmarks/inference.py`)\n\n{told} {torch.get_num_threads()} threads on {device}.\n\n"

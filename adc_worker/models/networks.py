@@ -34,8 +34,9 @@ class FasterRcnn:
         self._threshold = card.score_threshold
 
     def detect(self, images: torch.Tensor) -> list[Detections]:
-        # On a CPU a batch of 3 or 8 moves boxes by up to 0.003 px against one image alone (benchmarks/inference.py),
-        # and a box that differs by a pixel is a second detection at Antenna: there each image is its own call.
+        # On a CPU a batch of 3 or 8 moved boxes by up to 0.003 px against one image alone (torch 2.15, random weights),
+        # and a box that differs by a pixel is a second detection at Antenna: there each image is its own call. How
+        # often that would happen is counted by benchmarks/inference.py.
         calls = torch.split(images, 1 if images.device.type == "cpu" else len(images))
         return [found for call in calls for found in self._detect(call)]
 
