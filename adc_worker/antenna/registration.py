@@ -62,7 +62,7 @@ def register(client: AntennaClient, project: int, service: str, entries: Sequenc
         for other in known.get(entry["slug"], ()):
             if other.get("task_type") in DETECTOR_TYPES and other["key"] != ours:
                 raise ConfigurationError(
-                    f"project {project} has pipeline {entry['slug']} with the detector {other['key']}; adding {ours}"
+                    f"pipeline {entry['slug']} is registered there with the detector {other['key']}; adding {ours}"
                     " would make two, and Antenna saves no result of such a pipeline. Leave it out with --pipeline"
                 )
     answer = client.register(path, {"processing_service_name": service, "pipelines": entries})
