@@ -57,7 +57,9 @@ class Settings(BaseSettings):
         None, "A file that holds the token, for container secrets.", group="antenna"
     )
     antenna_service_name: str = _setting(
-        "AMI Data Companion", "Name shown in Antenna's list of processing services.", group="antenna"
+        "AMI Data Companion",
+        "Name that `ami worker register` gives this service; {hostname} stands for the host's.",
+        group="antenna",
     )
     antenna_idle_sleep_seconds: float = _setting(
         5.0, "Seconds between polls while there is no work.", group="antenna", ge=0.1, le=60
@@ -209,6 +211,10 @@ class Settings(BaseSettings):
         if url.startswith("sqlite:///"):
             return Path(url.removeprefix("sqlite:///"))
         return self.user_data_path / "adc_journal.db"
+
+    @property
+    def models_path(self) -> Path:
+        return self.user_data_path / "models"
 
     @property
     def effective_staging_path(self) -> Path:

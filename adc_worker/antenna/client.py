@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import orjson
@@ -92,6 +93,23 @@ class AntennaClient:
         size_bytes, parts = wire.result_post(entries, self._who)
         headers = {"Content-Type": "application/json", "Content-Length": str(size_bytes)}
         self._send("POST", f"/jobs/{job_id}/result/", content=parts, headers=headers)
+
+    def pages(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a list, from all its pages."""
+        query: dict[str, Any] | None = {}
+        while query is not None:
+            page = _read(orjson.loads, self._send("GET", path, params=query))
+            yield from page["results"]
+            # Only the query is taken from `next`: behind a proxy it may name a host that the token must not go to.
+            query = parse_qs(urlsplit(page["next"]).query) if page.get("next") else None
+
+    def register(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Register pipelines, and return Antenna's account of what was new."""
+        headers = {"Content-Type": "application/json"}
+        answer: dict[str, Any] = _read(
+            orjson.loads, self._send("POST", path, content=orjson.dumps(body), headers=headers)
+        )
+        return answer
 
     def _send(self, method: str, path: str, **arguments: Any) -> bytes:
         try:

@@ -136,6 +136,26 @@ class AlgorithmRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One algorithm as Antenna registers it; results refer to it by name and key."""
+
+    name: str
+    key: str
+    task_type: str  # "detection", "localization" or "classification"
+    description: str = ""
+    version: int = 1
+    version_name: str = "v1"
+    uri: str | None = None
+    labels: tuple[str, ...] = ()  # class order; empty for detectors
+    labels_uri: str | None = None
+    taxon_rank: str | None = None  # of all labels
+
+    @property
+    def ref(self) -> AlgorithmRef:
+        return AlgorithmRef(self.name, self.key)
+
+
+@dataclass(frozen=True, slots=True)
 class Classification:
     """One classifier's answer for one detection; arrays are float32 [classes]."""
 

@@ -51,7 +51,7 @@ def devserver_command(image_dir: Path | None, slug: str, **options: Any) -> None
 
 
 def _announce(server: DevServer, slug: str, image_dir: Path | None) -> None:
-    click.echo("# put these two lines into .env, then run `ami worker`")
+    click.echo(f"# put these two lines into .env, then run `ami worker --pipeline {slug}`")
     click.echo(f"AMI_ANTENNA_API_BASE_URL={server.api_url}")
     click.echo(f"AMI_ANTENNA_API_AUTH_TOKEN={server.token}")
     if image_dir is not None:

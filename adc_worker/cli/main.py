@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from adc_worker import __version__, log, settings
 from adc_worker.cli.demo import demo_command
 from adc_worker.cli.devserver import devserver_command
-from adc_worker.errors import ConfigurationError, ExitCode
+from adc_worker.errors import (
+    AntennaError,
+    AntennaRefused,
+    AntennaRejected,
+    ConfigurationError,
+    ExitCode,
+    WorkerFault,
+)
 from adc_worker.redaction import redact
 from adc_worker.runtime.options import WorkerOptions
+
+if TYPE_CHECKING:
+    from adc_worker.models.weights import WeightStore
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -82,6 +93,97 @@ def worker_run(
     )
 
 
+@worker.command("register")
+@click.pass_context
+@click.argument("name", required=False)
+@click.option("--project", "projects", type=int, multiple=True, help="Register with this project only; repeatable.")
+@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Register this pipeline; repeatable.")
+@_ENV_FILE
+def worker_register(
+    context: click.Context,
+    name: str | None,
+    projects: tuple[int, ...],
+    pipelines: tuple[str, ...],
+    env_file: Path | None,
+) -> None:
+    """Tell Antenna which pipelines this worker serves, under NAME or AMI_ANTENNA_SERVICE_NAME."""
+    outer: WorkerOptions = context.obj
+    config = _load(env_file or outer.env_path)
+    with _named_exits(config):
+        _register(
+            config,
+            name or config.antenna_service_name,
+            projects or ((outer.project,) if outer.project is not None else ()),
+            pipelines or outer.pipelines,
+        )
+
+
+def _register(config: settings.Settings, name: str, projects: Sequence[int], pipelines: Sequence[str]) -> None:
+    from adc_worker.antenna import registration  # noqa: PLC0415
+    from adc_worker.antenna.client import AntennaClient  # noqa: PLC0415
+    from adc_worker.models import registry  # noqa: PLC0415 (imports torch)
+
+    service = registration.service_name(name)
+    entries = [
+        registration.pipeline_entry(spec.slug, spec.name, spec.labelled() if spec.labelled else spec.algorithms)
+        for spec in registry.choose(registry.available(config), pipelines)
+    ]
+    with AntennaClient(config.antenna_api_base_url, config.token) as client:
+        refused = []
+        for project in projects or [row["id"] for row in client.pages("/projects/")]:
+            try:
+                new = registration.register(client, project, service, entries)
+            except (ConfigurationError, AntennaRefused, AntennaRejected) as error:
+                refused.append(f"project {project}: {error}")
+                continue
+            click.echo(
+                f"project {project}: {service} serves {len(entries)} pipelines; new: {', '.join(new) or 'nothing'}"
+            )
+    if refused:
+        raise ConfigurationError("; ".join(refused))
+
+
+@cli.group()
+def models() -> None:
+    """Files of the models: weights and labels."""
+
+
+@models.command("list")
+@_ENV_FILE
+def models_list(env_file: Path | None) -> None:
+    """Show every file, how large it is, its SHA-256 where it was fetched from here, and where it is or would be."""
+    config = _load(env_file)
+    with _named_exits(config):
+        for slugs, url, store in _model_files(config, ()):
+            path = store.find(url)
+            size = f"{path.stat().st_size / 1e6:.1f} MB" if path else "missing"
+            digest = str(store.record(url).get("sha256", "-"))
+            click.echo(f"{size:>10}  {digest[:16]:16}  {path or store.destination(url)}  ({slugs})")
+
+
+@models.command("fetch")
+@click.argument("pipelines", nargs=-1, metavar="[SLUG]...")
+@_ENV_FILE
+def models_fetch(pipelines: tuple[str, ...], env_file: Path | None) -> None:
+    """Fetch what is not here yet for these pipelines, or for all. A fetch that broke off goes on where it was."""
+    config = _load(env_file)
+    _configure_log(config)
+    with _named_exits(config):
+        for _slugs, url, store in _model_files(config, pipelines):
+            click.echo(store.ensure(url))
+
+
+def _model_files(config: settings.Settings, pipelines: Sequence[str]) -> Iterator[tuple[str, str, WeightStore]]:
+    """Yield each file once: the pipelines it is of, its URL, and the store it belongs to."""
+    from adc_worker.models import registry  # noqa: PLC0415 (imports torch)
+    from adc_worker.models.weights import WeightStore  # noqa: PLC0415
+
+    specs = registry.choose(registry.available(config), pipelines)
+    for url in dict.fromkeys(url for spec in specs for url in spec.files):
+        slugs = [spec.slug for spec in specs if url in spec.files]
+        yield (slugs[0] if len(slugs) == 1 else f"{len(slugs)} pipelines"), url, WeightStore(config.models_path)
+
+
 @cli.command("settings")
 @click.option("--env-example", is_flag=True, help="Print the text of .env.example.")
 @_ENV_FILE
@@ -107,6 +209,24 @@ def _configuration_exit(error: ConfigurationError) -> SystemExit:
     return SystemExit(ExitCode.CONFIGURATION)
 
 
+@contextmanager
+def _named_exits(config: settings.Settings) -> Iterator[None]:
+    """End the command with one line that says what is wrong, and the exit code that names it."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise _configuration_exit(error) from None
+    except AntennaError as error:
+        raise _configuration_exit(ConfigurationError(f"{config.antenna_api_base_url}: {error}")) from None
+    except WorkerFault as error:
+        click.echo(f"ami: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _configure_log(config: settings.Settings) -> None:
+    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+
+
 def _run_worker(options: WorkerOptions) -> ExitCode:
     from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415 (help and version need none of it)
 
@@ -115,7 +235,7 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
         _token = config.token
     except ConfigurationError as error:
         raise _configuration_exit(error) from None
-    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+    _configure_log(config)
     logger = log.get_logger(__name__)
     logger.info(
         "start",

@@ -133,14 +133,20 @@ class Api:
         return web.json_response(job.to_json())
 
     async def _list_projects(self, request: web.Request) -> web.StreamResponse:
-        return _page(request, [PROJECT])
+        return _page(request, list(self._projects().values()))
+
+    def _projects(self) -> dict[int, dict[str, Any]]:
+        others = range(PROJECT_ID + 1, PROJECT_ID + self.desk.projects)
+        return {PROJECT_ID: PROJECT} | {number: {"id": number, "name": f"Desk {number}"} for number in others}
 
     async def _list_pipelines(self, request: web.Request) -> web.StreamResponse:
         return _page(request, [pipeline.model_dump() for pipeline in self.desk.pipelines.values()])
 
     async def _register(self, request: web.Request) -> web.StreamResponse:
-        self._named(request, {PROJECT_ID: PROJECT}, SUPERUSER, MEMBER)
-        posted = (await bodies.read(request, bodies.Registration)).pipelines
+        project = self._named(request, self._projects(), SUPERUSER, MEMBER)
+        registration = await bodies.read(request, bodies.Registration)
+        posted = registration.pipelines
+        self.desk.services[registration.processing_service_name].add(project["id"])
         created = [key for pipeline in posted for key in self.desk.register(pipeline)]
         answer = {"timestamp": now(), "success": True, "error": None, "pipelines": [p.model_dump() for p in posted]}
         return web.json_response({**answer, "pipelines_created": created, "algorithms_created": []}, status=201)

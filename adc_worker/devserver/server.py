@@ -47,12 +47,13 @@ class DevServer:
     image_latency_s: float = 0.0  # before each image
     image_bytes_per_s: float | None = None  # of each connection
     max_body_bytes: int = 100_000_000
+    projects: int = 1
     project_id: ClassVar[int] = PROJECT_ID
     port: int = 0  # on 127.0.0.1; 0 lets the system choose
 
     def __post_init__(self) -> None:
         self._broker = Broker(self.ack_wait_s, self.max_deliver, self.nats_timeout_s)
-        self._desk = Desk(self._broker, self.save_delay_s, self.keep_streams, self.race_at_end)
+        self._desk = Desk(self._broker, self.save_delay_s, self.keep_streams, self.race_at_end, self.projects)
         roles = {self.token: SUPERUSER, self.member_token: MEMBER, self.outsider_token: OUTSIDER}
         self._api = Api(self._desk, ImageHost(self.image_latency_s, self.image_bytes_per_s), roles)
 
@@ -123,6 +124,14 @@ class DevServer:
     def retry(self, job_id: int) -> None:
         """Start the job again, from nothing: a new stream of the old name."""
         self._wait_for(self._desk.retry(self._desk.jobs[job_id]))
+
+    def services(self) -> dict[str, set[int]]:
+        """Return the names that workers registered under, and with which projects."""
+        return self._call(lambda: dict(self._desk.services))
+
+    def pipeline(self, slug: str) -> dict[str, Any]:
+        """Return what is registered under a slug."""
+        return self._call(self._desk.pipelines[slug].model_dump)
 
     def fail_next(self, route: str, status: int, *, times: int = 1) -> None:
         """Answer the next requests for a route, such as "POST tasks", with an HTML page of this status."""

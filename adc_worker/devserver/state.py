@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -22,7 +22,7 @@ FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 SERVED = ("STARTED", "RETRY")  # tasks are handed out in these
 MAX_FAILED_SHARE = 0.5
 PROJECT_ID = 1  # the only one, and public
-PROJECT = {"id": PROJECT_ID, "name": "Desk"}
+PROJECT = {"id": PROJECT_ID, "name": "Desk"}  # others are empty, and share its pipelines
 
 
 def now() -> str:
@@ -163,7 +163,9 @@ class Desk:
     save_delay_s: float  # of one result
     keep_streams: bool  # of finished jobs; Antenna deletes them before the last acknowledgement
     race_at_end: bool  # play Antenna's race: a job whose results are all saved ends only with one more duplicate
+    projects: int = 1
     pipelines: dict[str, Pipeline] = field(default_factory=dict)  # by slug
+    services: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # by name: their projects
     captures: dict[int, Capture] = field(default_factory=dict)
     jobs: dict[int, Job] = field(default_factory=dict)
     ids: Iterator[int] = field(default_factory=lambda: count(1))

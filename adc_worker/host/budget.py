@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -72,13 +75,26 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def count_gpus() -> int:
-    """Count the GPUs this process may use, without importing torch."""
+def visible_gpus() -> list[str]:
+    """Return the GPUs this process may use, named as in CUDA_VISIBLE_DEVICES: indices, UUIDs of GPUs or of MIG slices.
+
+    Without that variable they come from `nvidia-smi -L`: CUDA by itself shows a process one MIG slice only.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in {"", "-1"}])
-    driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
+        entries = [entry.strip() for entry in visible.split(",")]
+        return list(takewhile(lambda entry: entry not in {"", "-1"}, entries))  # CUDA, too, stops at the first of these
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return []  # no driver
+    return parse_gpu_list(listed.stdout)
+
+
+def parse_gpu_list(text: str) -> list[str]:
+    """Return the UUIDs that `nvidia-smi -L` lists; a GPU in MIG mode stands for its slices."""
+    uuids = re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", text)
+    return [one for one, after in zip(uuids, [*uuids[1:], ""], strict=True) if not (one[0] == "G" and after[:1] == "M")]
 
 
 def file_system(folder: Path) -> str:

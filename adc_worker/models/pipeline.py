@@ -5,35 +5,21 @@ Says nothing about where images come from or where results go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from adc_worker.antenna.wire import AlgorithmRef, Classification, Detection
+from adc_worker.antenna import wire
+from adc_worker.antenna.wire import Classification, Detection
+from adc_worker.errors import ImageError
+from adc_worker.models.calls import DeviceClock, ModelAndShape, Upload, in_chunks
 
 Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Algorithm:
-    """One algorithm as Antenna registers it; results refer to it by name and key."""
-
-    name: str
-    key: str
-    task_type: str  # "detection", "localization" or "classification"
-    description: str = ""
-    version: int = 1
-    version_name: str = "v1"
-    uri: str | None = None
-    labels: tuple[str, ...] = ()  # class order; empty for detectors
-
-    @property
-    def ref(self) -> AlgorithmRef:
-        return AlgorithmRef(self.name, self.key)
+Algorithm = wire.Algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +63,11 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallSizes:
-    """Most images per detector call and crops per classifier call."""
+    """Most images per detector call and crops per classifier call, and what turned out to be too many."""
 
     images: int = 8
     crops: int = 20
+    learnt: dict[ModelAndShape, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,46 +80,58 @@ class Pipeline:
     binary_filter: Classifier | None = None
     positive_label: str = ""
     classifier: Classifier | None = None
-    sizes: CallSizes = CallSizes()
+    sizes: CallSizes = field(default_factory=CallSizes)
+    # When memory is short: frees what others hold; False if there is nothing.
+    relieve: Callable[[], bool] = lambda: False
+    clock: DeviceClock = field(default_factory=DeviceClock)
 
-    def infer(self, images: torch.Tensor) -> Iterator[list[Detection]]:
-        """Yield the detections of each image of uint8 [n, H, W, 3], in order.
+    def infer(self, images: torch.Tensor) -> Iterator[list[Detection] | ImageError]:
+        """Yield for each image of uint8 [n, H, W, 3], in order, its detections, or the error that is its outcome.
 
-        The images cross to the device as they are, a few at a time; the permutation is a view.
+        The images cross to the device as they are, a few at a time.
         """
-        with torch.inference_mode():
-            for chunk in torch.split(images, self.sizes.images):
-                on_device = chunk.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                for image, found in zip(on_device, self.detector.detect(on_device), strict=True):
-                    yield self._classified(image, found)
+        upload = Upload(images, self.device)
 
-    def _classified(self, image: torch.Tensor, found: Detections) -> list[Detection]:
+        def detect(start: int, stop: int) -> list[tuple[torch.Tensor, Detections]]:
+            with self.clock.running(self.device):
+                on_device = upload.take(start, stop)
+                return list(zip(on_device, self.detector.detect(on_device), strict=True))
+
+        of = (self.detector.algorithm.key, tuple(images.shape[1:]))
+        with torch.inference_mode():
+            for found in in_chunks(detect, len(images), self.sizes.images, self.sizes.learnt, of, self.relieve):
+                yield found if isinstance(found, ImageError) else self._classified(*found)
+
+    def _classified(self, image: torch.Tensor, found: Detections) -> list[Detection] | ImageError:
         boxes = [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in found.boxes_px]
         answers: list[list[Classification]] = [[] for _ in boxes]
         chosen = list(range(len(boxes)))
-        if self.binary_filter is not None:
-            self._classify(self.binary_filter, image, boxes, chosen, answers, terminal=self.classifier is None)
-            chosen = [index for index in chosen if answers[index][0].label == self.positive_label]
-        if self.classifier is not None:
-            self._classify(self.classifier, image, boxes, chosen, answers, terminal=True)
+        for classifier in (self.binary_filter, self.classifier):
+            if classifier is None:
+                continue
+            terminal = classifier is self.classifier or self.classifier is None
+            for index, given in zip(chosen, self._classify(classifier, image, boxes, chosen, terminal), strict=True):
+                if isinstance(given, ImageError):
+                    return given
+                answers[index].append(given)
+            if classifier is self.binary_filter:
+                chosen = [index for index in chosen if answers[index][0].label == self.positive_label]
         source = self.detector.algorithm.ref
         return [Detection(box, source, tuple(given)) for box, given in zip(boxes, answers, strict=True)]
 
     def _classify(
-        self,
-        classifier: Classifier,
-        image: torch.Tensor,
-        boxes: Sequence[Box],
-        chosen: Sequence[int],
-        answers: Sequence[list[Classification]],
-        *,
-        terminal: bool,
-    ) -> None:
+        self, classifier: Classifier, image: torch.Tensor, boxes: Sequence[Box], chosen: Sequence[int], terminal: bool
+    ) -> Iterator[Classification | ImageError]:
         algorithm = classifier.algorithm
-        for start in range(0, len(chosen), self.sizes.crops):
-            indices = chosen[start : start + self.sizes.crops]
-            crops = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in (boxes[index] for index in indices)]
-            given = classifier.classify(crops)
-            for index, scores, logits in zip(indices, given.scores, given.logits, strict=True):
-                label = algorithm.labels[int(scores.argmax())]
-                answers[index].append(Classification(label, scores, logits, algorithm.ref, terminal))
+
+        def classify(start: int, stop: int) -> list[Classification]:
+            with self.clock.running(self.device):
+                crops = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in (boxes[index] for index in chosen[start:stop])]
+                given = classifier.classify(crops)
+            return [
+                Classification(algorithm.labels[int(scores.argmax())], scores, logits, algorithm.ref, terminal)
+                for scores, logits in zip(given.scores, given.logits, strict=True)
+            ]
+
+        of = (algorithm.key, ())  # crops are all resized to one shape
+        return in_chunks(classify, len(chosen), self.sizes.crops, self.sizes.learnt, of, self.relieve)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
-from adc_worker.models import light_sheet_blobs, simulated
+from adc_worker.models import cache, catalogue, light_sheet_blobs, simulated
+from adc_worker.models.cache import ModelCache, Wanted
+from adc_worker.models.catalogue import ClassifierCard, DetectorCard, PipelineCard
 from adc_worker.models.pipeline import Algorithm, CallSizes, Pipeline
+from adc_worker.models.weights import WeightStore, read_labels
+from adc_worker.settings import Settings
 
 ENTRY_POINT_GROUP = "adc_worker.pipelines"
 
@@ -27,6 +32,9 @@ class PipelineSpec:
         algorithms: what its results will name, known without loading a model; exactly one of them detects.
         load: builds it on a device with at most these images and crops per call.
         on_request: polled and registered only when named.
+        labelled: returns `algorithms` with the labels that lie in files, fetched if need be.
+        files: URLs of all the files it loads.
+        cached: its models are in a cache that others share: ask for it anew before every job, and keep it no longer.
     """
 
     slug: str
@@ -34,6 +42,52 @@ class PipelineSpec:
     algorithms: tuple[Algorithm, ...]
     load: Callable[[torch.device, CallSizes], Pipeline]
     on_request: bool = False
+    labelled: Callable[[], tuple[Algorithm, ...]] | None = None
+    files: tuple[str, ...] = ()
+    cached: bool = False
+
+
+def antennas(store: WeightStore, models: ModelCache) -> list[PipelineSpec]:
+    """Return Antenna's ten pipelines, which share `models` and have their files in `store`."""
+    return [_antennas(card, store, models) for card in catalogue.PIPELINES]
+
+
+def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> PipelineSpec:
+    classifiers = (catalogue.MOTH_FILTER, card.classifier) if card.filtered else (card.classifier,)
+
+    def labels(classifier: ClassifierCard) -> tuple[str, ...]:
+        return read_labels(store.ensure(classifier.labels))
+
+    def load(device: torch.device, sizes: CallSizes) -> Pipeline:
+        from adc_worker.models.networks import CropClassifier, FasterRcnn  # noqa: PLC0415 (40 MB that others go without)
+
+        def wanted(card: DetectorCard | ClassifierCard, make: Callable[..., Any], *more: Any) -> Wanted:
+            weights = store.ensure(card.weights)
+            return Wanted(card.key, weights.stat().st_size, partial(make, card, weights, device, *more))
+
+        parts = [wanted(catalogue.DETECTOR, FasterRcnn)]
+        parts += [wanted(one, CropClassifier, labels(one)) for one in classifiers]
+        found, *scored = models.hold(parts, device)
+        return Pipeline(
+            card.slug,
+            found,
+            device,
+            binary_filter=scored[0] if card.filtered else None,
+            positive_label=catalogue.POSITIVE_LABEL,
+            classifier=scored[-1],
+            sizes=sizes,
+            relieve=models.release_idle,
+        )
+
+    return PipelineSpec(
+        card.slug,
+        card.classifier.name,
+        (catalogue.DETECTOR.algorithm, *(one.algorithm() for one in classifiers)),
+        load,
+        labelled=lambda: (catalogue.DETECTOR.algorithm, *(one.algorithm(labels(one)) for one in classifiers)),
+        files=(catalogue.DETECTOR.weights, *(url for one in classifiers for url in (one.weights, one.labels))),
+        cached=True,
+    )
 
 
 def built_in(simulated_seconds_per_image: float) -> list[PipelineSpec]:
@@ -53,12 +107,13 @@ def built_in(simulated_seconds_per_image: float) -> list[PipelineSpec]:
     ]
 
 
-def available(extra: Sequence[str], simulated_seconds_per_image: float) -> dict[str, PipelineSpec]:
-    """Return every pipeline by slug; `extra` is AMI_EXTRA_PIPELINES. Raises ConfigurationError naming the culprit."""
-    specs = built_in(simulated_seconds_per_image)
+def available(config: Settings) -> dict[str, PipelineSpec]:
+    """Return every pipeline by slug. Raises ConfigurationError naming the culprit."""
+    models = ModelCache(partial(cache.free_bytes, limit_bytes=config.memory_limit_bytes))
+    specs = antennas(WeightStore(config.models_path), models) + built_in(config.simulated_seconds_per_image)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         specs.extend(_specs_from(point.load, f"the entry point {point.name} ({point.value})"))
-    for reference in extra:
+    for reference in config.extra_pipelines:
         specs.extend(_specs_from(partial(_resolve, reference), f"AMI_EXTRA_PIPELINES: {reference}"))
     by_slug: dict[str, PipelineSpec] = {}
     for spec in specs:
@@ -87,6 +142,8 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
     """Load a pipeline; raises WorkerFault when that fails, since no image is to blame."""
     try:
         return spec.load(device, sizes)
+    except WorkerFault:
+        raise
     except Exception as error:
         raise WorkerFault(
             f"pipeline {spec.slug} cannot be loaded: {type(error).__name__}: {error}", ExitCode.MODEL_UNAVAILABLE

@@ -32,6 +32,7 @@ class InferenceStats:
     keep_s: float
     detections: int
     result_bytes: int
+    device_s: float  # of inference_s, what the models took
 
 
 def infer_and_keep(
@@ -42,10 +43,13 @@ def infer_and_keep(
     outcomes: JobOutcomes,
 ) -> InferenceStats:
     """Infer uint8 [n, H, W, 3] and keep each image's result; `staged` and `reports` say what row i is."""
-    started = time.perf_counter()
+    started, device_s = time.perf_counter(), pipeline.clock.total_s
     keep_s, detections, result_bytes, arrays_bytes = 0.0, 0, 0, 0
     waiting: list[ImageResult] = []
     for image, report, found in zip(staged, reports, pipeline.infer(images), strict=True):
+        if isinstance(found, ImageError):
+            outcomes.fail_staged(image, found)
+            continue
         if not all(np.isfinite((one.scores, one.logits)).all() for box in found for one in box.classifications):
             outcomes.fail_staged(image, ImageError(f"{pipeline.slug} gave scores for it that are not finite numbers"))
             continue
@@ -65,7 +69,8 @@ def infer_and_keep(
     keeping = time.perf_counter()
     result_bytes += outcomes.succeed(waiting)
     keep_s += time.perf_counter() - keeping
-    return InferenceStats(time.perf_counter() - started - keep_s, keep_s, detections, result_bytes)
+    inference_s, device_s = time.perf_counter() - started - keep_s, pipeline.clock.total_s - device_s
+    return InferenceStats(inference_s, keep_s, detections, result_bytes, device_s)
 
 
 def measured_image(staged: Sequence[StagedImage], reports: Sequence[DecodeReport], stats: InferenceStats) -> ImageProbe:

@@ -246,6 +246,7 @@ class _JobRun:
                 "batch",
                 images=images,
                 inference_s=round(stats.inference_s, 4),
+                device_s=round(stats.device_s, 4),
                 keep_s=round(stats.keep_s, 4),
                 detections=stats.detections,
                 readiness=round(loader.readiness, 3),

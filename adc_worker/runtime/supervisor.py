@@ -18,7 +18,7 @@ from types import FrameType
 import psutil
 
 from adc_worker.errors import ExitCode
-from adc_worker.host.budget import count_gpus, raise_descriptor_limit
+from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
 from adc_worker.log import get_logger
 from adc_worker.runtime.notify import notify, watchdog_period_s
 from adc_worker.runtime.options import WorkerOptions
@@ -62,7 +62,7 @@ _NO_RESTART = frozenset(
 
 @dataclass(slots=True)
 class _Child:
-    gpu: int | None
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES names it
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     started_at: float = 0.0
@@ -90,9 +90,9 @@ class Supervisor:
     def __init__(self, options: WorkerOptions, settings: Settings) -> None:
         self._options = options
         self._grace_s = settings.shutdown_grace_seconds
-        gpus = count_gpus()
-        instances = settings.worker_instances or max(1, gpus)
-        self._children = [_Child(gpu=index % gpus if gpus else None) for index in range(instances)]
+        gpus = visible_gpus()
+        instances = settings.worker_instances or max(1, len(gpus))
+        self._children = [_Child(gpu=gpus[index % len(gpus)] if gpus else None) for index in range(instances)]
         self._stop = _Stop()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._strangers = {process.pid for process in psutil.Process().children()}  # of whoever became us by exec
@@ -154,8 +154,7 @@ class Supervisor:
     def _start(self, child: _Child) -> None:
         environment = os.environ | CHILD_ENVIRONMENT
         if child.gpu is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[child.gpu] if visible != [""] else str(child.gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = child.gpu
         child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(signs_write, True)
         arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]

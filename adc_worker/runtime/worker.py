@@ -75,7 +75,7 @@ class WorkerLoop:
         self._options = options
         self._config = config
         self._context = context
-        specs = registry.available(config.extra_pipelines, config.simulated_seconds_per_image)
+        specs = registry.available(config)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +87,9 @@ class WorkerLoop:
             config.antenna_idle_sleep_seconds,
         )  # fmt: skip
         self._jobs_done = 0
+        # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
+        torch.backends.cudnn.allow_tf32 = False
+        self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
 
     def run(self) -> ExitCode:
         """Return OK when draining, or when idle and that was asked for; RECYCLE when the process had its day."""
@@ -121,7 +124,12 @@ class WorkerLoop:
             job_id, JobMemory(TaskFetch(job_id, context.client, context.journal, context.poster, context.lease))
         )
         with self._poller.busy():
-            summary = _process_job(self._pipeline(turn.entry.pipeline_slug), job_id, context, memory, turn)
+            pipeline = self._pipeline(turn.entry.pipeline_slug)
+            if pipeline is None:
+                self._board.end_turn(turn, 0, ended_empty=True)
+                return
+            summary = _process_job(pipeline, job_id, context, memory, turn)
+        del pipeline  # the cache alone decides how long its models live
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
         if isinstance(summary.error, AntennaRefused) and not summary.tasks:
             self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
@@ -183,15 +191,27 @@ class WorkerLoop:
             elif failure is not None:
                 raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
-    def _pipeline(self, slug: str) -> Pipeline:
-        if slug not in self._loaded:
-            started = time.monotonic()
-            sizes = CallSizes(self._config.localization_batch_size, self._config.classification_batch_size)
-            self._loaded[slug] = registry.load(self._specs[slug], self._device, sizes)
-            gc.collect()
-            gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
-            _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
-        return self._loaded[slug]
+    def _pipeline(self, slug: str) -> Pipeline | None:
+        """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
+        if slug in self._loaded:
+            return self._loaded[slug]
+        started = time.monotonic()
+        try:
+            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
+        except WorkerFault as error:
+            if slug in self._options.pipelines:
+                raise
+            _log.error(
+                "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
+            )
+            return None
+        gc.unfreeze()  # what an evicted model leaves can go
+        gc.collect()
+        gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
+        _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
+        if not self._specs[slug].cached:
+            self._loaded[slug] = pipeline
+        return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""

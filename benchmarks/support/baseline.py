@@ -21,7 +21,7 @@ import torch
 import urllib3
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
-from torchvision.transforms import ToTensor  # type: ignore[import-untyped]
+from torchvision.transforms import ToTensor
 
 DOWNLOAD_THREADS = 8
 PREFETCH_FACTOR = 4

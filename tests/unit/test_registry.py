@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adc_worker.errors import ConfigurationError
+from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
 from adc_worker.models.registry import available, choose
+from adc_worker.settings import Settings
 
+REFERENCE = Path(__file__).parents[3] / "shared" / "pipelines.json"
 EXTRA = "tests.support.extra_pipeline:pipelines"
 
 
@@ -19,14 +24,13 @@ def test_a_pipeline_of_an_installed_package_is_found(tmp_path: Path, monkeypatch
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: corners\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(f"[adc_worker.pipelines]\ncorners = {EXTRA}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = available((), 0.0)
-    assert [spec.slug for spec in choose(found, ())] == ["corners"]
+    assert "corners" in [spec.slug for spec in choose(available(Settings()), ())]
 
 
 def test_pipelines_that_wait_to_be_named_run_only_then() -> None:
-    found = available((), 0.0)
-    with pytest.raises(ConfigurationError, match="name one with --pipeline"):
-        choose(found, ())
+    """By default a worker works for Antenna's ten."""
+    found = available(Settings())
+    assert [spec.slug for spec in choose(found, ())] == [card.slug for card in PIPELINES]
     assert [spec.slug for spec in choose(found, ("simulated",))] == ["simulated"]
 
 
@@ -41,9 +45,59 @@ def test_pipelines_that_wait_to_be_named_run_only_then() -> None:
 )
 def test_a_wrong_source_is_named(extra: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
-        available(extra, 0.0)
+        available(Settings(extra_pipelines=extra))
 
 
 def test_an_unknown_slug_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="light_sheet_blobs, simulated"):
-        choose(available((), 0.0), ("moths",))
+    with pytest.raises(ConfigurationError, match=r"light_sheet_blobs, .*simulated"):
+        choose(available(Settings()), ("moths",))
+
+
+def _facts(card: ClassifierCard) -> dict[str, Any]:
+    mean, std = (",".join(map(str, values)) for values in card.statistics)
+    return {
+        "name": card.name,
+        "key": card.key,
+        "task_type": "classification",
+        "weights": card.weights,
+        "labels": card.labels,
+        "input_size_px": card.crop_px,
+        "taxon_rank": card.taxon_rank,
+        "normalize": f"normalize mean {mean} std {std}",
+    }
+
+
+def _recorded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _facts(MOTH_FILTER) if name != "normalize"} | {
+        "normalize": row["preprocess"].rpartition("→ ")[2]
+    }
+
+
+@pytest.mark.skipif(not REFERENCE.is_file(), reason=f"no reference of Antenna's pipelines at {REFERENCE}")
+def test_the_ten_pipelines_are_those_that_projects_have_registered() -> None:
+    """Slugs, names, keys, addresses and preparation of crops, to the letter."""
+    reference = json.loads(REFERENCE.read_text())
+    ours = {card.slug: {"binary_filter": card.filtered} | _facts(card.classifier) for card in PIPELINES}
+    assert ours == {
+        slug: {"binary_filter": row["binary_filter"]} | _recorded(row) for slug, row in reference["pipelines"].items()
+    }
+    assert _facts(MOTH_FILTER) == _recorded({"task_type": "classification"} | reference["binary_filter"])
+    words = {"torchvision_resnet50": "torchvision resnet50;", "timm_resnet50": "timm resnet50,"}
+    words |= {"turing": "resnet50 trunk", "timm_convnext_tiny": "timm convnext_tiny_in22k,"}
+    for card in PIPELINES:
+        assert reference["pipelines"][card.slug]["architecture"].startswith(words[card.classifier.architecture])
+    found, row = DETECTOR, reference["detector"]
+    of = found.algorithm
+    expected = (row["name"], row["key"], row["task_type"], row["weights"])
+    assert (of.name, of.key, of.task_type, found.weights) == expected
+    assert (found.score_threshold, found.boxes_per_image) == (row["score_threshold"], row["box_detections_per_img"])
+
+
+def test_every_pipeline_has_one_detector_and_names_its_files() -> None:
+    """And filter and detector are the same files for all."""
+    specs = available(Settings())
+    for card in PIPELINES:
+        spec = specs[card.slug]
+        assert [one.task_type for one in spec.algorithms].count("localization") == 1
+        assert DETECTOR.weights in spec.files
+        assert (MOTH_FILTER.weights in spec.files) is (card.filtered or card.classifier is MOTH_FILTER)

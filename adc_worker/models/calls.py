@@ -1,0 +1,132 @@
+"""Calls of a model: as many items as the device holds, the next ones copied meanwhile, and the time it takes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from adc_worker.errors import ImageTooLarge
+from adc_worker.log import get_logger
+
+_log = get_logger(__name__)
+_T = TypeVar("_T")
+
+ModelAndShape = tuple[str, tuple[int, ...]]  # an algorithm's key and the shape of one item
+
+
+def in_chunks(
+    call: Callable[[int, int], Sequence[_T]],
+    count: int,
+    most: int,
+    learnt: dict[ModelAndShape, int],
+    of: ModelAndShape,
+    relieve: Callable[[], bool],
+) -> Iterator[_T | ImageTooLarge]:
+    """Yield an answer for each of `count` items from calls with (start, stop) of at most `most` items.
+
+    Out of memory, `relieve` may free what others hold; when it has nothing, the call is halved and both halves are
+    done again. `learnt` remembers the size that went well. One item that is too much alone is answered with an error.
+    """
+    start = 0
+    while start < count:
+        stop = min(count, start + min(most, learnt.get(of, most)))
+        answers, complaint = _attempt(call, start, stop)
+        if answers is not None:
+            yield from answers
+            answers, start = None, stop  # the next call needs the memory
+            continue
+        freed = relieve()
+        _free_cached_memory()
+        if freed:
+            continue
+        if stop - start > 1:
+            learnt[of] = (stop - start) // 2
+            _log.warning("out_of_memory", model=of[0], shape=of[1], items=stop - start, now=learnt[of], error=complaint)
+        else:
+            yield ImageTooLarge(f"{of[0]} runs out of memory on this image even alone: {complaint}")
+            start = stop
+
+
+def _attempt(
+    call: Callable[[int, int], Sequence[_T]], start: int, stop: int
+) -> tuple[Sequence[_T], None] | tuple[None, str]:
+    """Return the answers, or what torch says of its lack of memory.
+
+    The handler is left before anything is freed: inside it the error's traceback keeps every tensor of the call alive.
+    """
+    try:
+        return call(start, stop), None
+    except torch.OutOfMemoryError as error:
+        return None, str(error).partition(". GPU")[0][:200]
+
+
+def _free_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+class DeviceClock:
+    """Seconds that calls kept a device busy: by CUDA events there (written, not run), by the wall elsewhere."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Count what happens inside; it ends with its answers on the CPU."""
+        if device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self.total_s += time.perf_counter() - started
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        yield
+        end.record()
+        end.synchronize()
+        self.total_s += begin.elapsed_time(end) / 1000
+
+
+class _Copy(NamedTuple):
+    span: tuple[int, int]
+    images: torch.Tensor
+    arrived: torch.cuda.Event
+
+
+class Upload:
+    """Hands out a batch, uint8 [n, H, W, 3], on the device, as uint8 [k, 3, H, W]; the permutation is a view.
+
+    On CUDA the next chunk is copied on a stream of its own while this one is inferred. Written, not run.
+    """
+
+    def __init__(self, images: torch.Tensor, device: torch.device) -> None:
+        self._images = images
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._ahead: _Copy | None = None
+
+    def take(self, start: int, stop: int) -> torch.Tensor:
+        if self._copies is None:
+            return self._images[start:stop].to(self._device).permute(0, 3, 1, 2)
+        ahead, self._ahead = self._ahead, None  # a chunk that was halved since is copied anew
+        chunk = ahead if ahead is not None and ahead.span == (start, stop) else self._copy(start, stop, self._copies)
+        inference = torch.cuda.current_stream(self._device)
+        inference.wait_event(chunk.arrived)
+        chunk.images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
+        if stop - start > 1 and stop < len(self._images):  # not ahead of single images: memory may be short
+            self._ahead = self._copy(stop, min(len(self._images), 2 * stop - start), self._copies)
+        return chunk.images.permute(0, 3, 1, 2)
+
+    def _copy(self, start: int, stop: int, stream: torch.cuda.Stream) -> _Copy:
+        with torch.cuda.stream(stream):
+            # From the page-locked arena this returns at once; from pageable memory it waits for the copy.
+            images = self._images[start:stop].to(self._device, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(stream)
+        return _Copy((start, stop), images, arrived)

@@ -1,0 +1,267 @@
+"""Antenna's pipelines, from files on disk to detections, beside plain inference with the same random weights.
+
+Nothing is fetched: the files are written here, in the layout of the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from adc_worker.antenna.wire import Detection
+from adc_worker.devserver.server import DevServer
+from adc_worker.devserver.sheets import draw_sheet
+from adc_worker.errors import ExitCode, WorkerFault
+from adc_worker.models import catalogue, registry
+from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
+from adc_worker.models.networks import ARCHITECTURES
+from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
+from adc_worker.models.registry import PipelineSpec
+from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
+from adc_worker.settings import Settings
+from tests.support import checkpoints
+from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
+from tests.support.waiting import wait_until
+from tests.support.workers import environment, run_to_end
+
+pytestmark = pytest.mark.timeout(400)  # seconds alone; minutes where other work has the cores
+
+LISTINGS = Path(__file__).parents[3] / "shared" / "checkpoints"
+CPU = torch.device("cpu")
+CARDS = {card.slug: card.classifier for card in PIPELINES}
+# One pipeline per architecture: torchvision, timm, Turing's, ConvNeXt.
+SLUGS = ("panama_moths_2023", "quebec_vermont_moths_2023", "costa_rica_moths_turing_2024", "insect_orders_2025")
+SPECIES = ("Noctua pronuba", "Biston betularia", "Idia aemula", "Udea rubigalis", "Nemoria")
+FILTER_LABELS = ("nonmoth", "moth")
+STRIP = (1320, 160)  # Faster R-CNN enlarges to 800 px unless the other side reaches 1333: a strip is quick
+
+
+class Reference:
+    """The networks that were saved, and what they say when they are called plainly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.detector = checkpoints.detector()
+        checkpoints.save(self.detector, folder, DETECTOR.weights)
+        self.networks = {card.key: self._saved(card) for card in (MOTH_FILTER, *(CARDS[slug] for slug in SLUGS))}
+        self.image = draw_sheet(STRIP, 1).image
+        self.boxes = plain_boxes(self.detector, self.image)
+        # A random filter says the same of every crop: shifted to its median it says either.
+        bias = self.networks[MOTH_FILTER.key].get_parameter("fc.bias")
+        differences = [
+            plain_logits(self.networks[MOTH_FILTER.key], MOTH_FILTER, self.image, box) @ (1, -1) for box in self.boxes
+        ]
+        with torch.no_grad():
+            bias[1] += float(np.sort(differences)[[len(differences) // 2, len(differences) // 2 - 1]].mean())
+        checkpoints.save(self.networks[MOTH_FILTER.key], folder, MOTH_FILTER.weights, wrapped=True)
+
+    def _saved(self, card: ClassifierCard) -> nn.Module:
+        labels = FILTER_LABELS if card is MOTH_FILTER else SPECIES
+        network = checkpoints.classifier(card, len(labels), seed=len(card.key))
+        checkpoints.save(network, self.folder, card.weights, wrapped=card.architecture == "timm_resnet50")
+        checkpoints.save_labels(self.folder, card, labels)
+        return network
+
+    def logits(self, card: ClassifierCard, image: Pixels, box: Box) -> list[float]:
+        return [float(one) for one in plain_logits(self.networks[card.key], card, image, box)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("data") / "models")
+
+
+@pytest.fixture(scope="module")
+def specs(reference: Reference) -> dict[str, PipelineSpec]:
+    return registry.available(Settings(user_data_path=reference.folder.parent))
+
+
+def infer(pipeline: Pipeline, images: Sequence[Pixels]) -> list[list[Detection]]:
+    found = [one for one in pipeline.infer(torch.from_numpy(np.stack(images))) if isinstance(one, list)]
+    assert len(found) == len(images)
+    return found
+
+
+class Given:
+    """A detector that has been told."""
+
+    algorithm = DETECTOR.algorithm
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes = np.array(boxes, np.int32)
+
+    def detect(self, images: torch.Tensor) -> list[Detections]:
+        return [Detections(self._boxes, np.ones(len(self._boxes), np.float32)) for _ in images]
+
+
+def test_the_detector_finds_what_it_finds_called_plainly(reference: Reference, specs: dict[str, PipelineSpec]) -> None:
+    """The same boxes in the same order, also on a photograph that is enlarged first."""
+    detect_only = replace(specs[SLUGS[0]].load(CPU, CallSizes(images=2)), binary_filter=None, classifier=None)
+    small = draw_sheet((1000, 200), 3).image
+    for image, expected in ((reference.image, reference.boxes), (small, plain_boxes(reference.detector, small))):
+        (found,) = infer(detect_only, [image])
+        assert [one.box_px for one in found] == expected
+        assert len(expected) > 10
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_architecture_scores_crops_as_it_does_called_plainly(
+    reference: Reference, specs: dict[str, PipelineSpec], slug: str
+) -> None:
+    """Labels, softmax and logits within 1e-5; what the filter rejects goes no further."""
+    image, boxes, card = reference.image, reference.boxes, CARDS[slug]
+    loaded = specs[slug].load(CPU, CallSizes(crops=7))
+    (found,) = infer(replace(loaded, detector=Given(boxes)), [image])
+    moths = 0
+    for detection, box in zip(found, boxes, strict=True):
+        assert detection.box_px == box
+        assert detection.algorithm == DETECTOR.algorithm.ref
+        expected = [card]
+        if loaded.binary_filter is not None:
+            is_moth = FILTER_LABELS[int(np.argmax(reference.logits(MOTH_FILTER, image, box)))] == "moth"
+            moths += is_moth
+            expected = [MOTH_FILTER, card] if is_moth else [MOTH_FILTER]
+        assert [one.algorithm.key for one in detection.classifications] == [one.key for one in expected]
+        for given, one in zip(detection.classifications, expected, strict=True):
+            logits = torch.tensor(reference.logits(one, image, box))
+            labels = FILTER_LABELS if one is MOTH_FILTER else SPECIES
+            assert given.label == labels[int(logits.argmax())]
+            assert given.terminal is (one is card)
+            assert given.logits == pytest.approx(logits.numpy(), abs=1e-5 * max(1.0, float(logits.abs().max())))
+            assert given.scores == pytest.approx(logits.softmax(0).numpy(), abs=1e-5)
+    assert loaded.binary_filter is None or 0 < moths < len(boxes), "the filter has to say either"
+    assert np.ptp([one.classifications[0].logits[0] for one in found]) > 0.1, "a constant answer would prove nothing"
+
+
+def test_the_same_image_gives_the_same_boxes_in_chunks_of_1_3_and_8(specs: dict[str, PipelineSpec]) -> None:
+    """On a CPU, to the pixel; with less enlargement and fewer proposals than usual, for speed."""
+    images = [draw_sheet((320, 96), seed).image for seed in range(8)]
+    found = {}
+    for most in (1, 3, 8):
+        pipeline = replace(specs[SLUGS[0]].load(CPU, CallSizes(images=most)), binary_filter=None, classifier=None)
+        pipeline.detector.network.rpn._post_nms_top_n = {"testing": 300}  # type: ignore[attr-defined]
+        pipeline.detector.network.transform.max_size = 400  # type: ignore[attr-defined]
+        found[most] = [[one.box_px for one in boxes] for boxes in infer(pipeline, images)]
+    assert found[1] == found[3] == found[8]
+    assert sum(map(len, found[1])) > 8
+
+
+def test_a_worker_finishes_a_job_with_the_algorithms_that_are_registered(reference: Reference, tmp_path: Path) -> None:
+    """Antenna saves nothing whose algorithm it does not know: from `register` to the last acknowledgement."""
+    slug, picture = SLUGS[0], tmp_path / "strip.png"
+    Image.fromarray(reference.image).save(picture)
+    with DevServer(save_delay_s=0.0) as server:
+        env = environment(server, reference.folder.parent)
+        register = [sys.executable, "-m", "adc_worker", "worker", "register", "--pipeline", slug]
+        subprocess.run(register, env=env, check=True, stdout=subprocess.DEVNULL)
+        known = [(one["name"], one["key"], one["task_type"]) for one in server.pipeline(slug)["algorithms"]]
+        job_id = server.add_job(slug, [picture], algorithms=known)
+        code, log = run_to_end(env, "--pipeline", slug, "--exit-when-idle")
+        assert code == ExitCode.OK, "\n".join(log.lines)
+        wait_until(lambda: server.job(job_id).status == "SUCCESS")
+        (result,) = server.job(job_id).results.values()
+    boxes = [tuple(int(one["bbox"][side]) for side in ("x1", "y1", "x2", "y2")) for one in result["detections"]]
+    assert boxes == reference.boxes
+    given = [
+        [(one["algorithm"]["key"], one["terminal"]) for one in box["classifications"]] for box in result["detections"]
+    ]
+    filtered = [(MOTH_FILTER.key, False)]
+    assert all(keys in (filtered, [*filtered, (CARDS[slug].key, True)]) for keys in given)
+    assert log.events("job_summary")[0]["done"] == 1
+
+
+JOBS = """
+import gc, os, sys, torch
+from dataclasses import replace
+from adc_worker.host.memory import anonymous_bytes
+from adc_worker.models import registry
+from adc_worker.models.pipeline import CallSizes
+from adc_worker.settings import Settings
+from tests.integration.test_pipelines import CPU, Given
+
+sizes, image = CallSizes(), torch.zeros(1, 160, 1320, 3, dtype=torch.uint8)
+specs = registry.available(Settings(user_data_path=sys.argv[1], memory_limit_bytes=sys.argv[2]))
+for slug in sys.argv[3:]:
+    pipeline = registry.load(specs[slug], CPU, sizes)
+    list(replace(pipeline, detector=Given([(0, 0, 99, 99)] * 4)).infer(image))
+    del pipeline
+    gc.collect()
+    print(anonymous_bytes([os.getpid()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "slugs"),
+    [("100MB", ("panama_moths_2023", "quebec_vermont_moths_2023", "panama_moths_2023")), ("64GB", SLUGS[:1] * 3)],
+    ids=["short", "plenty"],
+)
+def test_memory_after_the_third_job_is_memory_after_the_first(
+    reference: Reference, limit_bytes: str, slugs: Sequence[str]
+) -> None:
+    """Where it is short, the classifier of the job before leaves; where it is not, nothing is loaded twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", JOBS, str(reference.folder.parent), limit_bytes, *slugs],
+        env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    used = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    assert len(used) == 3
+    one_classifier = (reference.folder / Path(CARDS[SLUGS[0]].weights).name).stat().st_size
+    assert used[2] - used[0] < one_classifier / 4, used
+
+
+@pytest.mark.parametrize("damage", ["cut", "other_classes", "no_tensors"])
+def test_weights_that_do_not_fit_are_named_with_their_path(reference: Reference, tmp_path: Path, damage: str) -> None:
+    """Cut short, of another number of classes, or something else altogether: the machine's fault, never the image's."""
+    card, folder = CARDS[SLUGS[3]], tmp_path / "models"
+    folder.mkdir()
+    (folder / Path(DETECTOR.weights).name).symlink_to(reference.folder / Path(DETECTOR.weights).name)
+    checkpoints.save_labels(folder, card, SPECIES)
+    path = folder / Path(card.weights).name
+    if damage == "cut":
+        path.write_bytes((reference.folder / path.name).read_bytes()[:1000])
+    elif damage == "other_classes":
+        checkpoints.save(checkpoints.classifier(card, 3), folder, card.weights)
+    else:
+        torch.save([1, 2, 3], path)
+    spec = registry.available(Settings(user_data_path=tmp_path))[SLUGS[3]]
+    with pytest.raises(WorkerFault, match=path.name.replace(".", r"\.")):
+        registry.load(spec, CPU, CallSizes())
+
+
+LAYOUTS: dict[str, Callable[[], nn.Module]] = {
+    "fasterrcnn_resnet50_fpn": checkpoints.detector,
+    "resnet50_torchvision": partial(ARCHITECTURES["torchvision_resnet50"], 3),
+    "resnet50_timm": partial(ARCHITECTURES["timm_resnet50"], 3),
+    "resnet50_turing": partial(ARCHITECTURES["turing"], 3),
+    "convnext_tiny_in22k": partial(ARCHITECTURES["timm_convnext_tiny"], 3),
+}
+
+
+@pytest.mark.skipif(not LISTINGS.is_dir(), reason=f"no listings of the real checkpoints at {LISTINGS}")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_is_the_real_checkpoints(name: str) -> None:
+    """Every key, dtype and shape."""
+    listing = json.loads((LISTINGS / f"{name}.json").read_text())["state_dict"]
+    state = LAYOUTS[name]().state_dict()
+    assert {key: [str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in state.items()} == listing
+
+
+def test_every_pipeline_is_made_of_a_known_architecture() -> None:
+    assert {card.architecture for card in (MOTH_FILTER, *CARDS.values())} == ARCHITECTURES.keys()
+    assert {CARDS[slug].architecture for slug in SLUGS} == ARCHITECTURES.keys()
+    assert catalogue.POSITIVE_LABEL in FILTER_LABELS

@@ -1,0 +1,182 @@
+"""Files of the models come over HTTP once, go on where they broke off, and have their name only when they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from adc_worker.errors import ExitCode, WorkerFault
+from adc_worker.models.weights import WeightStore, read_labels
+
+BODY = bytes(range(256)) * 4000
+
+
+class _Store(BaseHTTPRequestHandler):
+    """Serves one file with ranges; breaks off after `break_after` bytes as often as `breaks` says."""
+
+    body, etag, breaks, break_after = BODY, '"one"', 0, 300_000
+    ranges: tuple[str, ...] = ()
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        wanted = self.headers.get("Range", "")
+        kind.ranges = (*kind.ranges, wanted)
+        if "missing" in self.path:
+            self.send_error(404)
+            return
+        resumed = wanted and self.headers.get("If-Range") == self.etag
+        start = int(re.sub(r"\D", "", wanted)) if resumed else 0
+        if start >= len(self.body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if resumed else 200)
+        self.send_header("ETag", self.etag)
+        self.send_header("Content-Length", str(len(self.body) - start))
+        self.end_headers()
+        end = len(self.body)
+        if kind.breaks:
+            kind.breaks, end = kind.breaks - 1, start + self.break_after
+        self.wfile.write(self.body[start:end])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host() -> Iterator[tuple[type[_Store], str]]:
+    """Give a handler of its own for this test, and the address of a file."""
+
+    class Handler(_Store):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield Handler, f"http://127.0.0.1:{server.server_address[1]}/models/net.pth"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightStore:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return WeightStore(tmp_path / "models")
+
+
+def test_a_file_is_fetched_once_and_its_size_and_hash_are_noted(
+    host: tuple[type[_Store], str], store: WeightStore
+) -> None:
+    handler, url = host
+    path = store.ensure(url)
+    assert (path.name, path.read_bytes()) == ("net.pth", BODY)
+    assert store.ensure(url) == path
+    assert handler.ranges == ("",)
+    noted = store.record(url)
+    assert (noted["size_bytes"], noted["sha256"]) == (len(BODY), hashlib.sha256(BODY).hexdigest())
+    assert sorted(file.name for file in store.folder.iterdir()) == ["net.pth", "net.pth.fetched.json"]
+
+
+def test_a_fetch_that_breaks_off_goes_on_where_it_was(host: tuple[type[_Store], str], store: WeightStore) -> None:
+    """Twice in one attempt: only what is missing is asked for."""
+    handler, url = host
+    handler.breaks = 2
+    assert store.ensure(url).read_bytes() == BODY
+    assert handler.ranges == ("", "bytes=300000-", "bytes=600000-")
+
+
+def test_a_later_start_goes_on_and_a_changed_file_starts_anew(
+    host: tuple[type[_Store], str], store: WeightStore
+) -> None:
+    """What has come is kept without the file's name; another version at the same address is never mixed into it."""
+    handler, url = host
+    handler.breaks, handler.break_after = 99, 0
+    part = store.destination(url).with_name("net.pth.part")
+    with pytest.raises(WorkerFault) as raised:
+        store.ensure(url)
+    assert raised.value.exit_code == ExitCode.MODEL_UNAVAILABLE
+    assert url in str(raised.value)
+    assert str(store.destination(url)) in str(raised.value)
+    part.write_bytes(BODY[:1000])
+    assert not store.destination(url).exists()
+    handler.breaks = 0
+    handler.etag, handler.body = '"two"', BODY[::-1]
+    assert store.ensure(url).read_bytes() == BODY[::-1]
+
+
+def test_a_whole_file_that_was_not_renamed_yet_is_not_fetched_again(
+    host: tuple[type[_Store], str], store: WeightStore
+) -> None:
+    """The process died in between."""
+    handler, url = host
+    store.ensure(url).rename(store.destination(url).with_name("net.pth.part"))
+    assert store.ensure(url).read_bytes() == BODY
+    assert handler.ranges == ("", f"bytes={len(BODY)}-")
+
+
+def test_two_processes_fetch_a_file_once(host: tuple[type[_Store], str], store: WeightStore) -> None:
+    """One waits for the other's; threads stand for processes, each opens the file by itself."""
+    handler, url = host
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(store.ensure(url))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() == BODY for path in found] == [True] * 4
+    assert handler.ranges == ("",)
+
+
+def test_files_of_todays_worker_are_used_in_place(
+    host: tuple[type[_Store], str], store: WeightStore, tmp_path: Path
+) -> None:
+    handler, url = host
+    old = tmp_path / "torch" / "hub" / "models" / "net.pth"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"weights")
+    assert Path(torch.hub.get_dir()) == tmp_path / "torch" / "hub"
+    assert store.ensure(url) == old
+    assert handler.ranges == ()
+
+
+def test_what_is_missing_at_the_store_is_named_with_address_and_path(
+    host: tuple[type[_Store], str], store: WeightStore
+) -> None:
+    url = host[1].replace("net", "missing")
+    with pytest.raises(WorkerFault, match="answered 404") as raised:
+        store.ensure(url)
+    assert url in str(raised.value)
+    assert str(store.destination(url)) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_changed_its_size_is_not_used(host: tuple[type[_Store], str], store: WeightStore) -> None:
+    url = host[1]
+    path = store.ensure(url)
+    path.write_bytes(BODY[:10])
+    with pytest.raises(WorkerFault, match=f"has 10 bytes instead of {len(BODY)}: delete it"):
+        store.ensure(url)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', "<html>"])
+def test_labels_that_are_none_are_named_with_their_path(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    with pytest.raises(WorkerFault, match=r"labels\.json"):
+        read_labels(path)
+
+
+def test_labels_are_in_the_order_of_their_indices(tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text('{"b": 1, "a": 2, "c": 0}')
+    assert read_labels(path) == ("c", "b", "a")
