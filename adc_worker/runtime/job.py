@@ -5,35 +5,38 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
-from adc_worker.host.memory import anonymous_bytes
+from adc_worker.host.memory import anonymous_bytes, stalled_percent
+from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.loader import JobDataLoader, build_dataloader
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.runtime.inference import infer_and_keep, measured_image
+from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
 from adc_worker.settings import Settings
-from adc_worker.tuning.drift import DriftWatch
+from adc_worker.tuning.governor import Decision, Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ProbeReport
+from adc_worker.tuning.probe_report import ImageProbe
 
 _log = get_logger(__name__)
 
 # More results waiting than this, and the GPU pauses: the journal must not grow without bound while Antenna is away.
 UNPOSTED_RESULTS_MAX = 5000
 _BACKPRESSURE_POLL_S = 1.0
+DESCRIPTORS = 65_536  # more than any plan takes, and what most units set
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,15 @@ class WorkerContext:
     lease: LeaseTerms
     stopping: threading.Event
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
+    share: MemoryShare
 
-    def host(self, pipeline: Pipeline) -> HostBudget:
+    def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
+        """Measure the host, and this worker with the decoders and pixels of a loader."""
+        loaders_pids, loaders_bytes = (loader.decode_pids, loader.resident_bytes) if loader is not None else ([], 0)
+        staged_bytes = self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
         return budget.measure(
-            self.pids,
+            anonymous_bytes((*self.pids, *loaders_pids)) + loaders_bytes + staged_bytes,
+            self.share,
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
             staging_in_memory=self.staging.disk.in_memory,
@@ -102,7 +110,9 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
     intake.start()
     try:
         run.probe_and_feed()
+        context.share.recover()
     finally:
+        context.share.claim(context.host(pipeline).used_bytes, busy=False)
         context.poster.listen(None)
         intake.close()
     if intake.failure is not None:
@@ -131,60 +141,110 @@ class _JobRun:
 
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
+        self._context.share.claim(host.used_bytes, busy=True)  # from here on the others make room
         self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
-        report = probe(self._intake.staged, self._pipeline, host, self._outcomes)
+        report = probe(
+            self._intake.staged,
+            self._pipeline,
+            lambda: self._context.host(self._pipeline),
+            self._outcomes,
+            self._context.stopping,
+        )
         if report is None:
             return
-        drift = DriftWatch(report)
-        plan: IngestPlan | None = self._made_plan(report, host)
-        while plan is not None:
-            with build_dataloader(plan, self._intake.staged, self._outcomes.fail_staged) as loader:
-                plan = self._feed(loader, drift, host)
+        host, lease = self._context.host(self._pipeline), self._context.lease
+        governor = Governor(self._context.policy, report, host, lease)
+        inputs = {"report": asdict(report), "host": asdict(host), "lease": asdict(lease)}
+        if governor.plan.descriptors > host.descriptors:
+            self._log.warning(
+                "few_descriptors",
+                note=f"this process may open {host.descriptors} files and may need {governor.plan.descriptors}:"
+                f" set LimitNOFILE={DESCRIPTORS} in its systemd unit, or minfds={DESCRIPTORS} in supervisord.conf",
+            )
+        self._log_plan(governor.plan, inputs=inputs)
+        loaded: IngestPlan | None = None
+        while governor.plan is not loaded and not (loaded and self._context.stopping.is_set()):
+            loaded = governor.plan
+            self._context.share.claim(loaded.peak_bytes, busy=True)
+            with build_dataloader(loaded, self._intake.staged, self._outcomes.fail_staged) as loader:
+                loaded = self._feed(loader, governor)
                 self._readiness = loader.readiness
 
-    def _made_plan(self, report: ProbeReport, host: HostBudget) -> IngestPlan:
-        self._plan = plan = self._context.policy.plan(report, host, self._context.lease)
+    def _log_plan(self, plan: IngestPlan, **more: Any) -> None:
+        self._plan = plan
         self._intake.apply(IntakeLimits.of(plan))
-        self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
-        return plan
+        self._log.info("plan", **plan.log_fields(), why=dict(plan.why), **more)
 
-    def _feed(self, loader: JobDataLoader, drift: DriftWatch, host: HostBudget) -> IngestPlan | None:
-        """Infer what the loader brings; return a plan when it takes another loader to follow it."""
-        next_plan: IngestPlan | None = None
+    def _feed(self, loader: JobDataLoader, governor: Governor) -> IngestPlan:
+        """Infer what the loader brings; return its last plan, which is not the governor's when that takes another."""
+        last_at = time.monotonic()
         for batch in loader:
             with batch:
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
-                images = len(batch.staged)
-            report = drift.observe(measured_image(batch.staged, batch.reports, stats))
-            if report is not None and next_plan is None:
-                changed = self._made_plan(report, host)
-                if not loader.apply(changed):
-                    next_plan = changed
+                image, images = measured_image(batch.staged, batch.reports, stats), len(batch.staged)
+            now = time.monotonic()
+            observed = self._observation(loader, image, images, now - last_at, governor)
+            last_at = now
+            decision = governor.observe(observed)
+            loader.pause(decision.paused)
+            if decision.plan is not loader.plan and observed.in_force:
+                self._log_plan(decision.plan)
+                if loader.apply(decision.plan):
+                    self._context.share.claim(decision.plan.peak_bytes, busy=True)
+                else:
                     loader.stop()
             self._inference_s += stats.inference_s
-            memory_bytes = self._memory_bytes(loader)
-            self._peak_bytes = max(self._peak_bytes, memory_bytes)
-            self._log.info(
-                "batch",
-                images=images,
-                inference_s=round(stats.inference_s, 4),
-                keep_s=round(stats.keep_s, 4),
-                detections=stats.detections,
-                readiness=round(loader.readiness, 3),
-                memory_bytes=memory_bytes,
-                predicted_bytes=loader.plan.peak_bytes,
-            )
+            self._peak_bytes = max(self._peak_bytes, observed.host.used_bytes)
+            self._log_batch(loader, stats, observed, decision, governor.readiness)
             self._check_background()
             self._wait_for_room()
             if self._context.stopping.is_set():
                 self._intake.stop()
                 loader.stop()
-        return None if self._context.stopping.is_set() else next_plan
+        return loader.plan
 
-    def _memory_bytes(self, loader: JobDataLoader) -> int:
-        disk = self._context.staging.disk
-        staged = disk.used_bytes if disk.in_memory else 0
-        return anonymous_bytes((*self._context.pids, *loader.decode_pids)) + loader.resident_bytes + staged
+    def _observation(
+        self, loader: JobDataLoader, image: ImageProbe, images: int, batch_s: float, governor: Governor
+    ) -> Observation:
+        return Observation(
+            image=image,
+            images=images,
+            batch_s=batch_s,
+            ready=loader.last_ready,
+            waiting=loader.waiting,
+            host=self._context.host(self._pipeline, loader),
+            arena_bytes=loader.resident_bytes,
+            stalled_percent=stalled_percent(),
+            in_force=loader.plan is governor.plan,
+        )
+
+    def _log_batch(
+        self,
+        loader: JobDataLoader,
+        stats: InferenceStats,
+        observed: Observation,
+        decision: Decision,
+        readiness: float,
+    ) -> None:
+        """Write all that the decision was made from, so that it can be made again."""
+        plan = loader.plan
+        self._log.info(
+            "batch",
+            images=observed.images,
+            inference_s=round(stats.inference_s, 4),
+            keep_s=round(stats.keep_s, 4),
+            detections=stats.detections,
+            readiness=round(readiness, 3),
+            memory_bytes=observed.host.used_bytes,
+            predicted_bytes=plan.peak_bytes,
+            plan=plan.log_fields(),
+            budget_bytes=decision.budget_bytes,
+            pressure=round(decision.pressure, 3),
+            action=decision.action,
+            reason=decision.reason,
+            paused=decision.paused,
+            observed=asdict(observed),
+        )
 
     def _check_background(self) -> None:
         for name, failure in (("intake", self._intake.failure), ("poster", self._context.poster.failure)):

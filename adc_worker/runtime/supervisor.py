@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import count_gpus, raise_descriptor_limit
+from adc_worker.host.memory import oom_kills
+from adc_worker.host.share import CAUTION_MIN, CAUTION_STEP
 from adc_worker.log import get_logger
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.settings import Settings
@@ -41,6 +43,8 @@ class _Child:
     backoff_s: float = RESTART_FIRST_S
     restart_at: float = 0.0
     exit_code: ExitCode | None = None  # final: it is not started again
+    oom_kills: int = 0  # the kernel's count when it was started
+    caution: float = 1.0
 
 
 @dataclass(slots=True)
@@ -118,8 +122,9 @@ class Supervisor:
         if child.gpu is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[child.gpu] if visible != [""] else str(child.gpu)
+        options, child.oom_kills = replace(self._options, caution=child.caution), oom_kills()
         child.process = subprocess.Popen(
-            [sys.executable, "-m", "adc_worker.runtime.worker", self._options.to_json()],
+            [sys.executable, "-m", "adc_worker.runtime.worker", options.to_json()],
             stdin=subprocess.PIPE,  # commands, and a lifeline: it closes when this process is gone
             start_new_session=True,
             env=environment,
@@ -161,6 +166,9 @@ class Supervisor:
             # Killed at the end of the grace period is the stop that was asked for: what is kept is in the journal.
             child.exit_code = ExitCode.OK if self._stop.level == _KILLED else ExitCode.FAILED
         else:
+            if code == -signal.SIGKILL and oom_kills() > child.oom_kills:
+                child.caution = max(CAUTION_MIN, child.caution * CAUTION_STEP)
+                _log.warning("child_killed_for_memory", pid=process.pid, plans_with=round(child.caution, 3))
             if time.monotonic() - child.started_at > STEADY_S:
                 child.backoff_s = RESTART_FIRST_S
             child.restart_at = time.monotonic() + child.backoff_s

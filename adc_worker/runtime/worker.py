@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -150,6 +152,7 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
     with (
         AntennaClient(config.antenna_api_base_url, config.token) as client,
         ImageClient(config.image_max_bytes) as images,
+        closing(MemoryShare(config.user_data_path, options.caution)) as share,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
@@ -171,6 +174,7 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             lease=LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver),
             stopping=stop.draining,
             pids=(os.getppid(), os.getpid()),
+            share=share,
         )
         try:
             WorkerLoop(options, config, context).run()
