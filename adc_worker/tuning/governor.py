@@ -21,7 +21,7 @@ from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
 # The ladder (design, "The governor"), as parts of the memory that ingest may take: (measured - base) / (budget - base).
 GROW_BELOW, STOP_ABOVE, RESUME_BELOW = 0.65, 0.90, 0.65
-SHRINK_ABOVE, SHRINK_TO = AIM, 0.65  # a shrink goes far enough that the next one is a step away
+SHRINK_ABOVE, SHRINK_TO = AIM, 0.60  # a shrink goes far enough that the next one is a step away
 # Larger images: one batch may be a stray image, and those a quarter larger stay inside (0.8 x 1.25 = 1). Smaller ones:
 # mixed jobs alternate, so only a long stretch is a change. Downloads of one link scatter by a factor of two.
 GROWTH, SHRINKAGE, LINK_CHANGE = 1.25, 1 / 1.5, 3.0
@@ -104,7 +104,7 @@ class Governor:
         self._seen: deque[ImageProbe] = deque(maxlen=SMALLER_BATCHES)
         self._recent: deque[Observation] = deque(maxlen=WINDOW_BATCHES)  # since the last change took effect
         self._unexplained: deque[int] = deque([0], maxlen=WINDOW_BATCHES)
-        self._rooms: deque[int] = deque(maxlen=FALLING_BATCHES + 1)
+        self._available: deque[int] = deque(maxlen=FALLING_BATCHES + 1)
         self._since_change = 0
         # Batches between a change and the next one upwards; they double when that was in vain.
         self._patience: dict[Action, int] = {"grow": SETTLE_BATCHES, "step": WINDOW_BATCHES}
@@ -121,7 +121,7 @@ class Governor:
         """Take one batch's observation; return the decision. One change at a time: none before the last is in force."""
         host = self._as_if_idle(seen)
         room_bytes = self._room_bytes(host)
-        self._rooms.append(room_bytes)
+        self._available.append(host.available_bytes)
         pressure = (seen.host.used_bytes - self._base_bytes) / max(1, room_bytes)
         action: Action = "hold"
         reason = "the last change takes effect with the next loader"
@@ -130,7 +130,8 @@ class Governor:
             self._seen.append(seen.image)
             self._since_change += 1
             action, reason = self._change(seen, host, pressure)
-            paused = self._pauses(pressure, seen.stalled_percent)
+            # A smaller plan takes another loader, and the old one admits nothing more: that is the stop above 0.90.
+            paused = action != "shrink" and self._pauses(pressure, seen.stalled_percent)
             if action == "hold" and paused != self._paused:
                 action = "pause" if paused else "resume"
             self._paused = paused
@@ -157,7 +158,7 @@ class Governor:
         if (report := self._drifted()) is not None:
             self._report = report
             self._seen.clear()
-            self._follow(self._made(host), self._rooms[-1])
+            self._follow(self._made(host), self._room_bytes(host))
             return "replan", f"{report.tensor_bytes_per_image / 1e6:.0f} MB and {report.download_s:.2f} s an image now"
         if pressure > SHRINK_ABOVE:
             return self._shrink(host)
@@ -180,8 +181,8 @@ class Governor:
         return None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
-        fall_bytes = min((before - after for before, after in pairwise(self._rooms)), default=0)
-        room_bytes = max(0, self._rooms[-1] - AHEAD_BATCHES * max(0, fall_bytes))
+        fall_bytes = min((before - after for before, after in pairwise(self._available)), default=0)
+        room_bytes = max(0, self._room_bytes(host) - AHEAD_BATCHES * max(0, fall_bytes))
         target = replace(host, available_bytes=min(host.available_bytes, int(SHRINK_TO / AIM * room_bytes)))
         smaller = self._made(target)
         if smaller.arena_bytes > 0.95 * self.plan.arena_bytes:
@@ -194,13 +195,14 @@ class Governor:
     def _grow(self, host: HostBudget) -> tuple[Action, str] | None:
         """Use memory that came back since the plan was made, if the GPU waits."""
         planned_bytes = self._planned_room_bytes
-        if self._since_change < self._patience["grow"] or self._rooms[-1] <= GROWTH * planned_bytes:
+        room_bytes = self._room_bytes(host)
+        if self._since_change < self._patience["grow"] or room_bytes <= GROWTH * planned_bytes:
             return None
         plan = self._made(host)
         if plan.arena_bytes <= self.plan.arena_bytes or self.readiness >= READY_ENOUGH:
             return None
-        self._follow(plan, self._rooms[-1], grew=True)
-        return "grow", f"{self._rooms[-1] / 1e6:.0f} MB for ingest instead of {planned_bytes / 1e6:.0f} MB"
+        self._follow(plan, room_bytes, grew=True)
+        return "grow", f"{room_bytes / 1e6:.0f} MB for ingest instead of {planned_bytes / 1e6:.0f} MB"
 
     def _step(self, host: HostBudget) -> tuple[Action, str] | None:
         """Try something beyond the policy's plan; it has to prove itself."""
@@ -215,7 +217,7 @@ class Governor:
             plan, reason = larger or self.plan, f"only {self.readiness:.0%} of the batches were ready"
         else:
             return "hold", f"{self.readiness:.0%} of the batches were ready"
-        if plan is self.plan or plan.peak_bytes - self._planned_base_bytes > AIM * self._rooms[-1]:
+        if plan is self.plan or plan.peak_bytes - self._planned_base_bytes > AIM * self._room_bytes(host):
             return None
         trial = _Trial(self.plan, self._images_per_s())
         self._take(plan, grew=True)
