@@ -227,10 +227,11 @@ def _rate(batches: Sequence[Mapping[str, Any]], from_s: float, to_s: float) -> f
 
 def _section(outcomes: Sequence[Outcome], seconds: float) -> str:
     intro = (
-        f"Each run: {seconds:.0f} s undisturbed, as long disturbed, as long after it. A GPU played by a sleep of 40 ms"
-        " an image, images from a host with 50 ms latency and 60 MB/s per connection. At most one `grow` and one"
-        f" `shrink` a stretch; the rate afterwards is held to {RATE_BACK:.0%} of the one before. A `step` goes beyond the"
-        " plan when the GPU waits, and is undone when it does not help."
+        f"Each run: {seconds:.0f} s undisturbed, as long disturbed, as long after it."
+        " A GPU played by a sleep of 40 ms an image, images from a host with 50 ms latency and 60 MB/s per connection."
+        " At most one `grow` and one `shrink` a stretch, no kill, nothing lost;"
+        f" the rate afterwards is held to {RATE_BACK:.0%} of the one before."
+        " A `step` goes beyond the plan when the GPU waits, and is undone when it does not help."
     )
     parts = [
         "## The governor (`benchmarks/governor.py`)",

@@ -32,6 +32,8 @@ class HostBudget:
         descriptors: open files allowed.
         gpu: whether inference runs on a GPU.
         caution: part of the limit to plan with; below 1 after the kernel has killed a predecessor.
+        reserve_bytes: what `available_bytes` leaves to others, or to the kernel's own use in our name.
+        vram_free_bytes: free memory of the GPU.
     """
 
     limit_bytes: int
@@ -44,6 +46,8 @@ class HostBudget:
     gpu: bool = False
     staging_in_memory: bool = False
     caution: float = 1.0
+    reserve_bytes: int = 0
+    vram_free_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.limit_bytes <= 0 or self.cores < 1:
@@ -57,9 +61,12 @@ def measure(
     staging_bytes: int,
     *,
     staging_in_memory: bool,
-    gpu: bool,
+    vram_free_bytes: int | None,
 ) -> HostBudget:
-    """Measure the host; `used_bytes` is what this worker's processes hold, `limit_bytes` AMI_MEMORY_LIMIT_BYTES."""
+    """Measure the host; `used_bytes` is what this worker's processes hold, `limit_bytes` AMI_MEMORY_LIMIT_BYTES.
+
+    `vram_free_bytes` is None where inference runs on the CPU.
+    """
     found = memory.memory_limit()
     held_by_others = found.limit_bytes - found.available_bytes - used_bytes
     reserve = max(0, min(held_by_others, int(OTHERS_RESERVE * found.limit_bytes)))
@@ -74,16 +81,18 @@ def measure(
         limit_source=source,
         available_bytes=max(0, min(found.available_bytes - reserve, unclaimed)),
         used_bytes=used_bytes,
-        cores=_cores(),
+        cores=allowed_cores(),
         staging_bytes=staging_bytes,
         staging_in_memory=staging_in_memory,
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        gpu=gpu,
+        gpu=vram_free_bytes is not None,
         caution=share.caution,
+        reserve_bytes=reserve,
+        vram_free_bytes=vram_free_bytes or 0,
     )
 
 
-def _cores(root: Path = Path("/")) -> int:
+def allowed_cores(root: Path = Path("/")) -> int:
     """Return the cores of the affinity mask, or the cgroup's CPU quota in whole cores where that is less."""
     quotas = [float(len(os.sched_getaffinity(0)))]
     for folder in memory.cgroup_folders("cpu", root):

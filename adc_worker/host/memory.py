@@ -31,17 +31,9 @@ class MemoryLimit:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """What cgroup versions call the same things; `reclaimable` are parts of memory.stat."""
-
-    limits: tuple[str, ...]
-    usage: str
-    reclaimable: tuple[str, ...]
-
-
-_V1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-_V2 = _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable"))
+# Of cgroup v1 and v2: the controller, its limits, its usage, and what of memory.stat the kernel takes back when needed.
+_V1 = ("memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = ("", ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable"))
 
 
 def memory_limit(root: Path = Path("/")) -> MemoryLimit:
@@ -49,14 +41,14 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit:
     meminfo = _key_values(root / "proc/meminfo")
     candidates = [(int(meminfo["MemTotal:"]) * _KIB, "MemTotal")]
     available = [int(meminfo["MemAvailable:"]) * _KIB]
-    for names, controller in ((_V1, "memory"), (_V2, "")):
+    for controller, limits, usage_name, reclaimable in (_V1, _V2):
         for folder in cgroup_folders(controller, root):
-            found = [(limit, str(folder / name)) for name in names.limits if (limit := _number_in(folder / name))]
+            found = [(limit, str(folder / name)) for name in limits if (limit := _number_in(folder / name))]
             candidates += found
-            usage = _number_in(folder / names.usage)
+            usage = _number_in(folder / usage_name)
             if found and usage is not None:
                 statistics = _key_values(folder / "memory.stat")
-                held = usage - sum(int(statistics.get(name, 0)) for name in names.reclaimable)
+                held = usage - sum(int(statistics.get(name, 0)) for name in reclaimable)
                 available.append(max(0, min(found)[0] - held))
     limit, source = min(candidates)
     return MemoryLimit(limit, min(available), source)

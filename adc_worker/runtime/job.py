@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
@@ -64,7 +66,7 @@ class WorkerContext:
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
             staging_in_memory=self.staging.disk.in_memory,
-            gpu=pipeline.device.type == "cuda",
+            vram_free_bytes=torch.cuda.mem_get_info(pipeline.device)[0] if pipeline.device.type == "cuda" else None,
         )
 
 
@@ -110,7 +112,8 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
     intake.start()
     try:
         run.probe_and_feed()
-        context.share.recover()
+        if outcomes.done:
+            context.share.recover()
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
         context.poster.listen(None)

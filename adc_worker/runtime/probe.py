@@ -59,17 +59,19 @@ def probe(
 def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stopping: threading.Event) -> bool:
     """Wait until the image fits beside what others hold; False when stopping comes first."""
     needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
-    while needed > (host := measure()).available_bytes:
-        room = host.limit_bytes - host.used_bytes
+    while True:
+        host = measure()
+        room = host.limit_bytes - host.used_bytes - host.reserve_bytes
         if needed > room:
             raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} for one image")
+        if needed <= host.available_bytes + host.reserve_bytes:
+            return True
         if not said:
             note = "others on this host hold the rest: stop one of them, or raise its memory limit"
             _log.warning("waiting_for_memory", needed_bytes=needed, available_bytes=host.available_bytes, note=note)
             said = True
         if stopping.wait(_MEMORY_POLL_S):
             return False
-    return True
 
 
 def _measure(image: StagedImage, pipeline: Pipeline, outcomes: JobOutcomes) -> tuple[ImageProbe, int]:

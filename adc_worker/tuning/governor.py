@@ -33,7 +33,6 @@ PATIENCE_MAX_BATCHES = 640
 DISTURBED = 1.25  # inference this much slower than the probe's, which ran without decoders beside it
 # Some process waited for memory this share of the time: no growth. At 60 % systemd-oomd begins to kill.
 STALLED_PERCENT, STALLED_STOP_PERCENT = 10.0, 60.0
-
 # While memory goes on falling batch by batch, a shrink plans for what it will be this many batches later.
 FALLING_BATCHES, AHEAD_BATCHES = 3, 20
 
@@ -51,7 +50,7 @@ class Observation:
         ready: whether it was ready when it was asked for.
         waiting: staged images that wait for admission.
         host: memory, limit and cores at its end; `used_bytes` with the arena.
-        arena_bytes: what of the arena is resident, and of staged images in memory.
+        arena_bytes: what of the arena is resident.
         stalled_percent: time in which some process waited for memory.
         in_force: whether the loader already follows the governor's last plan.
     """
@@ -86,14 +85,6 @@ class Decision:
     budget_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """A change that has to prove itself: what was before it, and how fast that was."""
-
-    before: IngestPlan
-    images_per_s: float
-
-
 class Governor:
     """Holds the plan of one job. Feed it every batch."""
 
@@ -109,7 +100,7 @@ class Governor:
         # Batches between a change and the next one upwards; they double when that was in vain.
         self._patience: dict[Action, int] = {"grow": SETTLE_BATCHES, "step": WINDOW_BATCHES}
         self._grew_last = self._paused = self._engine_tried = False
-        self._trial: _Trial | None = None
+        self._trial: tuple[IngestPlan, float] | None = None  # the plan before a step, and its images per second
         self._follow(policy.plan(report, host, lease), self._room_bytes(host))
 
     @property
@@ -163,7 +154,7 @@ class Governor:
         if pressure > SHRINK_ABOVE:
             return self._shrink(host)
         if self._trial is not None:
-            return self._judge(self._trial)
+            return self._judge(*self._trial)
         if pressure >= GROW_BELOW:
             return "hold", "in its range"
         if seen.stalled_percent > STALLED_PERCENT:
@@ -219,7 +210,7 @@ class Governor:
             return "hold", f"{self.readiness:.0%} of the batches were ready"
         if plan is self.plan or plan.peak_bytes - self._planned_base_bytes > AIM * self._room_bytes(host):
             return None
-        trial = _Trial(self.plan, self._images_per_s())
+        trial = (self.plan, self._images_per_s())
         self._take(plan, grew=True)
         self._trial = trial
         return "step", reason
@@ -230,15 +221,15 @@ class Governor:
             return False
         return median(one.image.inference_s for one in self._recent) > DISTURBED * self._report.inference_s
 
-    def _judge(self, trial: _Trial) -> tuple[Action, str]:
+    def _judge(self, before: IngestPlan, images_per_s: float) -> tuple[Action, str]:
         if len(self._recent) < WINDOW_BATCHES:
             return "hold", f"a step is on trial for {WINDOW_BATCHES} batches"
         self._trial = None
-        compared = f"{self._images_per_s():.2f} images/s after {trial.images_per_s:.2f}"
-        if self._images_per_s() >= GAIN * trial.images_per_s:
+        compared = f"{self._images_per_s():.2f} images/s after {images_per_s:.2f}"
+        if self._images_per_s() >= GAIN * images_per_s:
             return "hold", f"the step stays: {compared}"
         self._lose_patience("step")
-        self._take(trial.before)
+        self._take(before)
         return "undo", compared
 
     def _lose_patience(self, action: Action) -> None:

@@ -150,30 +150,25 @@ class IngestPolicy:
 
     def larger(self, plan: IngestPlan, host: HostBudget, *, link_short: bool) -> IngestPlan | None:
         """Return a plan with one step more of what the GPU seems to wait for; None when there is no such step."""
-        if link_short:
-            downloads = min(math.ceil(DOWNLOAD_HEADROOM * plan.download_concurrency), self._downloads_most())
-            staged = plan.staged_ahead + downloads - plan.download_concurrency
-            return (
-                None
-                if staged == plan.staged_ahead
-                else _stepped(plan, download_concurrency=downloads, staged_ahead=min(plan.held_limit, staged))
-            )
-        if plan.decode_workers < _at_most(host.cores, self._ceilings.decode_workers):
-            scratch = plan.scratch_bytes // plan.decode_workers
-            return _stepped(
-                plan,
-                decode_workers=plan.decode_workers + 1,
-                scratch_bytes=plan.scratch_bytes + scratch,
-                peak_bytes=plan.peak_bytes + scratch,
-            )
-        if plan.binds == "inference" and plan.prefetch_factor < _at_most(PREFETCH_MAX, self._ceilings.prefetch_factor):
-            return _stepped(
-                plan,
-                prefetch_factor=plan.prefetch_factor + 1,
-                arena_bytes=plan.arena_bytes + plan.batch_bytes,
-                peak_bytes=plan.peak_bytes + plan.batch_bytes,
-            )
-        return None
+        more: dict[str, int] = {}
+        if link_short and plan.download_concurrency < self._downloads_most():
+            more["download_concurrency"] = min(2 * plan.download_concurrency, self._downloads_most())
+            more["staged_ahead"] = min(plan.held_limit, plan.staged_ahead + plan.download_concurrency)
+        elif not link_short and plan.decode_workers < _at_most(host.cores, self._ceilings.decode_workers):
+            more["decode_workers"] = plan.decode_workers + 1
+            more["scratch_bytes"] = plan.scratch_bytes // plan.decode_workers * more["decode_workers"]
+        elif (
+            not link_short
+            and plan.binds == "inference"
+            and plan.prefetch_factor < _at_most(PREFETCH_MAX, self._ceilings.prefetch_factor)
+        ):
+            more["prefetch_factor"] = plan.prefetch_factor + 1
+            more["arena_bytes"] = plan.arena_bytes + plan.batch_bytes
+        else:
+            return None
+        added_bytes = sum(more[name] - getattr(plan, name) for name in more if name.endswith("_bytes"))
+        why = {name: f"{value} in place of {getattr(plan, name)}: the GPU waited" for name, value in more.items()}
+        return replace(plan, why={**plan.why, **why}, peak_bytes=plan.peak_bytes + added_bytes, **more)  # type: ignore[arg-type]
 
     def _wanted_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
         if self.fixed:
@@ -312,11 +307,6 @@ class IngestPolicy:
 def _place(report: ProbeReport) -> int:
     """Return an image's bytes in the arena: whole pages."""
     return -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
-
-
-def _stepped(plan: IngestPlan, **larger: int) -> IngestPlan:
-    why = {name: f"{value} in place of {getattr(plan, name)}: the GPU waited" for name, value in larger.items()}
-    return replace(plan, why={**plan.why, **why}, **larger)  # type: ignore[arg-type]
 
 
 def in_processes(plan: IngestPlan) -> IngestPlan:

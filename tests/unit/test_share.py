@@ -17,7 +17,8 @@ from tests.support.fakes import GB, MB
 from tests.support.waiting import wait_until
 
 HOLDER = (
-    "import sys, pathlib; from adc_worker.host.share import MemoryShare; share = MemoryShare(pathlib.Path(sys.argv[1]));"
+    "import sys, pathlib; from adc_worker.host.share import MemoryShare;"
+    "share = MemoryShare(pathlib.Path(sys.argv[1]));"
     "share.claim(int(sys.argv[2]), busy=True); print('held', flush=True); sys.stdin.read()"
 )
 
@@ -29,7 +30,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def _budget(share: MemoryShare, used_bytes: int = 400 * MB) -> HostBudget:
-    return measure(used_bytes, share, 3 * GB, 1, staging_in_memory=False, gpu=False)
+    return measure(used_bytes, share, 3 * GB, 1, staging_in_memory=False, vram_free_bytes=None)
 
 
 def test_a_worker_that_is_alone_has_the_whole_limit(tmp_path: Path, stack: ExitStack) -> None:
