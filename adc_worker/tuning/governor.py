@@ -147,10 +147,15 @@ class Governor:
 
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
+            resized = report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
             self._report = report
             self._seen.clear()
-            self._follow(self._made(host), self._room_bytes(host))
-            return "replan", f"{report.tensor_bytes_per_image / 1e6:.0f} MB and {report.download_s:.2f} s an image now"
+            plan = self._made(host)
+            # A link that is ten times slower and still fast enough changes nothing.
+            if resized or plan.download_concurrency != self.plan.download_concurrency:
+                self._follow(plan, self._room_bytes(host))
+                size_mb = report.tensor_bytes_per_image / 1e6
+                return "replan", f"{size_mb:.0f} MB and {report.download_s:.2f} s an image now"
         if pressure > SHRINK_ABOVE:
             return self._shrink(host)
         if self._trial is not None:

@@ -82,7 +82,7 @@ def test_a_worker_that_arrives_in_the_others_peak_kills_neither(
     env = environment(server, tmp_path / "data", FIXED)
     with worker(env, *ENDLESS, within=group.within) as first:
         wait_until(lambda: any(one["memory_bytes"] > 1600 * MB for one in first.events("batch")), timeout_s=60)
-        jobs.append(server.add_job("simulated", [large] * 50))
+        jobs.append(server.add_job("simulated", [large] * 30))
         with worker(env, *ENDLESS, within=group.within) as second:
             assert (second.wait(), first.wait()) == (ExitCode.OK, ExitCode.OK)
             assert group.oom_kills() == 0

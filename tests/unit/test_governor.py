@@ -250,6 +250,12 @@ def test_a_link_ten_times_slower_gets_a_new_plan_within_two_batches() -> None:
     assert job.governor.plan.download_concurrency == before.download_concurrency
 
 
+def test_a_slower_link_that_is_still_fast_enough_changes_nothing() -> None:
+    """Ten milliseconds in place of one, beside an inference of 200: the plan's two downloads cover both."""
+    job = Governed(probe=image_probe(download_s=0.001))
+    assert job.actions(50, image=image_probe(download_s=0.010)) == []
+
+
 def test_images_that_were_on_disk_already_say_nothing_about_the_link() -> None:
     """They took no time."""
     assert Governed().actions(100, image=image_probe(download_s=0.0)) == []
