@@ -23,7 +23,7 @@ from tests.support.workers import environment, worker
 
 LARGE_PX = (4096, 3072)  # 37.7 MB decoded
 FIXED = {"AMI_INGEST_MODE": "fixed", "AMI_ANTENNA_API_BATCH_SIZE": "8", "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.1"}
-ENDLESS = ("--pipeline", "simulated", "--exit-when-idle")
+GREEDY = {"AMI_EXTRA_PIPELINES": "tests.support.greedy_pipeline:pipelines"}
 HOG = f"block = bytearray(b'x') * {200 * MB}; print('held', flush=True); input()"
 LOOK = "from adc_worker.host.memory import memory_limit as m; f = m(); print(f.limit_bytes, f.available_bytes)"
 
@@ -78,16 +78,22 @@ def test_a_worker_that_arrives_in_the_others_peak_kills_neither(
     What was logged of every batch is enough to make its decision again.
     """
     group = limited(3 * GB)
-    jobs = [server.add_job("simulated", [large] * 150)]
-    env = environment(server, tmp_path / "data", FIXED)
-    with worker(env, *ENDLESS, within=group.within) as first:
-        wait_until(lambda: any(one["memory_bytes"] > 1600 * MB for one in first.events("batch")), timeout_s=60)
-        jobs.append(server.add_job("simulated", [large] * 30))
-        with worker(env, *ENDLESS, within=group.within) as second:
-            assert (second.wait(), first.wait()) == (ExitCode.OK, ExitCode.OK)
-            assert group.oom_kills() == 0
+    jobs = [server.add_job("simulated", [large] * 120)]
+    (tmp_path / "once").touch()
+    env = environment(server, tmp_path / "data", FIXED | GREEDY | {"GREEDY_MARKER": str(tmp_path / "once")})
+    with (
+        worker(env, "--pipeline", "simulated", "--exit-when-idle", within=group.within) as first,
+        worker(env, "--pipeline", "greedy", within=group.within) as second,
+    ):
+        second.wait_for("worker_ready")
+        wait_until(lambda: any(one["memory_bytes"] > 1200 * MB for one in first.events("batch")), timeout_s=60)
+        jobs.append(server.add_job("greedy", [large] * 40))
+        for job_id in jobs:
+            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=90)  # type: ignore[misc]
+        second.process.terminate()
+        assert (second.wait(), first.wait()) == (ExitCode.OK, ExitCode.OK)
+        assert group.oom_kills() == 0
     for job_id in jobs:
-        wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS")  # type: ignore[misc]
         assert set(server.job(job_id).deliveries.values()) == {1}
     assert "shrink" in {one["action"] for one in first.events("batch")}
     halves = {one["observed"]["host"]["limit_bytes"] for one in second.events("batch")}
@@ -105,8 +111,8 @@ def test_after_a_kernel_kill_the_next_child_plans_with_less_until_a_job_went_wel
     """The kill costs no image; the second job is planned with everything again."""
     group = limited(1 * GB)
     jobs = [server.add_job("greedy", [large] * 6) for _ in range(2)]
-    extra = {"AMI_EXTRA_PIPELINES": "tests.support.greedy_pipeline:pipelines", "GREEDY_MARKER": str(tmp_path / "once")}
-    with worker(environment(server, tmp_path / "data", extra), "--exit-when-idle", within=group.within) as running:
+    env = environment(server, tmp_path / "data", GREEDY | {"GREEDY_MARKER": str(tmp_path / "once")})
+    with worker(env, "--exit-when-idle", within=group.within) as running:
         assert running.wait() == ExitCode.OK
         assert group.oom_kills() == 1
     assert running.events("child_killed_for_memory")[0]["plans_with"] == CAUTION_STEP
