@@ -1,12 +1,13 @@
-"""What this machine gives one worker: memory, cores, disk, descriptors. Measured once per job."""
+"""What this machine gives one worker: memory, cores, disk, descriptors. Measured anew with every batch."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
 import subprocess
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,11 @@ from pathlib import Path
 import psutil
 
 from adc_worker.host import memory
+from adc_worker.host.share import MemoryShare
+
+# Who shares a limit with us may take as much again as they hold, up to this part of it; where less is left, earlyoom
+# (10 % by default) and the kernel begin to choose whom to kill.
+OTHERS_RESERVE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +27,18 @@ class HostBudget:
     """This process's share of the machine, in bytes and counts.
 
     Attributes:
-        limit_bytes: the memory limit that binds this worker and all its processes.
-        limit_source: where it was found.
-        available_bytes: what the host can still give (MemAvailable).
-        used_bytes: anonymous memory of this worker's processes now, between jobs: without an arena.
-        cores: cores this process may run on.
+        limit_bytes: this worker's part of the memory limit that binds it and all its processes.
+        limit_source: where that limit was found.
+        available_bytes: what it may take on top of what it uses, beside what others hold and what is left to them.
+        used_bytes: memory of this worker's processes now, its arena included.
+        cores: cores this process may use, by affinity and cgroup quota.
         staging_bytes: what staged images may take.
         staging_in_memory: whether they take it from memory, for want of a disk.
         descriptors: open files allowed.
         gpu: whether inference runs on a GPU.
+        caution: part of the limit to plan with; below 1 after the kernel has killed a predecessor.
+        reserve_bytes: what `available_bytes` leaves to others, or to the kernel's own use in our name.
+        vram_free_bytes: free memory of the GPU.
     """
 
     limit_bytes: int
@@ -41,6 +50,9 @@ class HostBudget:
     descriptors: int
     gpu: bool = False
     staging_in_memory: bool = False
+    caution: float = 1.0
+    reserve_bytes: int = 0
+    vram_free_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.limit_bytes <= 0 or self.cores < 1:
@@ -48,24 +60,55 @@ class HostBudget:
 
 
 def measure(
-    pids: Iterable[int], limit_bytes: int | None, staging_bytes: int, *, staging_in_memory: bool, gpu: bool
+    used_bytes: int,
+    share: MemoryShare,
+    limit_bytes: int | None,
+    staging_bytes: int,
+    *,
+    staging_in_memory: bool,
+    vram_free_bytes: int | None,
 ) -> HostBudget:
-    """Measure the host; `limit_bytes` is AMI_MEMORY_LIMIT_BYTES, `pids` are this worker's processes."""
+    """Measure the host; `used_bytes` is what this worker's processes hold, `limit_bytes` AMI_MEMORY_LIMIT_BYTES.
+
+    `vram_free_bytes` is None where inference runs on the CPU.
+    """
     found = memory.memory_limit()
+    held_by_others = found.limit_bytes - found.available_bytes - used_bytes
+    reserve = max(0, min(held_by_others, int(OTHERS_RESERVE * found.limit_bytes)))
     limit, source = found.limit_bytes, found.source
     if limit_bytes is not None and limit_bytes < limit:
         limit, source = limit_bytes, "AMI_MEMORY_LIMIT_BYTES"
+    claims = share.others()
+    idle_bytes = sum(claim.size_bytes for claim in claims if not claim.busy)
+    unclaimed = limit - sum(claim.size_bytes for claim in claims) - used_bytes
     return HostBudget(
-        limit_bytes=limit,
+        limit_bytes=max(1, (limit - idle_bytes) // (1 + sum(claim.busy for claim in claims))),
         limit_source=source,
-        available_bytes=found.available_bytes,
-        used_bytes=memory.anonymous_bytes(pids),
-        cores=len(os.sched_getaffinity(0)),
+        available_bytes=max(0, min(found.available_bytes - reserve, unclaimed)),
+        used_bytes=used_bytes,
+        cores=allowed_cores(),
         staging_bytes=staging_bytes,
         staging_in_memory=staging_in_memory,
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        gpu=gpu,
+        gpu=vram_free_bytes is not None,
+        caution=share.caution,
+        reserve_bytes=reserve,
+        vram_free_bytes=vram_free_bytes or 0,
     )
+
+
+def allowed_cores(root: Path = Path("/")) -> int:
+    """Return the cores of the affinity mask, or the cgroup's CPU quota in whole cores where that is less."""
+    quotas = [float(len(os.sched_getaffinity(0)))]
+    for folder in memory.cgroup_folders("cpu", root):
+        with suppress(OSError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas.append(int(quota) / int(period) if int(quota) > 0 else math.inf)
+    for folder in memory.cgroup_folders("", root):
+        with suppress(OSError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period) if quota != "max" else math.inf)
+    return max(1, int(min(quotas)))
 
 
 def raise_descriptor_limit() -> int:

@@ -95,12 +95,14 @@ class BatchFeeder:
         self._batches_ahead = 0  # being decoded or ready
         self._in_arena: set[Region] = set()
         self._source_ended = False
+        self._paused = False
         self._stopping = False
         self._failure: BaseException | None = None
         self._ended = False
         self._resized = False  # for an image that runs alone
         self.batches_asked = 0
         self.batches_ready = 0  # of those asked for, how many did not have to be waited for
+        self.last_ready = True
         source.listen(self._wake)
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         self._thread.start()
@@ -113,6 +115,18 @@ class BatchFeeder:
     @property
     def decode_pids(self) -> list[int]:
         return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
+
+    @property
+    def waiting(self) -> int:
+        """Staged images that wait for admission."""
+        with self._changed:
+            return sum(map(len, self._waiting.values())) + len(self._source)
+
+    def pause(self, paused: bool) -> None:
+        """Admit one image at a time and only when nothing else is in the arena, or as the plan says again."""
+        with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
 
     def apply(self, plan: IngestPlan) -> None:
         """Form the next batches by another plan; its arena and decode workers must be those of the first."""
@@ -157,6 +171,7 @@ class BatchFeeder:
                 return None
             self.batches_asked += 1
             self.batches_ready += at_once
+            self.last_ready = at_once
             self._batches_ahead -= 1
             self._changed.notify_all()
             return self._ready.popleft()
@@ -181,11 +196,14 @@ class BatchFeeder:
                 self._take_staged()
                 if self._source_ended and not self._waiting:
                     return None
-                kind = self._closable_kind() if self._batches_ahead <= self._plan.prefetch_factor else None
+                kind = self._closable_kind() if self._may_admit() else None
                 if kind is not None:
                     return self._close_batch(kind)
                 self._changed.wait(self._seconds_to_next_close())
         return None
+
+    def _may_admit(self) -> bool:
+        return not self._in_arena if self._paused else self._batches_ahead <= self._plan.prefetch_factor
 
     def _take_staged(self) -> None:
         images, self._source_ended = self._source.take_all()
@@ -211,7 +229,7 @@ class BatchFeeder:
         return min(closable)[1] if closable else None
 
     def _seconds_to_next_close(self) -> float | None:
-        if not self._waiting or self._batches_ahead > self._plan.prefetch_factor:
+        if not self._waiting or not self._may_admit():
             return None
         oldest = min(images[0].staged_at for images in self._waiting.values())
         return max(0.0, oldest + self._plan.batch_wait_s - time.monotonic())
@@ -221,7 +239,7 @@ class BatchFeeder:
         return image.suspect or header.pixel_bytes > plan.arena_bytes or header.scratch_bytes > plan.scratch_bytes
 
     def _images_per_batch(self, image: StagedImage) -> int:
-        if self._runs_alone(image):
+        if self._paused or self._runs_alone(image):
             return 1
         return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
 

@@ -55,6 +55,16 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         return self._feeder.batches_ready / max(1, self._feeder.batches_asked)
 
     @property
+    def last_ready(self) -> bool:
+        """Whether the last batch was."""
+        return self._feeder.last_ready
+
+    @property
+    def waiting(self) -> int:
+        """Staged images that wait for admission."""
+        return self._feeder.waiting
+
+    @property
     def decode_pids(self) -> list[int]:
         """The processes that decode for this loader; none where threads do."""
         return self._feeder.decode_pids
@@ -72,6 +82,10 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         self.prefetch_factor = plan.prefetch_factor
         self._feeder.apply(plan)
         return True
+
+    def pause(self, paused: bool) -> None:
+        """Admit one image at a time, or as the plan says again."""
+        self._feeder.pause(paused)
 
     def stop(self) -> None:
         """Admit nothing more; what is admitted still comes out."""

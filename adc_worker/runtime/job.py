@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
@@ -13,7 +16,8 @@ from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
-from adc_worker.host.memory import anonymous_bytes
+from adc_worker.host.memory import anonymous_bytes, stalled_percent
+from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.loader import JobDataLoader, build_dataloader
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -21,7 +25,7 @@ from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.faults import Affected, Faults, rule_for
-from adc_worker.runtime.inference import infer_and_keep, measured_image
+from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
@@ -29,14 +33,15 @@ from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_F
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
-from adc_worker.tuning.drift import DriftWatch
+from adc_worker.tuning.governor import Decision, Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ProbeReport
+from adc_worker.tuning.probe_report import ImageProbe
 
 _log = get_logger(__name__)
 
 _BACKPRESSURE_POLL_S = 1.0
+DESCRIPTORS = 65_536  # more than any plan takes, and what most units set
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +60,20 @@ class WorkerContext:
     flushing: threading.Event
     life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
+    share: MemoryShare
     faults: Faults = field(default_factory=Faults)
 
-    def host(self, pipeline: Pipeline) -> HostBudget:
+    def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
+        """Measure the host, and this worker with the decoders and pixels of a loader."""
+        loaders_pids, loaders_bytes = (loader.decode_pids, loader.resident_bytes) if loader is not None else ([], 0)
+        staged_bytes = self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
         return budget.measure(
-            self.pids,
+            anonymous_bytes((*self.pids, *loaders_pids)) + loaders_bytes + staged_bytes,
+            self.share,
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
             staging_in_memory=self.staging.disk.in_memory,
-            gpu=pipeline.device.type == "cuda",
+            vram_free_bytes=torch.cuda.mem_get_info(pipeline.device)[0] if pipeline.device.type == "cuda" else None,
         )
 
 
@@ -72,8 +82,7 @@ class JobMemory:
     """What a job keeps between its turns: it neither probes nor plans again."""
 
     fetch: TaskFetch
-    report: ProbeReport | None = None
-    plan: IngestPlan | None = None
+    governor: Governor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +139,15 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     intake.start()
     try:
         run.probe_and_feed()
+        if outcomes.done:
+            context.share.recover()
     except RuntimeError as error:
         rule = rule_for(error)
         if rule is not None and rule.affected is Affected.MACHINE:
             raise WorkerFault(f"{error}; {rule.advice}", ExitCode.GPU_FAULT) from error
         raise
     finally:
+        context.share.claim(context.host(pipeline).used_bytes, busy=False)
         context.poster.listen(None)
         intake.close()
     _check_thread("intake", intake.failure)
@@ -175,7 +187,6 @@ class _JobRun:
         self._memory = memory
         self._turn = turn
         self._struck_out = struck_out
-        self._inference_limit_s = 0.0  # for one image
         self.switch_s: float | None = None
         self._started = time.monotonic()
         self._peak_bytes = 0
@@ -185,74 +196,86 @@ class _JobRun:
 
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
+        self._context.share.claim(host.used_bytes, busy=True)  # from here on the others make room
         self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
-        report, plan = self._memory.report, self._memory.plan
-        if report is None or plan is None:
-            first_s = FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s
-            report = probe(self._intake.staged, self._pipeline, host, self._outcomes, self._context.life, first_s)
-            plan = self._made_plan(report, host) if report is not None else None
+        governor = self._memory.governor
+        if governor is None:
+            governor = self._memory.governor = self._probe()
             self._started = time.monotonic()  # a probe is work, and made once
-        if report is not None and plan is not None:
-            self._follow(report, plan, host)
+        if governor is not None:
+            self._intake.apply(IntakeLimits.of(governor.plan))
+            self._follow(governor)
         if not self._turn.is_stopping():
             self._struck_out.fail()
 
-    def _follow(self, report: ProbeReport, plan: IngestPlan | None, host: HostBudget) -> None:
-        if plan is not None:
-            self._intake.apply(IntakeLimits.of(plan))
-        self._inference_limit_s = INFERENCE_FACTOR * max(image.inference_s for image in report.images)
-        drift = DriftWatch(report)
-        outcomes = self._outcomes
-        while plan is not None:
-            with build_dataloader(plan, self._intake.staged, outcomes.fail_staged, outcomes.begin) as loader:
-                plan = self._feed(loader, drift, host)
+    def _probe(self) -> Governor | None:
+        """Measure two tasks and plan; None where none could be measured."""
+        report = probe(
+            self._intake.staged,
+            self._pipeline,
+            lambda: self._context.host(self._pipeline),
+            self._outcomes,
+            self._context.life,
+            FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s,
+            self._context.stopping,
+        )
+        if report is None:
+            return None
+        host, lease = self._context.host(self._pipeline), self._context.lease
+        governor = Governor(self._context.policy, report, host, lease)
+        if governor.plan.descriptors > host.descriptors:
+            self._log.warning(
+                "few_descriptors",
+                note=f"this process may open {host.descriptors} files and may need {governor.plan.descriptors}:"
+                f" set LimitNOFILE={DESCRIPTORS} in its systemd unit, or minfds={DESCRIPTORS} in supervisord.conf",
+            )
+        self._log_plan(governor.plan, inputs={"report": asdict(report), "host": asdict(host), "lease": asdict(lease)})
+        return governor
+
+    def _follow(self, governor: Governor) -> None:
+        """Build a loader for the governor's plan, and another whenever that takes another."""
+        outcomes, loaded = self._outcomes, None
+        while governor.plan is not loaded and not (loaded and self._turn.is_stopping()):
+            loaded = governor.plan
+            self._context.share.claim(loaded.peak_bytes, busy=True)
+            with build_dataloader(loaded, self._intake.staged, outcomes.fail_staged, outcomes.begin) as loader:
+                loaded = self._feed(loader, governor)
                 self._readiness = loader.readiness
 
-    def _made_plan(self, report: ProbeReport, host: HostBudget) -> IngestPlan:
-        self._memory.report = report
-        self._memory.plan = plan = self._context.policy.plan(report, host, self._context.lease)
+    def _log_plan(self, plan: IngestPlan, **more: Any) -> None:
         self._intake.apply(IntakeLimits.of(plan))
-        self._inference_limit_s = INFERENCE_FACTOR * max(image.inference_s for image in report.images)
-        self._log.info("plan", **plan.log_fields(), why=dict(plan.why), ratio=round(report.download_inference_ratio, 3))
-        return plan
+        self._log.info("plan", **plan.log_fields(), why=dict(plan.why), **more)
 
-    def _feed(self, loader: JobDataLoader, drift: DriftWatch, host: HostBudget) -> IngestPlan | None:
-        """Infer what the loader brings; return a plan when it takes another loader to follow it."""
-        next_plan: IngestPlan | None = None
+    def _feed(self, loader: JobDataLoader, governor: Governor) -> IngestPlan:
+        """Infer what the loader brings; return its last plan, which is not the governor's when that takes another."""
+        last_at = time.monotonic()
         for batch in loader:
             if self._context.flushing.is_set():
                 break
             if self.switch_s is None:
                 self.switch_s = time.monotonic() - self._started
-            limit_s = max(
-                INFERENCE_LEASES * self._context.lease.ack_wait_s, self._inference_limit_s * len(batch.staged)
-            )
+            measured_s = governor.inference_s * len(batch.staged)
+            limit_s = max(INFERENCE_LEASES * self._context.lease.ack_wait_s, INFERENCE_FACTOR * measured_s)
             with batch, self._context.life.inference(limit_s):
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
-                images = len(batch.staged)
+                image, images = measured_image(batch.staged, batch.reports, stats), len(batch.staged)
+            now = time.monotonic()
+            observed = self._observation(loader, image, images, now - last_at, governor)
+            last_at = now
             self._context.life.status(f"job {self._job_id}: {self._outcomes.done} images done")
             self._struck_out.fail_once_others_succeed()
-            report = drift.observe(measured_image(batch.staged, batch.reports, stats))
-            if report is not None and next_plan is None:
-                changed = self._made_plan(report, host)
-                if not loader.apply(changed):
-                    next_plan = changed
+            decision = governor.observe(observed)
+            loader.pause(decision.paused)
+            if decision.plan is not loader.plan and observed.in_force:
+                self._log_plan(decision.plan)
+                if loader.apply(decision.plan):
+                    self._context.share.claim(decision.plan.peak_bytes, busy=True)
+                else:
                     loader.stop()
             self._inference_s += stats.inference_s
             self._intake.pace(images / max(stats.inference_s, 1e-6))
-            memory_bytes = self._memory_bytes(loader)
-            self._peak_bytes = max(self._peak_bytes, memory_bytes)
-            self._log.info(
-                "batch",
-                images=images,
-                inference_s=round(stats.inference_s, 4),
-                device_s=round(stats.device_s, 4),
-                keep_s=round(stats.keep_s, 4),
-                detections=stats.detections,
-                readiness=round(loader.readiness, 3),
-                memory_bytes=memory_bytes,
-                predicted_bytes=loader.plan.peak_bytes,
-            )
+            self._peak_bytes = max(self._peak_bytes, observed.host.used_bytes)
+            self._log_batch(loader, stats, observed, decision, governor.readiness)
             self._check_background()
             self._wait_for_room()
             if self._turn.is_stopping():
@@ -260,12 +283,50 @@ class _JobRun:
                 loader.stop()
             if self._turn.breaks_off():  # what is decoded stays on disk, too: no later batch is waited for
                 break
-        return None if self._turn.is_stopping() else next_plan
+        return loader.plan
 
-    def _memory_bytes(self, loader: JobDataLoader) -> int:
-        disk = self._context.staging.disk
-        staged = disk.used_bytes if disk.in_memory else 0
-        return anonymous_bytes((*self._context.pids, *loader.decode_pids)) + loader.resident_bytes + staged
+    def _observation(
+        self, loader: JobDataLoader, image: ImageProbe, images: int, batch_s: float, governor: Governor
+    ) -> Observation:
+        return Observation(
+            image=image,
+            images=images,
+            batch_s=batch_s,
+            ready=loader.last_ready,
+            waiting=loader.waiting,
+            host=self._context.host(self._pipeline, loader),
+            arena_bytes=loader.resident_bytes,
+            stalled_percent=stalled_percent(),
+            in_force=loader.plan is governor.plan,
+        )
+
+    def _log_batch(
+        self,
+        loader: JobDataLoader,
+        stats: InferenceStats,
+        observed: Observation,
+        decision: Decision,
+        readiness: float,
+    ) -> None:
+        """Write all that the decision was made from, so that it can be made again."""
+        plan = loader.plan
+        self._log.info(
+            "batch",
+            images=observed.images,
+            inference_s=round(stats.inference_s, 4),
+            keep_s=round(stats.keep_s, 4),
+            detections=stats.detections,
+            readiness=round(readiness, 3),
+            memory_bytes=observed.host.used_bytes,
+            predicted_bytes=plan.peak_bytes,
+            plan=plan.log_fields(),
+            budget_bytes=decision.budget_bytes,
+            pressure=round(decision.pressure, 3),
+            action=decision.action,
+            reason=decision.reason,
+            paused=decision.paused,
+            observed=asdict(observed),
+        )
 
     def _check_background(self) -> None:
         _check_thread("intake", self._intake.failure)
@@ -279,7 +340,8 @@ class _JobRun:
             self._check_background()
 
     def log_summary(self, wall_s: float) -> None:
-        outcomes, plan = self._outcomes, self._memory.plan
+        outcomes, governor = self._outcomes, self._memory.governor
+        plan = governor.plan if governor is not None else None
         self._log.info(
             "job_summary",
             tasks=self._intake.fetched,

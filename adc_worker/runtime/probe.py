@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from contextlib import closing
 
 import torch
@@ -14,6 +16,7 @@ from adc_worker.ingest.decode import decode
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
+from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import JobOutcomes
@@ -21,26 +24,34 @@ from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
 PROBE_IMAGES = 2
+_MEMORY_POLL_S = 0.5
+_log = get_logger(__name__)
 
 
 def probe(
     source: StagedQueue,
     pipeline: Pipeline,
-    host: HostBudget,
+    measure: Callable[[], HostBudget],
     outcomes: JobOutcomes,
     life: SignsOfLife,
     limit_s: float,
+    stopping: threading.Event,
 ) -> ProbeReport | None:
     """Measure up to two images that can be decoded, one at a time and `limit_s` at most; None when the job has none.
 
-    An image that fails has its outcome and another takes its place.
+    An image that fails has its outcome and another takes its place. One for which others on this host leave no memory
+    waits for it.
     """
+    base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
     inference_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
+            if not _wait_for_memory(image, measure, stopping):
+                source.put_back([image])
+                return None
             with life.inference(limit_s):
-                measured, peak_bytes = _measure(image, pipeline, host, outcomes)
+                measured, peak_bytes = _measure(image, pipeline, outcomes)
         except ImageError as error:
             outcomes.fail_staged(image, error)
             continue
@@ -48,15 +59,29 @@ def probe(
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
     if not probes:
         return None
-    return ProbeReport(tuple(probes), host.used_bytes, inference_peak_bytes)
+    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes)
 
 
-def _measure(image: StagedImage, pipeline: Pipeline, host: HostBudget, outcomes: JobOutcomes) -> tuple[ImageProbe, int]:
+def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stopping: threading.Event) -> bool:
+    """Wait until the image fits beside what others hold; False when stopping comes first."""
+    needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
+    while True:
+        host = measure()
+        room = host.limit_bytes - host.used_bytes - host.reserve_bytes
+        if needed > room:
+            raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} for one image")
+        if needed <= host.available_bytes + host.reserve_bytes:
+            return True
+        if not said:
+            note = "others on this host hold the rest: stop one of them, or raise its memory limit"
+            _log.warning("waiting_for_memory", needed_bytes=needed, available_bytes=host.available_bytes, note=note)
+            said = True
+        if stopping.wait(_MEMORY_POLL_S):
+            return False
+
+
+def _measure(image: StagedImage, pipeline: Pipeline, outcomes: JobOutcomes) -> tuple[ImageProbe, int]:
     header = image.header
-    needed = header.pixel_bytes + header.scratch_bytes
-    room = min(host.limit_bytes - host.used_bytes, host.available_bytes)
-    if needed > room:
-        raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} left")
     arena = Arena(header.pixel_bytes)
     region = arena.allocate(header.pixel_bytes)
     if region is None:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -29,6 +30,7 @@ from adc_worker.errors import (
     WorkerFault,
 )
 from adc_worker.host.memory import anonymous_bytes, oom_kills
+from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
@@ -246,6 +248,7 @@ def run(
     with (
         ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2) as images,
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
+        closing(MemoryShare(config.user_data_path, options.caution)) as share,
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         suspects = journal.accuse(died, oom_kills())
@@ -275,6 +278,7 @@ def run(
             flushing=stop.flushing,
             life=life or SignsOfLife(),
             pids=(os.getppid(), os.getpid()),
+            share=share,
         )
         try:
             return WorkerLoop(options, config, context).run()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+_OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
+
 
 @dataclass(frozen=True, slots=True)
 class IngestPlan:
@@ -58,6 +60,11 @@ class IngestPlan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         object.__setattr__(self, "why", MappingProxyType(dict(self.why)))
+
+    @property
+    def descriptors(self) -> int:
+        """Open files it may take: a socket and a file a download, two a decode, and what libraries and journal hold."""
+        return 2 * self.download_concurrency + 2 * self.decode_workers + _OTHER_DESCRIPTORS
 
     def log_fields(self) -> dict[str, Any]:
         """Return the plan as flat fields for a log line, without the reasons."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from adc_worker.antenna.leases import LeaseTerms
@@ -32,6 +32,9 @@ TASKS_PER_FETCH_MAX = 64
 # results of one image are in what inference was measured to need.
 RESERVE_BYTES = 64 * _MB
 PAGE_BYTES = 4096  # the arena's regions start and end at pages
+# Plans fill this part of the memory that ingest may take (design, "The governor"): images a quarter larger fit, too.
+AIM = 0.80
+DECODE_PROCESS_BYTES = 14 * _MB  # measurements, "Other costs": numpy and simplejpeg
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,16 @@ class IngestPolicy:
 
     def __init__(self, ceilings: Ceilings | None = None) -> None:
         self._ceilings = ceilings or Ceilings()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the operator's values are taken as they are."""
+        return self._ceilings.mode == "fixed"
+
+    def budget_bytes(self, base_bytes: int, host: HostBudget) -> int:
+        """Return the memory of which plans leave a fifth of ingest's part: so they reach the soft cap and no more."""
+        soft = self._ceilings.soft_cap * host.caution * host.limit_bytes
+        return min(int(base_bytes + (soft - base_bytes) / AIM), base_bytes + host.available_bytes)
 
     def plan(self, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> IngestPlan:
         """Return the plan for a job that looks like `report` on a machine like `host`."""
@@ -135,12 +148,30 @@ class IngestPolicy:
             why=why,
         )
 
-    @property
-    def _fixed(self) -> bool:
-        return self._ceilings.mode == "fixed"
+    def larger(self, plan: IngestPlan, host: HostBudget, *, link_short: bool) -> IngestPlan | None:
+        """Return a plan with one step more of what the GPU seems to wait for; None when there is no such step."""
+        more: dict[str, int] = {}
+        if link_short and plan.download_concurrency < self._downloads_most():
+            more["download_concurrency"] = min(2 * plan.download_concurrency, self._downloads_most())
+            more["staged_ahead"] = min(plan.held_limit, plan.staged_ahead + plan.download_concurrency)
+        elif not link_short and plan.decode_workers < _at_most(host.cores, self._ceilings.decode_workers):
+            more["decode_workers"] = plan.decode_workers + 1
+            more["scratch_bytes"] = plan.scratch_bytes // plan.decode_workers * more["decode_workers"]
+        elif (
+            not link_short
+            and plan.binds == "inference"
+            and plan.prefetch_factor < _at_most(PREFETCH_MAX, self._ceilings.prefetch_factor)
+        ):
+            more["prefetch_factor"] = plan.prefetch_factor + 1
+            more["arena_bytes"] = plan.arena_bytes + plan.batch_bytes
+        else:
+            return None
+        added_bytes = sum(more[name] - getattr(plan, name) for name in more if name.endswith("_bytes"))
+        why = {name: f"{value} in place of {getattr(plan, name)}: the GPU waited" for name, value in more.items()}
+        return replace(plan, why={**plan.why, **why}, peak_bytes=plan.peak_bytes + added_bytes, **more)  # type: ignore[arg-type]
 
     def _wanted_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
-        if self._fixed:
+        if self.fixed:
             workers = _at_most(self._ceilings.fixed_decode_workers, self._ceilings.decode_workers)
             why["decode_workers"] = f"AMI_NUM_WORKERS or its old default: {workers}"
             return workers
@@ -153,7 +184,7 @@ class IngestPolicy:
         return workers
 
     def _downloads_most(self) -> int:
-        if self._fixed:
+        if self.fixed:
             return self._ceilings.downloads or FIXED_DOWNLOADS
         return _at_most(DOWNLOADS_MAX, self._ceilings.downloads)
 
@@ -162,8 +193,8 @@ class IngestPolicy:
         scratch, image = report.decode_scratch_bytes + report.compressed_bytes, self._bytes_per_image(report)
         staged = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
         taken = report.base_bytes + RESERVE_BYTES + staged
-        soft = min(int(self._ceilings.soft_cap * host.limit_bytes), report.base_bytes + host.available_bytes) - taken
-        hard = min(host.limit_bytes, report.base_bytes + host.available_bytes) - taken
+        soft = int(AIM * (self.budget_bytes(report.base_bytes, host) - report.base_bytes)) + report.base_bytes - taken
+        hard = host.limit_bytes - taken  # what is available passes; an image that is refused is refused for good
         workers = max(1, min(wanted_workers, soft // (scratch + image)))
         left = min(soft - scratch, max(soft * image // (scratch + image), soft - wanted_workers * scratch))
         why["decode_workers"] += f"; {_mb(max(0, soft))} holds {max(0, soft // (scratch + image))}"
@@ -178,7 +209,7 @@ class IngestPolicy:
         return BATCHES_IN_ARENA * _place(report) + report.inference_peak_bytes
 
     def _wanted_batch(self, report: ProbeReport, why: dict[str, str]) -> int:
-        if self._fixed:
+        if self.fixed:
             why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
             return self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
         ratio = report.download_inference_ratio
@@ -209,7 +240,7 @@ class IngestPolicy:
         ratio = report.download_inference_ratio
         wanted = min(PREFETCH_MAX, max(1, math.ceil(ratio)))
         cap = self._pixels(report, room, wanted_batch)
-        if self._fixed:
+        if self.fixed:
             wanted = self._ceilings.prefetch_factor or FIXED_PREFETCH
         else:
             cap = min(ARENA_BYTES_CAP, cap)
@@ -234,7 +265,7 @@ class IngestPolicy:
 
     def _downloads(self, report: ProbeReport, rate: float, most: int, why: dict[str, str]) -> int:
         busy = DOWNLOAD_HEADROOM * rate * report.download_s
-        downloads = most if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
+        downloads = most if self.fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
         why["download_concurrency"] = (
             f"{rate:.2f} images/s x {report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
         )
@@ -255,14 +286,14 @@ class IngestPolicy:
 
     def _fetch_size(self, rate: float, staged: int, why: dict[str, str]) -> int:
         wanted = min(TASKS_PER_FETCH_MAX, max(1, math.ceil(rate * FETCH_COVER_S)))
-        if self._fixed:
+        if self.fixed:
             wanted = self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
         fetch = _at_most(min(wanted, staged), self._ceilings.tasks_per_fetch)
         why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
         return fetch
 
     def _pin_memory(self, host: HostBudget, why: dict[str, str]) -> bool:
-        permitted = self._ceilings.pin_memory if not self._fixed else self._ceilings.pin_memory is not False
+        permitted = self._ceilings.pin_memory if not self.fixed else self._ceilings.pin_memory is not False
         why["pin_memory"] = (
             "no GPU"
             if not host.gpu
@@ -276,6 +307,12 @@ class IngestPolicy:
 def _place(report: ProbeReport) -> int:
     """Return an image's bytes in the arena: whole pages."""
     return -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
+
+
+def in_processes(plan: IngestPlan) -> IngestPlan:
+    """Return the plan with decode processes, of which one more waits, in place of decode threads."""
+    extra_bytes = DECODE_PROCESS_BYTES * (plan.decode_workers + 1)
+    return replace(plan, decode_engine="processes", peak_bytes=plan.peak_bytes + extra_bytes)
 
 
 def _at_most(value: int, ceiling: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 PIXEL_BYTES = 3  # uint8 RGB, the form in which images wait and travel
@@ -50,6 +50,11 @@ class ProbeReport:
         """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
         scale = seen.tensor_bytes / self.tensor_bytes_per_image
         return ProbeReport((seen,), self.base_bytes, int(self.inference_peak_bytes * scale))
+
+    def for_link_like(self, seen: ImageProbe) -> ProbeReport:
+        """Return the report of a job whose downloads take what `seen` took."""
+        images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
+        return replace(self, images=tuple(images))
 
     @property
     def tensor_bytes_per_image(self) -> int:

@@ -136,9 +136,14 @@ class MemoryCgroup:
             else:
                 return
 
-    def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    @property
+    def within(self) -> list[str]:
+        """The start of a command line that runs the rest of it in here."""
         # The shell enters before it becomes the program: no page of it is charged elsewhere.
-        return _start(["sh", "-c", f'echo $$ > "{self._folder}/cgroup.procs" && exec "$@"', "sh", *command], env)
+        return ["sh", "-c", f'echo $$ > "{self._folder}/cgroup.procs" && exec "$@"', "sh"]
+
+    def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+        return _start([*self.within, *command], env)
 
     def pids(self) -> list[int]:
         return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]

@@ -19,6 +19,7 @@ import psutil
 LATENCY_S = 0.050
 BYTES_PER_S = 60e6
 CHUNK_BYTES = 512 * 1024
+_CHANGE = "change"  # a file with what is different for a while
 
 
 class ImageHost:
@@ -49,6 +50,12 @@ class ImageHost:
         """Return an address per name, all different."""
         return [f"http://127.0.0.1:{self._port}/{number}/{name}" for number, name in enumerate(names)]
 
+    def change(self, *, slower: float = 1.0, kind: str = "") -> None:
+        """From the next answer on take `slower` times as long, and send photographs of `kind` in place of others."""
+        partial = self._folder / f".{_CHANGE}"
+        partial.write_text(f"{slower} {kind}")
+        partial.rename(self._folder / _CHANGE)
+
     def cpu_s(self) -> float:
         times = psutil.Process(self._process.pid).cpu_times()
         return times.user + times.system
@@ -59,8 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
     folder: Path
 
     def do_GET(self) -> None:
-        time.sleep(LATENCY_S)
-        file = self.folder / Path(self.path).name
+        change = self.folder / _CHANGE
+        factor, _space, kind = change.read_text().partition(" ") if change.exists() else ("1", "", "")
+        slower, name = float(factor), Path(self.path).name
+        time.sleep(slower * LATENCY_S)
+        file = self.folder / (f"{kind}-{name.partition('-')[2]}" if kind else name)
         if not file.is_file():
             self.send_error(404)
             return
@@ -70,13 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "image/jpeg")
             self.send_header("Content-Length", str(size_bytes))
             self.end_headers()
-            self._send(stream.fileno(), size_bytes)
+            self._send(stream.fileno(), size_bytes, BYTES_PER_S / slower)
 
-    def _send(self, fd: int, size_bytes: int) -> None:
+    def _send(self, fd: int, size_bytes: int, bytes_per_s: float) -> None:
         sent, started_s = 0, time.monotonic()
         while sent < size_bytes:
             sent += os.sendfile(self.connection.fileno(), fd, sent, min(CHUNK_BYTES, size_bytes - sent))
-            time.sleep(max(0.0, started_s + sent / BYTES_PER_S - time.monotonic()))
+            time.sleep(max(0.0, started_s + sent / bytes_per_s - time.monotonic()))
 
     def handle(self) -> None:
         try:

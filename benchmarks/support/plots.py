@@ -80,6 +80,56 @@ def draw_run(
     plt.close(figure)
 
 
+def draw_governed(
+    file: Path,
+    title: str,
+    samples: Samples,
+    limit_bytes: int,
+    workers: Sequence[Sequence[Mapping[str, Any]]],
+    disturbed: tuple[float, float],
+) -> None:
+    """Draw memory of the enclosure, each worker's budget, use and decisions over it, and images per second below."""
+    start_s = samples.held[0][0]
+    figure, (memory, rate) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    memory.plot(*_series(samples.held, start_s), color=HELD, lw=1.2, label="all in the limit")
+    memory.axhline(limit_bytes / 1e9, color=LIMIT, lw=1.5)
+    for number, batches in enumerate(workers):
+        for name, color in (("budget_bytes", PREDICTED), ("memory_bytes", OUT)):
+            points = [(batch["at_s"], batch[name]) for batch in batches]
+            label = {"budget_bytes": "a worker's budget", "memory_bytes": "its use, measured"}[name]
+            memory.plot(*_series(points, start_s), color=color, lw=1.2, label=label if number == 0 else None)
+        for batch in batches:
+            if batch["action"] != "hold":
+                at = (batch["at_s"] - start_s, batch["memory_bytes"] / 1e9)
+                memory.annotate(
+                    batch["action"],
+                    at,
+                    xytext=(0, 12),
+                    textcoords="offset points",
+                    rotation=90,
+                    fontsize=8,
+                    ha="center",
+                    arrowprops={"arrowstyle": "-", "color": MUTED},
+                )
+    memory.set_ylabel("GB")
+    memory.set_ylim(0, limit_bytes / 1e9 * 1.12)
+    memory.legend(loc="upper left", frameon=False, fontsize=8)
+    _draw_rate(rate, workers[0], start_s, None)
+    rate.set_xlabel("seconds since the start of the first worker")
+    for axes in (memory, rate):
+        axes.axvspan(disturbed[0] - start_s, disturbed[1] - start_s, color=MUTED, alpha=0.12, lw=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, samples.held[-1][0] - start_s)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _series(points: Sequence[tuple[float, int]], start_s: float) -> tuple[list[float], list[float]]:
+    return [at_s - start_s for at_s, _size in points], [size / 1e9 for _at_s, size in points]
+
+
 def _draw_rate(axes: Any, batches: Sequence[Mapping[str, Any]], start_s: float, roofline: float | None) -> None:
     """Draw images per second over the last seconds, and a tick per batch."""
     times = [batch["at_s"] - start_s for batch in batches]

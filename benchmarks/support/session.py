@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -105,6 +105,14 @@ class Samples:
 
 
 @dataclass(slots=True)
+class Companion:
+    """Another worker beside the first, and its log."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Session:
     """A worker that runs, and what is known of it."""
 
@@ -121,8 +129,19 @@ class Session:
 
     def start(self, command: Sequence[str], extra: Mapping[str, str]) -> None:
         """Start a worker, whose JSON log goes to `lines`."""
+        self.process = self.enclosure.spawn(command, self._environment(extra))
+        self._run_thread(self._read, self.process, self.lines)
+        self._run_thread(self._sample)
+
+    def also_start(self, command: Sequence[str], extra: Mapping[str, str]) -> Companion:
+        """Start another worker in the same enclosure, with the same files."""
+        other = Companion(self.enclosure.spawn(command, self._environment(extra)))
+        self._run_thread(self._read, other.process, other.lines)
+        return other
+
+    def _environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("AMI_")}
-        environment = inherited | {
+        return inherited | {
             "AMI_ANTENNA_API_BASE_URL": self.server.api_url,
             "AMI_ANTENNA_API_AUTH_TOKEN": self.server.token,
             "AMI_USER_DATA_PATH": str(self.data),
@@ -130,11 +149,11 @@ class Session:
             "AMI_LOG_FORMAT": "json",
             **extra,
         }
-        self.process = self.enclosure.spawn(command, environment)
-        for target in (self._read, self._sample):
-            thread = threading.Thread(target=target, name=target.__name__, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+
+    def _run_thread(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for the worker's end; None when it did not end in time."""
@@ -152,10 +171,10 @@ class Session:
             time.sleep(0.3)
         return view
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the log lines of an event; `at_s` is the wall clock."""
+    def events(self, name: str, lines: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Return the log lines of an event, of the first worker unless told otherwise; `at_s` is the wall clock."""
         found = []
-        for line in list(self.lines):
+        for line in list(self.lines if lines is None else lines):
             if f'"{name}"' not in line:
                 continue
             with suppress(json.JSONDecodeError):
@@ -168,12 +187,11 @@ class Session:
         self.max_usage_bytes, self.oom_kills = self.enclosure.max_usage_bytes(), self.enclosure.oom_kills()
         self._sampling.set()
 
-    def _read(self) -> None:
-        assert self.process is not None
-        assert self.process.stderr is not None
-        with self.process.stderr as stream:
+    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr as stream:
             for line in stream:
-                self.lines.append(line.rstrip("\n"))
+                lines.append(line.rstrip("\n"))  # noqa: PERF401 (others read meanwhile)
 
     def _sample(self) -> None:
         cpu_due = 0.0

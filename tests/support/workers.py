@@ -76,10 +76,12 @@ def environment(server: DevServer, data: Path, extra: Mapping[str, str] | None =
 
 
 @contextmanager
-def worker(env: Mapping[str, str], *arguments: str, cwd: Path | None = None) -> Iterator[WorkerProcess]:
-    """Run `ami worker` with `arguments`; whatever is left of it at the end is killed."""
+def worker(
+    env: Mapping[str, str], *arguments: str, cwd: Path | None = None, within: Sequence[str] = ()
+) -> Iterator[WorkerProcess]:
+    """Run `ami worker` with `arguments`, by the command `within`; whatever is left of it at the end is killed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "adc_worker", "worker", *arguments],
+        [*within, sys.executable, "-m", "adc_worker", "worker", *arguments],
         env=dict(env),
         cwd=cwd or REPOSITORY / "tests",
         stderr=subprocess.PIPE,

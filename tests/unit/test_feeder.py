@@ -199,6 +199,36 @@ def test_what_does_not_fit_into_the_arena_waits_until_a_batch_is_freed(feed: Mak
     assert one.drain() == [[1], [2], [3], [4]]
 
 
+def test_a_pause_admits_one_image_at_a_time_and_only_into_an_empty_arena(feed: MakeFeed) -> None:
+    """So a job goes on whatever the pressure; when the pause ends, the plan holds again."""
+    one = feed(at_once=True, batch_size=2, prefetch_factor=8, arena_bytes=8 * ONE)
+    one.feeder.pause(True)
+    one.put(*range(7))
+    one.settle()
+    assert one.engine.numbers == [0]
+    batch = one.next()
+    one.settle()
+    assert one.engine.numbers == [0]
+    one.use(batch)
+    one.settle()
+    assert one.engine.numbers == [0, 1]
+    assert one.feeder.waiting == 5
+    one.feeder.pause(False)
+    one.settle()
+    assert one.engine.numbers == list(range(7))
+    one.source.end()
+    assert [number for batch in one.drain() for number in batch] == list(range(1, 7))
+
+
+def test_a_paused_job_comes_to_its_end(feed: MakeFeed) -> None:
+    """Image by image."""
+    one = feed(at_once=True, batch_size=4)
+    one.feeder.pause(True)
+    one.put(1, 2, 3)
+    one.source.end()
+    assert one.drain() == [[1], [2], [3]]
+
+
 def test_an_image_larger_than_the_arena_runs_alone(feed: MakeFeed) -> None:
     """It waits until nothing is in flight, the arena grows for it, and shrinks back behind it."""
     one = feed(workers=8, batch_size=1, prefetch_factor=8, arena_bytes=2 * ONE, solo_bytes=4 * ONE)

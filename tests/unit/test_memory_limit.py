@@ -6,14 +6,15 @@ import mmap
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from adc_worker.host.budget import measure
-from adc_worker.host.memory import PeakResidentMemory, anonymous_bytes, memory_limit, oom_kills
+from adc_worker.host.budget import allowed_cores, measure
+from adc_worker.host.memory import PeakResidentMemory, anonymous_bytes, memory_limit, oom_kills, stalled_percent
+from adc_worker.host.share import MemoryShare
 from tests.support.waiting import wait_until
 
 GIB = 1024**3
@@ -134,11 +135,91 @@ def test_a_path_with_a_colon_is_one_path(tmp_path: Path) -> None:
     assert tree.limit() == (2 * GIB, "sys/fs/cgroup/system.slice/cri:abc/memory.max")
 
 
-def test_the_operators_limit_binds_when_it_is_the_smaller() -> None:
+@pytest.mark.parametrize(
+    ("cgroup", "folder", "limit_name", "usage_name", "statistics"),
+    [
+        ("0::/ami\n", "ami", "memory.max", "memory.current", "inactive_file {0}\nactive_file {0}\nanon 5\n"),
+        ("0::/ami\n", "unified/ami", "memory.high", "memory.current", "inactive_file {0}\nslab_reclaimable {0}\n"),
+        ("5:memory:/ami\n", "memory/ami", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "inactive_file 1\ntotal_inactive_file {0}\ntotal_active_file {0}\n"),
+    ],
+)  # fmt: skip
+def test_what_others_in_the_group_hold_is_not_available(
+    tmp_path: Path, cgroup: str, folder: str, limit_name: str, usage_name: str, statistics: str
+) -> None:
+    """3 of 4 GiB are used, 1 of them is page cache, which the kernel takes back: 2 are left."""
+    tree = Tree(tmp_path, cgroup)
+    tree.write(f"sys/fs/cgroup/{folder}/{limit_name}", 4 * GIB)
+    tree.write(f"sys/fs/cgroup/{folder}/{usage_name}", 3 * GIB)
+    tree.write(f"sys/fs/cgroup/{folder}/memory.stat", statistics.format(GIB // 2))
+    found = memory_limit(tmp_path)
+    assert (found.limit_bytes, found.available_bytes) == (4 * GIB, 2 * GIB)
+
+
+def test_an_ancestors_group_can_be_the_one_that_is_full(tmp_path: Path) -> None:
+    """Its limit is larger, but its other members have used it up."""
+    tree = Tree(tmp_path, "0::/pod/worker\n")
+    tree.write("sys/fs/cgroup/pod/memory.max", 8 * GIB)
+    tree.write("sys/fs/cgroup/pod/memory.current", 9 * GIB)
+    tree.write("sys/fs/cgroup/pod/memory.stat", "anon 1\n")
+    tree.write("sys/fs/cgroup/pod/worker/memory.max", 4 * GIB)
+    found = memory_limit(tmp_path)
+    assert (found.limit_bytes, found.available_bytes) == (4 * GIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("1:cpu,cpuacct:/ami\n", {"cpu/ami/cpu.cfs_quota_us": "50000", "cpu/ami/cpu.cfs_period_us": "100000"}, 1),
+        ("1:cpu:/ami\n", {"cpu/ami/cpu.cfs_quota_us": "-1", "cpu/ami/cpu.cfs_period_us": "100000"}, 0),
+        ("0::/ami\n", {"ami/cpu.max": "150000 100000"}, 1),
+        ("0::/ami\n", {"ami/cpu.max": "max 100000"}, 0),
+        ("0::/pod/ami\n", {"pod/cpu.max": "100000 100000", "pod/ami/cpu.max": "max 100000"}, 1),
+        ("0::/\n", {}, 0),
+    ],
+)
+def test_a_cpu_quota_lowers_the_cores(tmp_path: Path, cgroup: str, files: dict[str, str], cores: int) -> None:
+    """Whole ones, at least one; without a quota it is the affinity mask that counts."""
+    tree = Tree(tmp_path, cgroup)
+    for name, text in files.items():
+        tree.write(f"sys/fs/cgroup/{name}", text)
+    assert allowed_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "file"),
+    [
+        ("5:memory:/ami\n", "sys/fs/cgroup/memory/ami/memory.oom_control"),
+        ("5:memory:/not/here\n", "sys/fs/cgroup/memory/memory.oom_control"),
+        ("0::/ami\n", "sys/fs/cgroup/ami/memory.events"),
+        ("0::/\n", "proc/vmstat"),
+    ],
+)
+def test_the_kernels_count_of_kills_is_read_where_it_is(tmp_path: Path, cgroup: str, file: str) -> None:
+    """In our own group, and for the whole machine where that counts nothing."""
+    tree = Tree(tmp_path, cgroup)
+    tree.write(file, "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+    assert oom_kills(tmp_path) == 3
+
+
+def test_waiting_for_memory_is_read_of_our_group_or_the_machine(tmp_path: Path) -> None:
+    """Where the kernel tells nothing, nothing waits."""
+    tree = Tree(tmp_path, "0::/ami\n")
+    assert stalled_percent(tmp_path) == 0.0
+    full = "full avg10=90.00 avg60=0.00 avg300=0.00 total=9\n"
+    tree.write("proc/pressure/memory", f"some avg10=7.50 avg60=0.00 avg300=0.00 total=1\n{full}")
+    assert stalled_percent(tmp_path) == 7.5
+    tree.write("sys/fs/cgroup/ami/memory.pressure", f"some avg10=12.25 avg60=0.00 avg300=0.00 total=1\n{full}")
+    assert stalled_percent(tmp_path) == 12.25
+
+
+def test_the_operators_limit_binds_when_it_is_the_smaller(tmp_path: Path) -> None:
     """AMI_MEMORY_LIMIT_BYTES can lower what the host gives and not raise it."""
-    lower = measure([os.getpid()], 100_000_000, 1, staging_in_memory=False, gpu=False)
+    with closing(MemoryShare(tmp_path)) as share:
+        lower = measure(30_000_000, share, 100_000_000, 1, staging_in_memory=False, vram_free_bytes=None)
+        higher = measure(30_000_000, share, 1 << 60, 1, staging_in_memory=False, vram_free_bytes=None)
     assert (lower.limit_bytes, lower.limit_source) == (100_000_000, "AMI_MEMORY_LIMIT_BYTES")
-    higher = measure([os.getpid()], 1 << 60, 1, staging_in_memory=False, gpu=False)
+    assert lower.available_bytes == 70_000_000
     assert higher.limit_bytes == memory_limit().limit_bytes
     assert higher.limit_source != "AMI_MEMORY_LIMIT_BYTES"
 
@@ -169,12 +250,9 @@ def test_processes_that_have_ended_count_nothing() -> None:
     assert anonymous_bytes([ended.pid]) == 0
 
 
-def test_a_budget_says_what_its_processes_use_and_where_images_are_staged() -> None:
-    """The processes are added up, the staging limit is passed on."""
-    alone = measure([os.getpid()], None, 5, staging_in_memory=True, gpu=False)
-    twice = measure([os.getpid(), os.getpid()], None, 5, staging_in_memory=True, gpu=False)
-    assert twice.used_bytes == pytest.approx(2 * alone.used_bytes, rel=0.1)
-    assert (alone.staging_bytes, alone.staging_in_memory) == (5, True)
+def test_the_processes_are_added_up() -> None:
+    """Each for itself."""
+    assert anonymous_bytes([os.getpid()] * 2) == pytest.approx(2 * anonymous_bytes([os.getpid()]), rel=0.1)
 
 
 def test_a_peak_is_seen_although_nobody_looked_at_that_moment() -> None:

@@ -11,6 +11,7 @@ from adc_worker.host.budget import HostBudget
 from adc_worker.tuning.policy import IngestPolicy
 from adc_worker.tuning.probe_report import ProbeReport
 from tests.support.fakes import GB, host, image_probe, report
+from tests.support.plans import ingest_plan
 
 PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
 
@@ -94,3 +95,17 @@ def test_a_host_without_memory_or_cores_is_a_measuring_error() -> None:
         host(limit_bytes=0)
     with pytest.raises(ValueError, match="cores=0"):
         HostBudget(GB, "MemTotal", GB, 0, 0, GB, 1024)
+
+
+def test_a_plan_knows_how_many_files_it_may_open() -> None:
+    """A socket and a file for each download, two for each decode."""
+    few, many = ingest_plan(download_concurrency=1, decode_workers=1), ingest_plan(download_concurrency=32)
+    assert many.descriptors - few.descriptors == 2 * 31 + 2
+    assert many.descriptors < 1024  # the usual soft limit
+
+
+def test_a_report_follows_the_link_and_keeps_its_images() -> None:
+    """Only the download times are those of what was seen."""
+    changed = report(image_probe(download_s=0.1)).for_link_like(image_probe(width_px=99, download_s=2.0))
+    assert changed.download_s == 2.0
+    assert changed.images[0].width_px == 4096

@@ -1,0 +1,268 @@
+"""The governor's ladder, its gate, and what it takes for a change of the job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from adc_worker.tuning.governor import (
+    AHEAD_BATCHES,
+    GROWTH,
+    LARGER_BATCHES,
+    SETTLE_BATCHES,
+    SMALLER_BATCHES,
+    WINDOW_BATCHES,
+)
+from adc_worker.tuning.policy import Ceilings
+from adc_worker.tuning.probe_report import ImageProbe
+from tests.support.fakes import GB, MB, image_probe
+from tests.support.governed import BASE, Governed
+
+FIXED = Ceilings(mode="fixed", tasks_per_fetch=24, fixed_decode_workers=2)  # fills what memory it gets
+
+
+def _of_size(size: float) -> ImageProbe:
+    return image_probe(width_px=int(4096 * size))
+
+
+# --- the ladder
+
+
+def test_a_plan_that_holds_is_left_alone() -> None:
+    """As long as measured memory is what was predicted, nothing is changed and nothing is paused."""
+    assert Governed().actions(200) == []
+    assert Governed(ceilings=FIXED).actions(200) == []
+
+
+def test_a_plan_reaches_four_fifths_of_its_memory_and_no_more() -> None:
+    """That is the soft cap: 0.7 of the limit."""
+    job = Governed(ceilings=FIXED)
+    (decision,) = job.batches(1)
+    assert decision.pressure <= 0.80
+    assert job.governor.plan.peak_bytes == pytest.approx(0.7 * 3 * GB, rel=0.04)
+
+
+def test_memory_that_others_take_shrinks_the_plan_once() -> None:
+    """The new plan lies below the range in which nothing is changed."""
+    job = Governed(ceilings=FIXED)
+    before = job.governor.plan.arena_bytes
+    assert job.actions(50, hog_bytes=1200 * MB) == ["shrink"]
+    assert 0 < job.governor.plan.arena_bytes < before
+    assert job.batches(1, hog_bytes=1200 * MB)[0].pressure <= 0.80
+
+
+def test_memory_that_goes_on_falling_is_planned_for_at_once() -> None:
+    """One change on the way down, however long it takes, and one up to what is left in the end."""
+    job = Governed(ceilings=FIXED)
+    actions = [action for step in range(AHEAD_BATCHES) for action in job.actions(1, hog_bytes=step * 80 * MB)]
+    assert actions == ["shrink"]
+    assert job.actions(20, hog_bytes=1600 * MB, ready=False) in ([], ["grow"])
+
+
+def test_memory_that_comes_back_is_used_again() -> None:
+    """In one change, once the shrink has settled, and to the plan from before."""
+    job = Governed(ceilings=FIXED)
+    before = job.governor.plan
+    job.batches(20, hog_bytes=1200 * MB)
+    assert job.actions(100, ready=False) == ["grow"]
+    assert job.governor.plan.arena_bytes == before.arena_bytes
+
+
+def test_memory_that_comes_back_is_left_alone_while_the_gpu_does_not_wait() -> None:
+    """No growth beyond a readiness of 0.95."""
+    job = Governed(ceilings=FIXED)
+    job.batches(20, hog_bytes=1200 * MB)
+    assert job.actions(100, ready=True) == []
+
+
+def test_growth_that_was_in_vain_is_tried_ever_less_often() -> None:
+    """A hog that comes back as soon as there is room costs a change twice as seldom each time."""
+    job = Governed(ceilings=FIXED)
+    job.batches(SETTLE_BATCHES + 1, hog_bytes=1200 * MB)
+    waits = []
+    for _ in range(4):
+        waited = 1
+        while job.actions(1, ready=False) != ["grow"]:
+            waited += 1
+        waits.append(waited)
+        assert job.actions(SETTLE_BATCHES, hog_bytes=1200 * MB) == ["shrink"]
+    assert waits[1:] == sorted(waits[1:])
+    assert waits[-1] >= 4 * waits[0]
+
+
+def test_a_base_that_grows_takes_from_ingest_and_is_not_taken_for_it() -> None:
+    """What no plan accounts for counts as base: the ladder stays a measure of ingest alone."""
+    job = Governed(ceilings=FIXED)
+    before = job.batches(1)[0].pressure
+    decisions = [job.batches(1, leak_bytes=step * 20 * MB)[0] for step in range(40)]
+    shrinks = [one for one in decisions if one.action == "shrink"]
+    assert 1 <= len(shrinks) <= 2
+    assert decisions[-1].plan.peak_bytes <= 0.7 * 3 * GB
+    assert before <= 0.8
+
+
+def test_above_nine_tenths_admission_stops_until_there_is_room() -> None:
+    """By a smaller plan, and with the smallest there is by one image at a time, until below 0.65."""
+    job = Governed(2 * GB)
+    decisions = [
+        job.batches(1, hog_bytes=job.limit_bytes - job.governor.plan.peak_bytes - 1 * MB)[0] for _ in range(10)
+    ]
+    assert {one.action for one in decisions[:-3]} <= {"shrink", "pause", "hold"}
+    assert [one.paused for one in decisions[-3:]] == [True] * 3
+    assert job.governor.plan.batch_size == 1
+    after = job.batches(3)
+    assert (after[0].action, after[0].paused) == ("resume", False)
+
+
+def test_a_budget_below_the_base_still_admits_one_image() -> None:
+    """Whatever was taken away: there is always a plan, and it is the smallest."""
+    job = Governed(2 * GB)
+    decisions = job.batches(5, hog_bytes=10 * GB)
+    assert decisions[-1].paused
+    assert job.governor.plan.batch_size == 1
+
+
+def test_waiting_for_memory_lowers_admission_and_raises_nothing() -> None:
+    """PSI above a tenth forbids growth; where systemd-oomd would kill, images are admitted one at a time."""
+    job = Governed(ceilings=FIXED)
+    job.batches(20, hog_bytes=1200 * MB)
+    assert job.actions(50, ready=False, stalled_percent=20.0) == []
+    assert job.actions(5, ready=False, stalled_percent=70.0) == ["pause"]
+    assert not job.batches(1, stalled_percent=0.0)[-1].paused
+
+
+def test_nothing_is_changed_before_the_last_change_is_in_force() -> None:
+    """While the old loader drains, its memory says nothing about the new plan."""
+    job = Governed(ceilings=FIXED)
+    assert job.actions(1, hog_bytes=1200 * MB) == ["shrink"]
+    assert job.actions(50, hog_bytes=1900 * MB, in_force=False) == []
+
+
+# --- steps beyond the plan
+
+
+def test_a_step_that_does_not_help_is_undone_and_tried_half_as_often() -> None:
+    """Less than 3 % faster: the plan from before comes back."""
+    job = Governed()
+    before = job.governor.plan
+    assert job.actions(2 * WINDOW_BATCHES, ready=False) == ["step", "undo"]
+    assert job.governor.plan is before
+    assert job.actions(2 * WINDOW_BATCHES - 1, ready=False) == []
+    assert job.actions(1, ready=False) == ["step"]
+
+
+def test_a_step_that_helps_stays() -> None:
+    """Half as fast again."""
+    job = Governed()
+    before = job.governor.plan
+    assert job.actions(WINDOW_BATCHES + 1, ready=False) == ["step"]
+    stepped = job.governor.plan
+    assert stepped.decode_workers == before.decode_workers + 1
+    assert job.actions(WINDOW_BATCHES + 1, ready=True, batch_s=0.5) == []
+    assert job.governor.plan is stepped
+
+
+def test_a_short_link_gets_more_downloads() -> None:
+    """Where nothing is staged, decoders are not what the GPU waits for."""
+    job = Governed()
+    before = job.governor.plan
+    job.batches(WINDOW_BATCHES + 1, ready=False, waiting=0)
+    assert job.governor.plan.download_concurrency > before.download_concurrency
+    assert job.governor.plan.decode_workers == before.decode_workers
+
+
+def test_the_operators_ceilings_bind_steps_too() -> None:
+    """And in fixed mode there are none."""
+    ceilings = Ceilings(decode_workers=1, prefetch_factor=1, downloads=2)
+    assert Governed(ceilings=ceilings).actions(100, ready=False) == []
+    assert Governed(ceilings=FIXED).actions(100, ready=False) == []
+
+
+def test_inference_that_decode_threads_disturb_gets_decode_processes() -> None:
+    """Tried once, kept when it is faster; on the CPU, where processes take the same cores, not at all."""
+    slower = replace(image_probe(), inference_s=0.3)
+    job = Governed(gpu=True)
+    assert job.actions(WINDOW_BATCHES + 1, image=slower, batch_s=1.2) == ["step"]
+    assert job.governor.plan.decode_engine == "processes"
+    assert job.actions(100, batch_s=0.8) == []
+    other = Governed(gpu=True)
+    assert other.actions(200, image=slower, batch_s=1.2) == ["step", "undo"]
+    assert other.governor.plan.decode_engine == "threads"
+    assert Governed().actions(100, image=slower, batch_s=1.2) == []
+
+
+# --- images and links that change
+
+
+def _replans(job: Governed, *sizes: float) -> int:
+    return sum(job.actions(1, image=_of_size(size)).count("replan") for size in sizes)
+
+
+def test_one_stray_large_batch_is_no_change() -> None:
+    """Nor is another one later."""
+    assert _replans(Governed(16 * GB), 1, 1, 4, 1, 4, 1) == 0
+
+
+def test_two_large_batches_in_a_row_are_a_change() -> None:
+    """At the second one, whatever came before; the images of the last one are planned for."""
+    job = Governed(16 * GB)
+    assert _replans(job, *[1.0] * 50, 2) == 0
+    assert _replans(job, 3) == 1
+    assert job.governor.plan.batch_bytes >= _of_size(3).tensor_bytes
+
+
+def test_a_little_larger_stays_within_the_plans_reserve() -> None:
+    """A quarter more does not cross the limit."""
+    assert _replans(Governed(16 * GB), *[GROWTH] * 30) == 0
+    assert _replans(Governed(16 * GB), *[GROWTH + 0.01] * LARGER_BATCHES) == 1
+
+
+@pytest.mark.parametrize("sizes", [[0.2, 1.0], [0.5] * (SMALLER_BATCHES - 1) + [1.0], [0.2, 0.9, 0.4]])
+def test_mixed_sizes_are_no_change(sizes: list[float]) -> None:
+    """As long as some are as large as planned, memory is planned for them."""
+    assert _replans(Governed(16 * GB), *sizes * 10) == 0
+
+
+def test_after_a_change_the_new_size_is_the_measure() -> None:
+    """More of the new size is no change; what was usual before is one, after its long stretch."""
+    job = Governed(16 * GB)
+    assert _replans(job, 2, 2) == 1
+    assert _replans(job, *[2.0] * 50, *[1.0] * (SMALLER_BATCHES - 1)) == 0
+    assert _replans(job, 1.0) == 1
+
+
+def test_images_that_keep_growing_are_followed_step_by_step() -> None:
+    """Each step needs its own two batches."""
+    assert _replans(Governed(16 * GB), 2, 2, 4, 4, 8, 8) == 3
+
+
+def test_a_link_ten_times_slower_gets_a_new_plan_within_two_batches() -> None:
+    """With more downloads at once; back again after a long stretch."""
+    usual, slow = image_probe(download_s=0.1), image_probe(download_s=1.0)
+    job = Governed(probe=usual)
+    before = job.governor.plan
+    assert job.actions(1, image=slow) == []
+    assert job.actions(1, image=slow) == ["replan"]
+    assert job.governor.plan.download_concurrency > before.download_concurrency
+    assert job.actions(SMALLER_BATCHES - 1, image=usual) == []
+    assert job.actions(1, image=usual) == ["replan"]
+    assert job.governor.plan.download_concurrency == before.download_concurrency
+
+
+def test_a_slower_link_that_is_still_fast_enough_changes_nothing() -> None:
+    """Ten milliseconds in place of one, beside an inference of 200: the plan's two downloads cover both."""
+    job = Governed(probe=image_probe(download_s=0.001))
+    assert job.actions(50, image=image_probe(download_s=0.010)) == []
+
+
+def test_images_that_were_on_disk_already_say_nothing_about_the_link() -> None:
+    """They took no time."""
+    assert Governed().actions(100, image=image_probe(download_s=0.0)) == []
+
+
+def test_the_pipelines_memory_is_scaled_by_pixels_and_the_base_is_not() -> None:
+    """What the models take does not depend on the image."""
+    job = Governed(16 * GB)
+    _replans(job, 3, 3)
+    assert (job.governor._report.base_bytes, job.governor._report.inference_peak_bytes) == (BASE, 30 * MB)
