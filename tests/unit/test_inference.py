@@ -14,6 +14,7 @@ from adc_worker.antenna.wire import AlgorithmRef, Classification, Detection
 from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
+from adc_worker.models.calls import DeviceClock
 from adc_worker.runtime.inference import infer_and_keep
 from adc_worker.runtime.outcomes import ImageResult
 from tests.support.images import header, staged
@@ -40,6 +41,7 @@ class Pipeline:
     """Finds one moth in every image, with these scores and logits."""
 
     slug = "moths"
+    clock = DeviceClock()
 
     def __init__(self, values: Sequence[tuple[float, float]]) -> None:
         self._values = values
