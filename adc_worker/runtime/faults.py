@@ -142,13 +142,16 @@ class Faults:
         if streak is not None and streak.retry_at is not None:
             _log.info("image_host_back", host=host)
 
-    def blocks(self, host: str) -> str | None:
-        """Return the error of a host at fault; None when a download may be tried, which is one at a time then."""
+    def blocks(self, host: str, image_id: str) -> str | None:
+        """Return the error of a host at fault; None when a download may be tried, which is one at a time then.
+
+        Images that failed in these words come later: another may show that only they are at fault.
+        """
         with self._lock:
             streak = self._streaks.get(host)
             if streak is None or streak.retry_at is None:
                 return None
-            if self._now() >= streak.retry_at:
+            if self._now() >= streak.retry_at + (RETRY_MAX_S if streak.words and image_id in streak.images else 0.0):
                 streak.retry_at = self._now() + streak.backoff_s
                 return None
             return streak.error

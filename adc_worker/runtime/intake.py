@@ -390,11 +390,11 @@ class Intake:
 
     def _stage_until_settled(self, held: HeldTask) -> None:
         last = self._lease.is_last(held.task.reply_subject)
-        host = urlsplit(held.task.image_url).netloc
+        host = _host(held.task.image_url)
         backoff_s = RETRY_FIRST_S
         while not self._stopped.is_set():
-            fault = self._faults.blocks(host)
-            if fault is not None:
+            fault = self._faults.blocks(host, held.task.image_id)
+            if fault is not None and not (last and self._lapses_soon(held)):  # nobody gets that one after us
                 self._park_or_settle(held, fault, last=last)
                 return
             try:
@@ -448,3 +448,11 @@ class Intake:
             self._outcomes.fail(held.id, held.task, ImageError(reason))
         else:
             self._outcomes.give_up(held.id, held.task, error)
+
+
+def _host(url: str) -> str:
+    """Return host and port; nothing for what is no URL, whose download says so."""
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2]
+    except ValueError:
+        return ""

@@ -20,7 +20,15 @@ from adc_worker.errors import (
     StagingFull,
     WorkerFault,
 )
-from adc_worker.runtime.faults import IMAGES_ALIKE, LINK_FAILURES, MACHINE_FAULT_S, Affected, Faults, rule_for
+from adc_worker.runtime.faults import (
+    IMAGES_ALIKE,
+    LINK_FAILURES,
+    MACHINE_FAULT_S,
+    RETRY_MAX_S,
+    Affected,
+    Faults,
+    rule_for,
+)
 
 HOST = "images.test"
 
@@ -85,19 +93,32 @@ def test_a_host_is_at_fault_after_failures_in_a_row_and_until_one_image_comes() 
     faults = Faults(clock)
     error = link(REFUSED)
     assert [faults.image_failed(HOST, "1", error) for _ in range(LINK_FAILURES)] == [False, False, True]
-    assert faults.blocks(HOST) == str(error)
-    assert faults.blocks("other.test") is None
+    assert faults.blocks(HOST, "1") == str(error)
+    assert faults.blocks("other.test", "1") is None
     clock.now_s += 1.0
-    assert faults.blocks(HOST) is None, "one may try"
-    assert faults.blocks(HOST) == str(error), "and no other beside it"
+    assert faults.blocks(HOST, "1") is None, "one may try"
+    assert faults.blocks(HOST, "1") == str(error), "and no other beside it"
     faults.image_failed(HOST, "1", error)
     clock.now_s += 1.9
-    assert faults.blocks(HOST) is not None
+    assert faults.blocks(HOST, "1") is not None
     clock.now_s += 0.2
-    assert faults.blocks(HOST) is None
+    assert faults.blocks(HOST, "1") is None
     faults.image_came(HOST)
-    assert faults.blocks(HOST) is None
+    assert faults.blocks(HOST, "1") is None
     assert not faults.image_failed(HOST, "1", error), "the count begins anew"
+
+
+def test_where_images_fail_alike_the_next_trial_is_of_another_one() -> None:
+    """Seven missing in a row must not hide for ever that the eighth is there."""
+    clock = Clock()
+    faults = Faults(clock)
+    for number in range(IMAGES_ALIKE):
+        faults.image_failed(HOST, str(number), ImageMissing("404"))
+    clock.now_s += 1.1
+    assert faults.blocks(HOST, "0") == "404"
+    assert faults.blocks(HOST, "new") is None
+    clock.now_s += 2 * RETRY_MAX_S
+    assert faults.blocks(HOST, "0") is None, "where there is no other"
 
 
 def test_images_that_fail_alike_are_counted_by_image_and_by_words() -> None:

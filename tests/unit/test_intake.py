@@ -262,6 +262,16 @@ def test_what_signs_a_url_is_forgotten_once_the_image_is_staged(jobs: Callable[.
     assert not _in_files(job, b"canary")
 
 
+def test_a_url_that_cannot_be_split_is_an_error_of_its_image_alone(jobs: Callable[..., Job]) -> None:
+    """The download says what is wrong with it."""
+    job = jobs()
+    url = "http://[broken/x.jpg"
+    job.images.faults[url] = ImageError("not a usable image URL")
+    job.start_with([task(1), task(2).model_copy(update={"image_url": url})])
+    assert job.infer_all() == ["1"]
+    assert job.outcomes.failed == {"ImageError": 1}
+
+
 def test_more_tasks_than_were_asked_for_are_all_done(jobs: Callable[..., Job]) -> None:
     """They are leased to this worker, whoever miscounted."""
 
