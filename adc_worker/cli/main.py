@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,6 +83,28 @@ def worker_run(
     )
 
 
+@worker.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_ENV_FILE
+@click.pass_context
+def worker_status(context: click.Context, as_json: bool, env_file: Path | None) -> None:
+    """Show the worker that runs on this host; exit code 1 when none does, or when it is not ready."""
+    from adc_worker.cli.status import status_command  # noqa: PLC0415
+
+    sys.exit(status_command(_load(env_file or context.obj.env_path), as_json=as_json))
+
+
+@worker.command("report")
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=False), default=Path("worker-report.html"))
+@_ENV_FILE
+@click.pass_context
+def worker_report(context: click.Context, output: Path, env_file: Path | None) -> None:
+    """Save the page of the last job as one HTML file: plan, memory over time, errors by cause."""
+    from adc_worker.cli.status import report_command  # noqa: PLC0415
+
+    report_command(_load(env_file or context.obj.env_path), output)
+
+
 @cli.command("settings")
 @click.option("--env-example", is_flag=True, help="Print the text of .env.example.")
 @_ENV_FILE
@@ -107,14 +131,38 @@ def _configuration_exit(error: ConfigurationError) -> SystemExit:
 
 
 def _run_worker(options: WorkerOptions) -> ExitCode:
-    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.host.budget import count_gpus  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
+    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
 
     config = _load(options.env_path)
     try:
         _token = config.token
     except ConfigurationError as error:
         raise _configuration_exit(error) from None
-    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+    terminal = sys.stderr.isatty()
+    watched = terminal and config.log_format is None
+    log_format = "json" if watched else config.log_format_on(terminal=terminal)
+    log.configure(log_format, config.log_level)
+    try:
+        with ExitStack() as stack:
+            board = Board(config.worker_instances or max(1, count_gpus()), config.antenna_ack_wait_seconds)
+            stack.enter_context(listening(board, config.user_data_path))
+            if watched:
+                from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
+
+                stack.enter_context(live_view(board))
+            _log_start(options, config)
+            if config.status_address is not None:
+                from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+
+                stack.enter_context(serving(board, config.status_address))
+            return supervise(replace(options, log_format=log_format), config)
+    except ConfigurationError as error:
+        raise _configuration_exit(error) from None
+
+
+def _log_start(options: WorkerOptions, config: settings.Settings) -> None:
     logger = log.get_logger(__name__)
     logger.info(
         "start",
@@ -125,7 +173,6 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
     )
     for sentence in settings.warnings_for(config, options.env_path):
         logger.warning("setting", note=sentence)
-    return supervise(options, config)
 
 
 cli.add_command(demo_command)

@@ -73,6 +73,7 @@ class Intake:
         self.error: AntennaError | None = None
         self.failure: BaseException | None = None
         self.fetched = 0
+        self.pending = 0  # tasks of the job that nobody had at the last fetch
         self._job_id = job_id
         self._client = client
         self._journal = journal
@@ -161,6 +162,8 @@ class Intake:
             self.error = error
             tasks = []
         self._take(self._journal.record(self._job_id, tasks))
+        deliveries = [parse_reply_subject(task.reply_subject) for task in tasks]
+        self.pending = min((delivery.pending for delivery in deliveries if delivery), default=0)
         if not tasks:
             self._drained = True
 

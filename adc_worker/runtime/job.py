@@ -23,11 +23,12 @@ from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
+from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.settings import Settings
 from adc_worker.tuning.drift import DriftWatch
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ProbeReport
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
 _log = get_logger(__name__)
 
@@ -49,6 +50,7 @@ class WorkerContext:
     lease: LeaseTerms
     stopping: threading.Event
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
+    reporter: Reporter
 
     def host(self, pipeline: Pipeline) -> HostBudget:
         return budget.measure(
@@ -101,7 +103,8 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext) -> Job
     context.poster.listen(intake.wake)
     intake.start()
     try:
-        run.probe_and_feed()
+        with context.reporter.job(run.view):
+            run.probe_and_feed()
     finally:
         context.poster.listen(None)
         intake.close()
@@ -119,15 +122,48 @@ class _JobRun:
         self, job_id: int, pipeline: Pipeline, context: WorkerContext, intake: Intake, outcomes: JobOutcomes
     ) -> None:
         self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
+        self._job_id = job_id
         self._pipeline = pipeline
         self._context = context
         self._intake = intake
         self._outcomes = outcomes
         self._plan: IngestPlan | None = None
-        self._peak_bytes = 0
+        self._used_bytes = self._peak_bytes = 0
         self._limit_bytes = 0
         self._inference_s = 0.0
         self._readiness = 0.0
+        self._seen: ImageProbe | None = None
+        self._started_at = time.time()
+
+    def view(self) -> JobView:
+        """Tell how it goes; from any thread."""
+        outcomes, plan, seen = self._outcomes, self._plan, self._seen
+        stages: tuple[StageView, ...] = ()
+        if plan is not None and seen is not None:
+            stages = (
+                StageView(name="download", s_per_image=seen.download_s, parallel=plan.download_concurrency),
+                StageView(name="decode", s_per_image=seen.decode_s, parallel=plan.decode_workers),
+                StageView(name="inference", s_per_image=seen.inference_s, parallel=1),
+            )
+        return JobView(
+            id=self._job_id,
+            pipeline=self._pipeline.slug,
+            started_at=self._started_at,
+            tasks=self._intake.fetched,
+            done=outcomes.done,
+            failed=dict(outcomes.failed),
+            left_to_lease=outcomes.given_up,
+            detections=outcomes.detections,
+            in_hand=self._intake.fetched - outcomes.settled,
+            pending=self._intake.pending,
+            readiness=self._readiness,
+            inference_s=self._inference_s,
+            memory_bytes=self._used_bytes,
+            peak_bytes=self._peak_bytes,
+            stages=stages,
+            plan=plan.log_fields() if plan else {},
+            why=dict(plan.why) if plan else {},
+        )
 
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
@@ -155,15 +191,17 @@ class _JobRun:
             with batch:
                 stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
                 images = len(batch.staged)
-            report = drift.observe(measured_image(batch.staged, batch.reports, stats))
+            self._seen = seen = measured_image(batch.staged, batch.reports, stats)
+            report = drift.observe(seen)
             if report is not None and next_plan is None:
                 changed = self._made_plan(report, host)
                 if not loader.apply(changed):
                     next_plan = changed
                     loader.stop()
             self._inference_s += stats.inference_s
-            memory_bytes = self._memory_bytes(loader)
+            self._used_bytes = memory_bytes = self._memory_bytes(loader)
             self._peak_bytes = max(self._peak_bytes, memory_bytes)
+            self._readiness = loader.readiness
             self._log.info(
                 "batch",
                 images=images,

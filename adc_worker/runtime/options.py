@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adc_worker.log import LogFormat
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -15,6 +17,7 @@ class WorkerOptions:
     project: int | None = None
     exit_when_idle: bool = False
     env_file: str | None = None
+    log_format: LogFormat = "json"
 
     @property
     def env_path(self) -> Path | None:

@@ -25,6 +25,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.host.memory import anonymous_bytes, memory_limit
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -33,6 +34,7 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.job import WorkerContext, _process_job, ceilings
 from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
@@ -160,6 +162,27 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             expired_tasks=expired,
             swept_files=swept,
         )
+        limit = memory_limit()
+        limit_bytes = min(limit.limit_bytes, config.memory_limit_bytes or limit.limit_bytes)
+        pids = (os.getppid(), os.getpid())
+
+        def measure(view: JobView | None) -> Snapshot:
+            return Snapshot(
+                at=time.time(),
+                slot=journal.slot,
+                pid=os.getpid(),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                pipelines=options.pipelines,
+                stopping=stop.draining.is_set(),
+                memory_bytes=max(anonymous_bytes(pids), view.memory_bytes if view else 0),
+                budget_bytes=int(config.memory_soft_cap * limit_bytes),
+                limit_bytes=limit_bytes,
+                limit_source=limit.source if limit_bytes == limit.limit_bytes else "AMI_MEMORY_LIMIT_BYTES",
+                unposted=journal.unposted_count(),
+                staged_bytes=staging.disk.used_bytes,
+            )
+
+        reporter = Reporter(socket_path(config.user_data_path, os.getppid()), measure)
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
         context = WorkerContext(
             settings=config,
@@ -170,12 +193,14 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
             policy=policy or IngestPolicy(ceilings(config)),
             lease=LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver),
             stopping=stop.draining,
-            pids=(os.getppid(), os.getpid()),
+            pids=pids,
+            reporter=reporter,
         )
         try:
             WorkerLoop(options, config, context).run()
         finally:
             poster.close(0.0 if stop.flushing.is_set() else config.shutdown_grace_seconds / 2)
+            reporter.close()
             journal.close()
 
 
@@ -193,7 +218,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     options = WorkerOptions.from_json(sys.argv[1])
     config = settings.load(options.env_path)
-    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+    log.configure(options.log_format, config.log_level)
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:
