@@ -47,7 +47,15 @@ def cli() -> None:
 
     Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it work without an
     Antenna, start `ami demo`.
-    """
+
+    \b
+      ami doctor            is everything here that a worker needs?
+      ami worker            work until Ctrl-C; a second Ctrl-C does not wait
+      ami worker status     how is the worker on this host doing?
+      ami worker report     the last job as one HTML page
+
+    Completion: eval "$(_AMI_COMPLETE=bash_source ami)" in ~/.bashrc, or zsh_source in ~/.zshrc.
+    """  # noqa: D301 (click's mark for "do not rewrap" is the character itself)
 
 
 @cli.group(invoke_without_command=True)
@@ -57,7 +65,16 @@ def cli() -> None:
 def worker(
     context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
 ) -> None:
-    """Pull tasks, find insects, post results. Without a subcommand: run."""
+    """Pull tasks, find insects, post results. Without a subcommand: run.
+
+    Two images of each job are measured, and how the job is fed is computed from them: there is nothing to tune. On a
+    terminal it shows what it does; elsewhere it writes one JSON object a line (AMI_LOG_FORMAT).
+
+    \b
+      ami worker --pipeline light_sheet_blobs
+      ami worker --exit-when-idle               for batch systems: end when no job has tasks left
+      AMI_STATUS_PORT=9100 ami worker           status page on http://127.0.0.1:9100/
+    """  # noqa: D301
     context.obj = WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)
     if context.invoked_subcommand is None:
         sys.exit(_run_worker(context.obj))
@@ -103,6 +120,20 @@ def worker_report(context: click.Context, output: Path, env_file: Path | None) -
     from adc_worker.cli.status import report_command  # noqa: PLC0415
 
     report_command(_load(env_file or context.obj.env_path), output)
+
+
+@cli.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@_ENV_FILE
+def doctor(as_json: bool, env_file: Path | None) -> None:
+    """Check this host, its settings and the way to Antenna; exit code 1 when something has to be fixed.
+
+    Takes no task and changes nothing.
+    """
+    from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
+
+    config = _load(env_file)
+    sys.exit(doctor_command(config, settings.warnings_for(config, env_file), as_json=as_json))
 
 
 @cli.command("settings")
@@ -181,4 +212,8 @@ cli.add_command(devserver_command)
 
 def main() -> None:
     """Run the command line; the console scripts point here."""
+    if sys.platform != "linux":
+        sys.exit(
+            f"ami: runs on Linux, not on {sys.platform}: pidfd, memfd and /proc are what its memory bound stands on"
+        )
     cli()

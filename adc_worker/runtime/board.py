@@ -45,7 +45,8 @@ class _Child:
         plan = snapshot.job.plan if snapshot.job else {}
         self.history.append((snapshot.at, snapshot.memory_bytes, plan.get("peak_bytes", 0)))
         if len(self.history) > HISTORY_POINTS:
-            self.history, self.interval_s = deque(list(self.history)[::2]), 2 * self.interval_s
+            self.interval_s = 2 * (snapshot.at - self.history[0][0]) / HISTORY_POINTS
+            self.history = deque(list(self.history)[::2])
 
 
 class Board:

@@ -98,7 +98,6 @@ class Snapshot:
     slot: int
     pid: int
     device: str
-    pipelines: tuple[str, ...]
     stopping: bool
     memory_bytes: int
     budget_bytes: int

@@ -172,7 +172,6 @@ def run(options: WorkerOptions, config: Settings, stop: Stop, policy: IngestPoli
                 slot=journal.slot,
                 pid=os.getpid(),
                 device="cuda" if torch.cuda.is_available() else "cpu",
-                pipelines=options.pipelines,
                 stopping=stop.draining.is_set(),
                 memory_bytes=max(anonymous_bytes(pids), view.memory_bytes if view else 0),
                 budget_bytes=int(config.memory_soft_cap * limit_bytes),
