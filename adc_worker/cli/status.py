@@ -48,7 +48,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _clock(at: float) -> str:
-    return time.strftime("%d %b %H:%M:%S", time.localtime(at))
+    return time.strftime("%d %b %H:%M", time.localtime(at))
 
 
 def _grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
@@ -97,11 +97,13 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
-    table = Table("job", "pipeline", "done", "failed", "images/s", "peak memory", "bound by", "ended", box=None)
+    table = Table(box=None)
+    for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
+        table.add_column(name, no_wrap=True)
     for job in jobs:
-        failed = ", ".join(f"{count} {cause}" for cause, count in job["failed"].items()) or "0"
-        table.add_row(str(job["id"]), job["pipeline"], str(job["done"]), failed, f"{job['images_per_s']:.2f}",
-                      size(job["peak_bytes"]), job["plan"].get("binds", ""), _clock(job["ended_at"]))  # fmt: skip
+        counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
+        speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))
+        table.add_row(*counts, *speed, _clock(job["ended_at"]))
     return table
 
 
@@ -128,6 +130,7 @@ def rendered(state: dict[str, Any], *, details: bool) -> Group:
         parts += ["", _jobs(state["jobs"])]
     if details and causes:
         table = Table("warnings and errors", "", "times", "last", box=None)
+        table.columns[3].no_wrap = True
         for cause in sorted(causes, key=lambda cause: -float(cause["last_at"])):
             table.add_row(cause["event"], Text(cause["text"]), str(cause["count"]), _clock(cause["last_at"]))
         parts += ["", table]
