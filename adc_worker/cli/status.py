@@ -111,7 +111,8 @@ def _plan(job: dict[str, Any]) -> Table:
     table = Table("plan", "value", "why", box=None)
     for name, reason in job["why"].items():
         value = job["plan"].get(name)
-        table.add_row(name, size(value) if name.endswith("_bytes") else f"{value:.5g}", reason)
+        shown = size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown, reason)
     return table
 
 

@@ -205,7 +205,8 @@ def running(folder: Path) -> list[dict[str, Any]]:
                 with socket_address(path) as address:
                     connection.connect(address)
             except ConnectionRefusedError:
-                continue  # its worker was killed
+                path.unlink(missing_ok=True)  # its worker was killed
+                continue
             connection.sendall(ASK)
             answer = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))  # type: ignore[misc]
             states.append(orjson.loads(answer))

@@ -75,7 +75,7 @@ def _gauges(one: Snapshot) -> tuple[float, ...]:
     )
 
 
-class _Collector:
+class Collector:
     def __init__(self, board: Board) -> None:
         self._board = board
 
@@ -106,7 +106,7 @@ class _Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         self.board = board
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Collector(board))
+        self.registry.register(Collector(board))
         self.host_names = frozenset({"localhost", socket.gethostname().lower(), socket.getfqdn().lower()})
         super().__init__(address, _Handler)
 
