@@ -122,14 +122,12 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _way_out() -> Iterator[Finding]:
-    proxies = ", ".join(f"{scheme} via {_without_login(url)}" for scheme, url in getproxies().items() if scheme != "no")
+    proxies = ", ".join(
+        f"{scheme} via {url.rpartition('@')[2]}" for scheme, url in getproxies().items() if scheme != "no"
+    )
     yield Finding("ok", "proxy", proxies or "none")
     paths = ssl.get_default_verify_paths()
     yield Finding("ok", "CA certificates", f"{paths.cafile or paths.capath} (SSL_CERT_FILE chooses others)")
-
-
-def _without_login(url: str) -> str:
-    return url.rpartition("@")[2]
 
 
 def _nats(config: Settings) -> Iterator[Finding]:

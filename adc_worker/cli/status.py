@@ -179,7 +179,8 @@ def _log_line(event: dict[str, Any]) -> Text:
     level, name = event.pop("level", "info"), event.pop("event", "")
     at, trace = event.pop("timestamp", "")[11:19], event.pop("exception", "")
     event.pop("module", None)
-    fields = "  ".join(f"{key}={value}" for key, value in event.items() if value not in (None, "", {}, []))
+    told = {key: value for key, value in event.items() if value not in (None, "", {}, [])}
+    fields = "  ".join(f"{key}={size(value) if key.endswith('_bytes') else value}" for key, value in told.items())
     style = {"info": "", "warning": "yellow"}.get(level, "red")
     return Text.assemble((f"{at} ", "dim"), (name, style), f"  {fields}", f"\n{trace}" if trace else "")
 

@@ -30,16 +30,11 @@ RATE_WINDOW_S = 30.0  # images a second are counted over this time: about ten ba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
-    """One stage of the path: seconds it takes for an image, and how many images at once."""
+    """One stage of the path: seconds it takes for an image, and images at once; the quotient is what it could do."""
 
     name: str
     s_per_image: float
     parallel: int
-
-    @property
-    def images_per_s(self) -> float:
-        """What the stage could do alone."""
-        return self.parallel / self.s_per_image if self.s_per_image > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +148,7 @@ class Reporter:
         self._view: Callable[[], JobView] | None = None
         self._totals: Counter[str] = Counter()
         self._settled: deque[tuple[float, int]] = deque()
-        self._moved = (0, time.time())
+        self._moved = ((0.0, 0), time.time())
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._socket: socket.socket | None = None
@@ -218,7 +213,7 @@ class Reporter:
         view = self._with_rate(self._view()) if ended is None and self._view is not None else ended
         measured = replace(self._measure(view), job=view)
         totals = self._totals + Counter(_totals(view)) if view and not ended else self._totals
-        moved = int(totals["done"] + totals["failed"] + totals["left_to_lease"]) - measured.unposted
+        moved = (totals["done"] + totals["failed"] + totals["left_to_lease"], measured.unposted)
         if moved != self._moved[0] or not measured.holds_tasks:
             self._moved = (moved, measured.at)
         return replace(measured, moved_at=self._moved[1], totals=dict(totals), causes=recent_causes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from adc_worker.errors import ConfigurationError
 from adc_worker.log import get_logger
 from adc_worker.runtime.board import Board
-from adc_worker.runtime.snapshot import Snapshot
+from adc_worker.runtime.snapshot import JobView, Snapshot
 
 _log = get_logger(__name__)
 
@@ -32,18 +32,19 @@ _SECURITY = {
 }
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 
-# Base units, and labels whose values are bounded by the configuration: worker is a process's slot.
-_GAUGES = {
-    "memory_bytes": "Memory of the worker's processes, decoded pixels included.",
-    "memory_budget_bytes": "Memory the worker plans with.",
-    "memory_limit_bytes": "The memory limit that binds.",
-    "results_waiting": "Results that Antenna has not accepted yet.",
-    "staged_bytes": "Compressed images on disk.",
-    "tasks_in_hand": "Tasks fetched and without an outcome.",
-    "batch_readiness_ratio": "Share of the batches that were ready when they were asked for.",
-    "job_images_per_second": "Outcomes a second of the job that runs.",
-    "last_progress_timestamp_seconds": "When a task last got an outcome, or a result was last accepted.",
+# Base units, and one label, bounded by the configuration: worker is a process's slot.
+_GAUGES: dict[str, tuple[str, Callable[[Snapshot, JobView], float]]] = {
+    "memory_bytes": ("Memory of its processes, decoded pixels included.", lambda one, _: one.memory_bytes),
+    "memory_budget_bytes": ("Memory the worker plans with.", lambda one, _: one.budget_bytes),
+    "memory_limit_bytes": ("The memory limit that binds.", lambda one, _: one.limit_bytes),
+    "results_waiting": ("Results that Antenna has not accepted yet.", lambda one, _: one.unposted),
+    "staged_bytes": ("Compressed images on disk.", lambda one, _: one.staged_bytes),
+    "tasks_in_hand": ("Tasks fetched and without an outcome.", lambda _, job: job.in_hand),
+    "batch_readiness_ratio": ("Share of the batches that were ready when asked for.", lambda _, job: job.readiness),
+    "job_images_per_second": ("Outcomes a second of the job that runs.", lambda _, job: job.images_per_s),
+    "last_progress_timestamp_seconds": ("When a task last got an outcome.", lambda one, _: one.moved_at),
 }
+_NO_JOB = JobView(id=0, pipeline="", started_at=0.0)
 _COUNTERS = {
     "images_done": ("done", "Images with a result."),
     "images_failed": ("failed", "Images with an error result."),
@@ -60,21 +61,6 @@ def rendered_page(data: bytes) -> bytes:
     return page.replace(_DATA.encode(), _DATA.encode() + data.replace(b"<", b"\\u003c"))
 
 
-def _gauges(one: Snapshot) -> tuple[float, ...]:
-    job = one.job if one.job and one.job.ended_at is None else None
-    return (
-        one.memory_bytes,
-        one.budget_bytes,
-        one.limit_bytes,
-        one.unposted,
-        one.staged_bytes,
-        job.in_hand if job else 0,
-        job.readiness if job else 0.0,
-        job.images_per_s if job else 0.0,
-        one.moved_at,
-    )
-
-
 class Collector:
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -85,11 +71,11 @@ class Collector:
         ready.add_metric([], 0.0 if self._board.unready() else 1.0)
         yield ready
         snapshots = self._board.snapshots()
-        values = [(str(one.slot), _gauges(one)) for one in snapshots]
-        for position, (name, text) in enumerate(_GAUGES.items()):
+        for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"adc_worker_{name}", text, labels=["worker"])
-            for slot, row in values:
-                gauge.add_metric([slot], row[position])
+            for one in snapshots:
+                job = one.job if one.job and one.job.ended_at is None else _NO_JOB
+                gauge.add_metric([str(one.slot)], value(one, job))
             yield gauge
         for name, (key, text) in _COUNTERS.items():
             counter = CounterMetricFamily(f"adc_worker_{name}", text, labels=["worker"])

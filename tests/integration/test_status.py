@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from adc_worker.devserver.images import ImageFault
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
@@ -116,9 +115,9 @@ def test_what_a_worker_leaves_is_the_report_of_its_last_job(
 def test_a_worker_that_holds_tasks_and_gets_nowhere_is_not_ready(
     server: DevServer, sheets: list[Path], tmp_path: Path
 ) -> None:
-    """An image host that never answers: alive, but red after half a lease; green again when it moves."""
-    server.fail_image(sheets[0].name, ImageFault(status=503))
-    server.add_job("simulated", [sheets[0]] * 3)
+    """An Antenna that takes no results: alive, but red after half a lease."""
+    server.fail_next("POST result", 503, times=1000)
+    server.add_job("simulated", sheets)
     env = environment(server, tmp_path / "data", {"AMI_STATUS_PORT": "0", "AMI_ANTENNA_ACK_WAIT_SECONDS": "6"})
     with worker(env, *SIMULATED) as running:
         url = running.wait_for("status_page")["url"].rstrip("/")

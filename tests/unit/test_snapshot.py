@@ -50,10 +50,6 @@ def test_a_snapshot_survives_the_way_to_the_parent() -> None:
     assert Snapshot.from_json(told.to_json()) == told
 
 
-def test_a_stage_could_do_what_its_images_at_once_take() -> None:
-    assert StageView(name="decode", s_per_image=0.05, parallel=2).images_per_s == 40
-
-
 def test_the_time_left_counts_what_nobody_has_yet() -> None:
     """In hand here, and not handed out to anybody: the others' share is theirs to finish."""
     assert job(in_hand=10, pending=90, images_per_s=2.0).eta_s == 50
