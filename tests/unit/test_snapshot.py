@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -69,17 +70,17 @@ def test_a_worker_is_ready_when_every_process_reports() -> None:
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        (snapshot(at=time.time() - SILENT_S - 1), "has told nothing"),
-        (snapshot(job=job(in_hand=3), moved_at=time.time() - LEASE_S / 2 - 1), "holds tasks and made no progress"),
-        (snapshot(unposted=3, moved_at=time.time() - LEASE_S / 2 - 1), "holds tasks and made no progress"),
+        (lambda now: snapshot(at=now - SILENT_S - 1), "has told nothing"),
+        (lambda now: snapshot(job=job(in_hand=3), moved_at=now - LEASE_S / 2 - 1), "holds tasks and made no progress"),
+        (lambda now: snapshot(unposted=3, moved_at=now - LEASE_S / 2 - 1), "holds tasks and made no progress"),
     ],
 )
 def test_a_worker_is_not_ready_when_a_process_is_silent_or_holds_tasks_and_does_nothing(
-    told: Snapshot, reason: str
+    told: Callable[[float], Snapshot], reason: str
 ) -> None:
     """Half a lease without an outcome: what is held was planned to be done by then."""
     board = Board(1, LEASE_S)
-    board.add(told)
+    board.add(told(time.time()))
     (said,) = board.unready()
     assert reason in said
 
@@ -125,19 +126,3 @@ def test_nothing_that_was_logged_can_leave_its_place_in_the_page() -> None:
     start = page.index('id="data">') + len('id="data">')
     inside = page[start : page.index("</script>", start)]
     assert json.loads(inside) == {"text": evil}
-
-
-def test_warnings_are_counted_by_cause(capsys: pytest.CaptureFixture[str]) -> None:
-    """The same one thrice is one line with a count; the latest comes first, and there is an end."""
-    log.configure("json", "info")
-    logger = log.get_logger("test")
-    for _ in range(3):
-        logger.warning("fetch_failed", error="503")
-    logger.error("post_failed", error="https://host/?sig=secret")
-    first, second = log.recent_causes()[:2]
-    assert (first.event, first.text, first.count) == ("post_failed", "https://host/?<redacted>", 1)
-    assert (second.event, second.text, second.count) == ("fetch_failed", "503", 3)
-    for number in range(log.CAUSES_KEPT + 5):
-        logger.warning("many", error=str(number))
-    assert len(log.recent_causes()) == log.CAUSES_KEPT
-    assert capsys.readouterr().err
