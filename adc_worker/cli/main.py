@@ -105,7 +105,10 @@ def worker_run(
 @_ENV_FILE
 @click.pass_context
 def worker_status(context: click.Context, as_json: bool, env_file: Path | None) -> None:
-    """Show the worker that runs on this host; exit code 1 when none does, or when it is not ready."""
+    """Show the worker that runs on this host.
+
+    Exit code 1 when none does, or when it is not ready.
+    """
     from adc_worker.cli.status import status_command  # noqa: PLC0415
 
     sys.exit(status_command(_load(env_file or context.obj.env_path), as_json=as_json))
@@ -116,7 +119,10 @@ def worker_status(context: click.Context, as_json: bool, env_file: Path | None) 
 @_ENV_FILE
 @click.pass_context
 def worker_report(context: click.Context, output: Path, env_file: Path | None) -> None:
-    """Save the page of the last job as one HTML file: plan, memory over time, errors by cause."""
+    """Save the last job as one HTML page.
+
+    Plan with reasons, memory over time, errors by cause; from the running worker or from what the last one left.
+    """
     from adc_worker.cli.status import report_command  # noqa: PLC0415
 
     report_command(_load(env_file or context.obj.env_path), output)
@@ -126,9 +132,9 @@ def worker_report(context: click.Context, output: Path, env_file: Path | None) -
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @_ENV_FILE
 def doctor(as_json: bool, env_file: Path | None) -> None:
-    """Check this host, its settings and the way to Antenna; exit code 1 when something has to be fixed.
+    """Check this host and the way to Antenna.
 
-    Takes no task and changes nothing.
+    Takes no task and changes nothing. Exit code 1 when something has to be fixed.
     """
     from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
 
