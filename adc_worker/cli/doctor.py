@@ -127,7 +127,10 @@ def _way_out() -> Iterator[Finding]:
     )
     yield Finding("ok", "proxy", proxies or "none")
     paths = ssl.get_default_verify_paths()
-    yield Finding("ok", "CA certificates", f"{paths.cafile or paths.capath} (SSL_CERT_FILE chooses others)")
+    own = next((path for path, usual in ((paths.cafile, paths.openssl_cafile), (paths.capath, paths.openssl_capath))
+                if path and path != usual), None)  # fmt: skip
+    found = own or f"Antenna: certifi's; images: {paths.cafile or paths.capath} (SSL_CERT_FILE replaces both)"
+    yield Finding("ok", "CA certificates", found)
 
 
 def _nats(config: Settings) -> Iterator[Finding]:
