@@ -5,14 +5,51 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
 
 from adc_worker.redaction import redact
 
-LogFormat = Literal["console", "json"]
+LogFormat = Literal["console", "color", "json"]
+
+CAUSES_KEPT = 20
+_TEXT_FIELDS = ("error", "reason", "note", "exit")
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A warning or error that was logged: how often, and when last (Unix seconds)."""
+
+    event: str
+    text: str
+    count: int
+    last_at: float
+
+
+_causes: dict[tuple[str, str], Cause] = {}
+_causes_lock = threading.Lock()
+
+
+def recent_causes() -> tuple[Cause, ...]:
+    """Return what was logged as a warning or worse, by cause, the latest first."""
+    with _causes_lock:
+        return tuple(reversed(_causes.values()))
+
+
+def _remember(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if method in {"warning", "error", "critical", "exception"}:
+        text = next((str(event[name]) for name in _TEXT_FIELDS if event.get(name)), "")[:300]
+        key = (str(event["event"]), text)
+        with _causes_lock:
+            before = _causes.pop(key, None)  # and back at the end: the latest is last
+            _causes[key] = Cause(*key, 1 + (before.count if before else 0), time.time())
+            if len(_causes) > CAUSES_KEPT:
+                del _causes[next(iter(_causes))]
+    return event
 
 
 def _redact_value(value: Any) -> Any:
@@ -38,7 +75,7 @@ def configure(log_format: LogFormat, level: str) -> None:
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(colors=log_format == "color")
     )
     structlog.configure(
         processors=[
@@ -47,6 +84,7 @@ def configure(log_format: LogFormat, level: str) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             _redact_event,
+            _remember,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

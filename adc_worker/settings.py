@@ -152,7 +152,9 @@ class Settings(BaseSettings):
     image_allowed_hosts: Names = _setting((), "Host names images may come from at private addresses, comma-separated.")
     log_format: Literal["console", "json"] | None = _setting(None, "console or json; by default by terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe log line written.")
-    status_port: int | None = _setting(None, "Port of the status page and metrics.", "planned", ge=0, le=65535)
+    status_port: str | None = _setting(
+        None, "Port of the status page and metrics on 127.0.0.1; host:port or [::1]:port listens elsewhere."
+    )
 
     # Of today's worker; accepted with any value so that its .env starts this one.
     image_base_path: Any = _setting(None, "Folder of local image workflows.", "none", "unused")
@@ -182,6 +184,24 @@ class Settings(BaseSettings):
     @classmethod
     def _knows_the_home_folder(cls, value: Path | None) -> Path | None:
         return value and value.expanduser()  # no shell has read .env
+
+    @field_validator("status_port")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            _address(value)
+        return value
+
+    @property
+    def status_address(self) -> tuple[str, int] | None:
+        """Host and port of the status page; None where it is off."""
+        return _address(self.status_port) if self.status_port is not None else None
+
+    def log_format_on(self, *, terminal: bool) -> Literal["console", "color", "json"]:
+        """How log lines are written; https://no-color.org wins over a terminal."""
+        if self.log_format == "json" or (self.log_format is None and not terminal):
+            return "json"
+        return "color" if terminal and not os.environ.get("NO_COLOR") else "console"
 
     @property
     def token(self) -> str:
@@ -219,6 +239,13 @@ class Settings(BaseSettings):
     @property
     def effective_staging_path(self) -> Path:
         return self.staging_path or self.user_data_path / "staging"
+
+
+def _address(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{'127.0.0.1:' if text.isdecimal() else ''}{text}")
+    if not parts.hostname or parts.port is None:  # asking for a port above 65535 raises ValueError, too
+        raise ValueError("must be a port, or an address and a port such as 0.0.0.0:9100")
+    return parts.hostname, parts.port
 
 
 def variable(field_name: str) -> str:

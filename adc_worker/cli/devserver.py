@@ -34,7 +34,10 @@ def images_in(folder: Path) -> list[Path]:
 @click.option("--save-delay", "save_delay_s", default=0.3, show_default=True, help="Seconds to save one result.")
 @click.option("--token", default=lambda: secrets.token_hex(20), show_default="a new one", help="The API token.")
 def devserver_command(image_dir: Path | None, slug: str, **options: Any) -> None:
-    """Run an Antenna for the desk until Ctrl-C: its HTTP API in front of a NATS server of its own."""
+    """Run an Antenna for the desk until Ctrl-C.
+
+    Its HTTP API in front of a NATS server of its own.
+    """
     try:  # not at the top: `ami --help` must work without the `desk` extra
         from adc_worker.devserver.server import DevServer  # noqa: PLC0415
     except ImportError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -57,7 +58,15 @@ def cli() -> None:
 
     Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it work without an
     Antenna, start `ami demo`.
-    """
+
+    \b
+      ami doctor            is everything here that a worker needs?
+      ami worker            work until Ctrl-C; a second Ctrl-C does not wait
+      ami worker status     how is the worker on this host doing?
+      ami worker report     the last job as one HTML page
+
+    Completion: eval "$(_AMI_COMPLETE=bash_source ami)" in ~/.bashrc, or zsh_source in ~/.zshrc.
+    """  # noqa: D301 (click's mark for "do not rewrap" is the character itself)
 
 
 @cli.group(invoke_without_command=True)
@@ -67,7 +76,16 @@ def cli() -> None:
 def worker(
     context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
 ) -> None:
-    """Pull tasks, find insects, post results. Without a subcommand: run."""
+    """Pull tasks, find insects, post results. Without a subcommand: run.
+
+    Two images of each job are measured, and how the job is fed is computed from them: there is nothing to tune. On a
+    terminal it shows what it does; elsewhere it writes one JSON object a line (AMI_LOG_FORMAT).
+
+    \b
+      ami worker --pipeline light_sheet_blobs
+      ami worker --exit-when-idle               for batch systems: end when no job has tasks left
+      AMI_STATUS_PORT=9100 ami worker           status page on http://127.0.0.1:9100/
+    """  # noqa: D301
     context.obj = WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)
     if context.invoked_subcommand is None:
         sys.exit(_run_worker(context.obj))
@@ -184,6 +202,48 @@ def _model_files(config: settings.Settings, pipelines: Sequence[str]) -> Iterato
         yield (slugs[0] if len(slugs) == 1 else f"{len(slugs)} pipelines"), url, WeightStore(config.models_path)
 
 
+@worker.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_ENV_FILE
+@click.pass_context
+def worker_status(context: click.Context, as_json: bool, env_file: Path | None) -> None:
+    """Show the worker that runs on this host.
+
+    Exit code 1 when none does, or when it is not ready.
+    """
+    from adc_worker.cli.status import status_command  # noqa: PLC0415
+
+    sys.exit(status_command(_load(env_file or context.obj.env_path), as_json=as_json))
+
+
+@worker.command("report")
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=False), default=Path("worker-report.html"))
+@_ENV_FILE
+@click.pass_context
+def worker_report(context: click.Context, output: Path, env_file: Path | None) -> None:
+    """Save the last job as one HTML page.
+
+    Plan with reasons, memory over time, errors by cause; from the running worker or from what the last one left.
+    """
+    from adc_worker.cli.status import report_command  # noqa: PLC0415
+
+    report_command(_load(env_file or context.obj.env_path), output)
+
+
+@cli.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@_ENV_FILE
+def doctor(as_json: bool, env_file: Path | None) -> None:
+    """Check this host and the way to Antenna.
+
+    Takes no task and changes nothing. Exit code 1 when something has to be fixed.
+    """
+    from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
+
+    config = _load(env_file)
+    sys.exit(doctor_command(config, settings.warnings_for(config, env_file), as_json=as_json))
+
+
 @cli.command("settings")
 @click.option("--env-example", is_flag=True, help="Print the text of .env.example.")
 @_ENV_FILE
@@ -228,14 +288,38 @@ def _configure_log(config: settings.Settings) -> None:
 
 
 def _run_worker(options: WorkerOptions) -> ExitCode:
-    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
+    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
 
     config = _load(options.env_path)
     try:
         _token = config.token
     except ConfigurationError as error:
         raise _configuration_exit(error) from None
-    _configure_log(config)
+    terminal = sys.stderr.isatty()
+    watched = terminal and config.log_format is None
+    log_format = "json" if watched else config.log_format_on(terminal=terminal)
+    log.configure(log_format, config.log_level)
+    try:
+        with ExitStack() as stack:
+            board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
+            stack.enter_context(listening(board, config.user_data_path))
+            if watched:
+                from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
+
+                stack.enter_context(live_view(board))
+            _log_start(options, config)
+            if config.status_address is not None:
+                from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+
+                stack.enter_context(serving(board, config.status_address))
+            return supervise(replace(options, log_format=log_format), config)
+    except ConfigurationError as error:
+        raise _configuration_exit(error) from None
+
+
+def _log_start(options: WorkerOptions, config: settings.Settings) -> None:
     logger = log.get_logger(__name__)
     logger.info(
         "start",
@@ -246,7 +330,6 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
     )
     for sentence in settings.warnings_for(config, options.env_path):
         logger.warning("setting", note=sentence)
-    return supervise(options, config)
 
 
 cli.add_command(demo_command)
@@ -255,4 +338,8 @@ cli.add_command(devserver_command)
 
 def main() -> None:
     """Run the command line; the console scripts point here."""
+    if sys.platform != "linux":
+        sys.exit(
+            f"ami: runs on Linux, not on {sys.platform}: pidfd, memfd and /proc are what its memory bound stands on"
+        )
     cli()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch
+from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch, parse_reply_subject
 from adc_worker.errors import AntennaError, ImageError, LinkError, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -181,6 +181,7 @@ class Intake:
         self.fetched = 0
         self.parked = 0  # left on record: their image host is at fault
         self.ended_empty = False
+        self.pending = 0  # tasks of the job that nobody had at the last fetch
         self._fetch = fetch
         self._job_id = fetch.job_id
         self._journal = journal
@@ -309,6 +310,8 @@ class Intake:
         self._outcomes.wake_poster()  # some may have been answered from the journal
         if answer:
             self._empty_answers = 0
+            found = [parse_reply_subject(held.task.reply_subject) for held in answer]
+            self.pending = min((delivery.pending for delivery in found if delivery), default=self.pending)
         elif self._fetch.looked_only:
             self._next_fetch_at = time.monotonic() + LOOK_SHARE_BLOCKED * self._lease.ack_wait_s
         else:

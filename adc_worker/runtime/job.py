@@ -31,6 +31,7 @@ from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
+from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
 from adc_worker.tuning.governor import Decision, Governor, Observation
@@ -61,6 +62,7 @@ class WorkerContext:
     life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
     share: MemoryShare
+    reporter: Reporter
     faults: Faults = field(default_factory=Faults)
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
@@ -138,7 +140,8 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     context.poster.listen(intake.wake)
     intake.start()
     try:
-        run.probe_and_feed()
+        with context.reporter.job(run.view):
+            run.probe_and_feed()
         if outcomes.done:
             context.share.recover()
     except RuntimeError as error:
@@ -189,10 +192,45 @@ class _JobRun:
         self._struck_out = struck_out
         self.switch_s: float | None = None
         self._started = time.monotonic()
-        self._peak_bytes = 0
+        self._seen: ImageProbe | None = None
+        self._decision = ""
+        self._used_bytes = self._peak_bytes = 0
         self._limit_bytes = 0
         self._inference_s = 0.0
         self._readiness = 0.0
+        self._started_at = time.time()
+
+    def view(self) -> JobView:
+        """Tell how it goes; from any thread."""
+        outcomes, governor, seen = self._outcomes, self._memory.governor, self._seen
+        plan = governor.plan if governor is not None else None
+        stages: tuple[StageView, ...] = ()
+        if plan is not None and seen is not None:
+            stages = (
+                StageView(name="download", s_per_image=seen.download_s, parallel=plan.download_concurrency),
+                StageView(name="decode", s_per_image=seen.decode_s, parallel=plan.decode_workers),
+                StageView(name="inference", s_per_image=seen.inference_s, parallel=1),
+            )
+        return JobView(
+            id=self._job_id,
+            pipeline=self._pipeline.slug,
+            started_at=self._started_at,
+            tasks=self._intake.fetched,
+            done=outcomes.done,
+            failed=dict(outcomes.failed),
+            left_to_lease=outcomes.given_up,
+            detections=outcomes.detections,
+            in_hand=self._intake.fetched - outcomes.settled,
+            pending=self._intake.pending,
+            readiness=self._readiness,
+            inference_s=self._inference_s,
+            memory_bytes=self._used_bytes,
+            peak_bytes=self._peak_bytes,
+            stages=stages,
+            plan=plan.log_fields() if plan else {},
+            why=dict(plan.why) if plan else {},
+            decision=self._decision,
+        )
 
     def probe_and_feed(self) -> None:
         host = self._context.host(self._pipeline)
@@ -275,6 +313,8 @@ class _JobRun:
             self._inference_s += stats.inference_s
             self._intake.pace(images / max(stats.inference_s, 1e-6))
             self._peak_bytes = max(self._peak_bytes, observed.host.used_bytes)
+            self._seen, self._used_bytes, self._readiness = image, observed.host.used_bytes, governor.readiness
+            self._decision = f"{decision.action}: {decision.reason}"
             self._log_batch(loader, stats, observed, decision, governor.readiness)
             self._check_background()
             self._wait_for_room()

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adc_worker.log import LogFormat
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -16,6 +18,7 @@ class WorkerOptions:
     exit_when_idle: bool = False
     env_file: str | None = None
     caution: float = 1.0  # part of its memory a child plans with, after its predecessors were killed for memory
+    log_format: LogFormat = "json"
 
     @property
     def env_path(self) -> Path | None:

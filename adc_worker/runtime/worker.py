@@ -29,7 +29,7 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
-from adc_worker.host.memory import anonymous_bytes, oom_kills
+from adc_worker.host.memory import anonymous_bytes, memory_limit, oom_kills
 from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
@@ -43,6 +43,7 @@ from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceili
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
+from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 
@@ -261,6 +262,26 @@ def run(
             expired_tasks=expired,
             swept_files=swept,
         )
+        limit = memory_limit()
+        limit_bytes = min(limit.limit_bytes, config.memory_limit_bytes or limit.limit_bytes)
+        pids = (os.getppid(), os.getpid())
+
+        def measure(view: JobView | None) -> Snapshot:
+            return Snapshot(
+                at=time.time(),
+                slot=journal.slot,
+                pid=os.getpid(),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                stopping=stop.draining.is_set(),
+                memory_bytes=max(anonymous_bytes(pids), view.memory_bytes if view else 0),
+                budget_bytes=int(config.memory_soft_cap * limit_bytes),
+                limit_bytes=limit_bytes,
+                limit_source=limit.source if limit_bytes == limit.limit_bytes else "AMI_MEMORY_LIMIT_BYTES",
+                unposted=journal.unposted_count(),
+                staged_bytes=staging.disk.used_bytes,
+            )
+
+        reporter = Reporter(socket_path(config.user_data_path, os.getppid()), measure)
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
         lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
         nats_url = config.antenna_nats_url
@@ -277,7 +298,8 @@ def run(
             keeper=keeper,
             flushing=stop.flushing,
             life=life or SignsOfLife(),
-            pids=(os.getppid(), os.getpid()),
+            pids=pids,
+            reporter=reporter,
             share=share,
         )
         try:
@@ -287,6 +309,7 @@ def run(
                 keeper.close()
             context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
+            reporter.close()
             journal.close()
 
 
@@ -311,7 +334,7 @@ def main() -> int:
     options = WorkerOptions.from_json(sys.argv[1])
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_path)
-    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
+    log.configure(options.log_format, config.log_level)
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:

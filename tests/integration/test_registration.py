@@ -112,7 +112,7 @@ def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: Dev
     env = environment(server, data, {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
     code, log = run_to_end(env, "--pipeline", "moth_binary", "--exit-when-idle")
     assert code == ExitCode.MODEL_UNAVAILABLE
-    code, others = run_to_end(env, "--exit-when-idle")
+    code, others = run_to_end(env | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"}, "--exit-when-idle")
     assert code == ExitCode.OK
     for line in (*log.events("worker_fault"), *others.events("pipeline_unavailable")):
         assert DETECTOR.weights in line["error"]

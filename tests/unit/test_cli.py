@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from adc_worker import __version__
-from adc_worker.cli.main import cli
+from adc_worker.cli.main import cli, main
 from adc_worker.errors import ExitCode
 
 
@@ -53,3 +53,18 @@ def test_the_settings_in_force_are_shown_without_the_token(monkeypatch: pytest.M
     told = ami("settings").output
     assert "AMI_MEMORY_SOFT_CAP=0.5" in told
     assert "canary-token" not in told
+
+
+def test_elsewhere_than_on_linux_one_line_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything that does not exist there is imported."""
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit, match=r"^ami: runs on Linux, not on win32: .+"):
+        main()
+
+
+def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the help says: the script that bash evaluates, and what that then asks for."""
+    monkeypatch.setattr("sys.argv", ["ami"])
+    for instruction, says in (("bash_source", "complete -o nosort -F"), ("bash_complete", "plain,status")):
+        env = {"_AMI_COMPLETE": instruction, "COMP_WORDS": "ami worker st", "COMP_CWORD": "2"}
+        assert says in CliRunner().invoke(cli, prog_name="ami", env=env).output

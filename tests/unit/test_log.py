@@ -226,3 +226,23 @@ def test_standard_output_stays_free(capsys: pytest.CaptureFixture[str]) -> None:
     log.get_logger("test").info("something")
     print("page", file=sys.stdout)  # noqa: T201 (the command's output)
     assert capsys.readouterr().out == "page\n"
+
+
+def test_warnings_are_counted_by_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same one thrice is one line with a count; the latest comes first, and there is an end."""
+    log.configure("json", "info")
+    logger = log.get_logger("test")
+    for _ in range(3):
+        logger.warning("fetch_failed", error="503")
+    logger.error("post_failed", error=SIGNED)
+    first, second = log.recent_causes()[:2]
+    assert (first.event, first.text, first.count) == (
+        "post_failed",
+        "https://images.example.org/trap/1.jpg?<redacted>",
+        1,
+    )
+    assert (second.event, second.text, second.count) == ("fetch_failed", "503", 3)
+    for number in range(log.CAUSES_KEPT + 5):
+        logger.warning("many", error=str(number))
+    assert len(log.recent_causes()) == log.CAUSES_KEPT
+    assert capsys.readouterr().err

@@ -143,10 +143,30 @@ def test_variables_of_other_programs_are_nobodys_business(monkeypatch: pytest.Mo
     assert warnings_for(load()) == []
 
 
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [("9100", ("127.0.0.1", 9100)), ("0.0.0.0:9100", ("0.0.0.0", 9100)), ("[::1]:0", ("::1", 0))],  # noqa: S104
+)
+def test_the_status_page_is_for_this_host_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, value: str, address: tuple[str, int]
+) -> None:
+    """A port alone is loopback."""
+    assert load().status_address is None
+    monkeypatch.setenv("AMI_STATUS_PORT", value)
+    assert load().status_address == address
+
+
+@pytest.mark.parametrize("value", ["99999", "on", "0.0.0.0", "host:", "-1"])  # noqa: S104
+def test_a_status_port_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("AMI_STATUS_PORT", value)
+    with pytest.raises(ConfigurationError, match="AMI_STATUS_PORT"):
+        load()
+
+
 def test_a_planned_setting_says_that_it_is_not_used_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody relies on it by mistake."""
-    monkeypatch.setenv("AMI_STATUS_PORT", "9090")
-    assert warnings_for(load()) == ["AMI_STATUS_PORT is accepted, but this version does not use it yet"]
+    monkeypatch.setenv("AMI_ANTENNA_JOB_SLICE_SECONDS", "90")
+    assert warnings_for(load()) == ["AMI_ANTENNA_JOB_SLICE_SECONDS is accepted, but this version does not use it yet"]
 
 
 @pytest.mark.parametrize(

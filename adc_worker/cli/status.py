@@ -1,0 +1,217 @@
+"""A worker as people see it in a terminal: the live view of `ami worker`, `ami worker status`, `ami worker report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from adc_worker import settings
+from adc_worker.errors import ExitCode
+from adc_worker.runtime import board as boards
+from adc_worker.runtime.board import Board
+
+MB, GB = 1e6, 1e9
+REFRESH_PER_S = 2
+_MINUTE_S, _HOUR_S = 60, 3600
+BAR_COLUMNS = 40
+# Of the log lines that would scroll by, these stay to be read above the live view, with all warnings and errors.
+NOTABLE = frozenset({"start", "worker_ready", "status_page", "job_summary", "stopping", "idle"})
+_STAGES = {"download": "link", "decode": "decode", "inference": "inference"}
+
+
+def size(value: float) -> str:
+    return f"{value / GB:.2f} GB" if value >= GB else f"{value / MB:.0f} MB"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < _MINUTE_S:
+        return f"{seconds:.0f} s"
+    if seconds < _HOUR_S:
+        return f"{seconds // _MINUTE_S:.0f} min {seconds % _MINUTE_S:.0f} s"
+    return f"{seconds // _HOUR_S:.0f} h {seconds % _HOUR_S / _MINUTE_S:.0f} min"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%d %b %H:%M", time.localtime(at))
+
+
+def _grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    for name, value in rows:
+        grid.add_row(name, value)
+    return grid
+
+
+def _bar(value: float, total: float, text: str) -> Table:
+    row = Table.grid(padding=(0, 2))
+    row.add_row(ProgressBar(total=max(total, 1e-9), completed=value, width=BAR_COLUMNS), text)
+    return row
+
+
+def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
+    snapshot, job = one["snapshot"], one["snapshot"]["job"]
+    memory = f"{size(snapshot['memory_bytes'])} of {size(snapshot['budget_bytes'])}"
+    rows: list[tuple[str, RenderableType]] = []
+    if job is None or job["ended_at"] is not None:
+        rows.append(("job", "none" if not snapshot["stopping"] else "stopping"))
+    else:
+        settled = job["done"] + sum(job["failed"].values()) + job["left_to_lease"]
+        total, plan = settled + job["in_hand"] + job["pending"], job["plan"]
+        rate = f"{job['images_per_s']:.2f} images/s" if job["images_per_s"] else "measuring"
+        rows.append(("job", Text.assemble((str(job["id"]), "bold"), f"  {job['pipeline']}")))
+        rows.append(("progress", _bar(settled, total, f"{settled} of {total}, {duration(one['eta_s'])} left")))
+        if plan:
+            rate += f", {plan['images_per_s']:.2f} planned; {plan['binds']} binds"
+            memory += f", {size(plan['peak_bytes'])} predicted"
+            feeding = f"batches of {plan['batch_size']}, {plan['prefetch_factor']} ahead; "
+            feeding += f"{plan['download_concurrency']} downloads, {plan['decode_workers']} decoding; "
+            rows.append(("plan", feeding + f"{size(plan['arena_bytes'])} for pixels"))
+        rows.append(("rate", rate))
+        for stage in job["stages"]:
+            able = stage["parallel"] / stage["s_per_image"] if stage["s_per_image"] else 0.0
+            binds = "  binds" if plan and plan["binds"] == _STAGES[stage["name"]] else ""
+            takes = f"{1000 * stage['s_per_image']:>6.0f} ms x {stage['parallel']:<2}"
+            rows.append((f"  {stage['name']}", f"{takes} up to {able:.1f} images/s{binds}"))
+        if job["decision"]:
+            rows.append(("changed", job["decision"]))
+    rows.append(("memory", _bar(snapshot["memory_bytes"], snapshot["budget_bytes"], memory)))
+    rows.append(("waiting", f"{snapshot['unposted']} results for Antenna, {size(snapshot['staged_bytes'])} on disk"))
+    yield _grid(rows)
+
+
+def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None)
+    for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
+        table.add_column(name, no_wrap=True)
+    for job in jobs:
+        counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
+        speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))
+        table.add_row(*counts, *speed, _clock(job["ended_at"]))
+    return table
+
+
+def _plan(job: dict[str, Any]) -> Table:
+    table = Table("plan", "value", "why", box=None)
+    for name, reason in job["why"].items():
+        value = job["plan"].get(name)
+        shown = size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown, reason)
+    return table
+
+
+def rendered(state: dict[str, Any], *, details: bool) -> Group:
+    """Draw a board's state; `details` adds the plan's reasons, the last jobs and what went wrong."""
+    ready = "; ".join(state["unready"]) or "ready"
+    title = Text.assemble(("Antenna worker", "bold"), f" {state['version']} on {state['host']}, pid {state['pid']}: ")
+    parts: list[RenderableType] = [title.append(ready, style="red" if state["unready"] else "green")]
+    causes = list(state["causes"])
+    for one in state["workers"]:
+        parts += _worker(one)
+        causes += one["snapshot"]["causes"]
+        if details and one["snapshot"]["job"] and one["snapshot"]["job"]["why"]:
+            parts += ["", _plan(one["snapshot"]["job"])]
+    if details and state["jobs"]:
+        parts += ["", _jobs(state["jobs"])]
+    if details and causes:
+        table = Table("warnings and errors", "", "times", "last", box=None)
+        table.columns[3].no_wrap = True
+        for cause in sorted(causes, key=lambda cause: -float(cause["last_at"])):
+            table.add_row(cause["event"], Text(cause["text"]), str(cause["count"]), _clock(cause["last_at"]))
+        parts += ["", table]
+    return Group(*parts)
+
+
+@contextmanager
+def live_view(board: Board) -> Iterator[None]:
+    """Draw the board on the terminal while the body runs; what this process and its children log goes above it."""
+    terminal = os.dup(sys.stderr.fileno())
+    read, write = os.pipe()
+    os.dup2(write, sys.stderr.fileno())  # children inherit it
+    os.close(write)
+    with os.fdopen(terminal, "w") as screen:
+        console = Console(file=screen)
+        reader = threading.Thread(target=_show_lines, args=(read, console), name="log-lines", daemon=True)
+        reader.start()
+        try:
+            with Live(
+                get_renderable=lambda: rendered(json.loads(board.to_json()), details=False),
+                console=console,
+                refresh_per_second=REFRESH_PER_S,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            ):
+                yield
+        finally:
+            os.dup2(terminal, sys.stderr.fileno())  # the pipe's last writer is gone: the reader ends
+            reader.join()
+
+
+def _show_lines(read: int, console: Console) -> None:
+    with os.fdopen(read, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                console.print(line.rstrip(), markup=False, highlight=False)
+                continue
+            if event.get("event") in NOTABLE or event.get("level") not in {"debug", "info"}:
+                console.print(_log_line(event))
+
+
+def _log_line(event: dict[str, Any]) -> Text:
+    level, name = event.pop("level", "info"), event.pop("event", "")
+    at, trace = event.pop("timestamp", "")[11:19], event.pop("exception", "")
+    event.pop("module", None)
+    told = {key: value for key, value in event.items() if value not in (None, "", {}, [])}
+    fields = "  ".join(f"{key}={size(value) if key.endswith('_bytes') else value}" for key, value in told.items())
+    style = {"info": "", "warning": "yellow"}.get(level, "red")
+    return Text.assemble((f"{at} ", "dim"), (name, style), f"  {fields}", f"\n{trace}" if trace else "")
+
+
+def status_command(config: settings.Settings, *, as_json: bool) -> ExitCode:
+    """Print the workers that run with this data folder; OK when all of them are ready."""
+    states = boards.running(config.user_data_path)
+    if as_json:
+        click.echo(json.dumps(states, indent=1))
+    console = Console()
+    for state in () if as_json else states:
+        console.print(rendered(state, details=True))
+    if not states:
+        click.echo(
+            f"ami: no worker runs on this host with AMI_USER_DATA_PATH={config.user_data_path};"
+            " start one with `ami worker`, or go to the folder whose .env it uses",
+            err=True,
+        )
+    return ExitCode.OK if states and not any(state["unready"] for state in states) else ExitCode.FAILED
+
+
+def report_command(config: settings.Settings, output: Path) -> None:
+    """Write the page of the last job, from the running worker or from what the last one left."""
+    from adc_worker.runtime.status_server import rendered_page  # noqa: PLC0415 (status needs no HTTP server)
+
+    states = [state for state in boards.running(config.user_data_path) if state["jobs"]]
+    kept = boards.report_path(config.user_data_path)
+    if not states and not kept.is_file():
+        raise click.ClickException(f"no job has ended yet with AMI_USER_DATA_PATH={config.user_data_path}")
+    latest = (
+        max(states, key=lambda state: float(state["jobs"][0]["ended_at"])) if states else json.loads(kept.read_bytes())
+    )
+    output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
+    click.echo(f"job {latest['jobs'][0]['id']}: {output}")

@@ -1,0 +1,128 @@
+"""What the parent makes of its children's snapshots."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from adc_worker import log
+from adc_worker.runtime.board import HISTORY_POINTS, SILENT_S, Board
+from adc_worker.runtime.snapshot import JobView, Snapshot, StageView
+from adc_worker.runtime.status_server import rendered_page
+
+LEASE_S = 300.0
+
+
+def job(**fields: Any) -> JobView:
+    return JobView(**{"id": 7, "pipeline": "moths", "started_at": time.time() - 10, "tasks": 30, **fields})
+
+
+def snapshot(**fields: Any) -> Snapshot:
+    usual: dict[str, Any] = {
+        "at": time.time(),
+        "slot": 0,
+        "pid": 4711,
+        "device": "cpu",
+        "stopping": False,
+        "memory_bytes": 500_000_000,
+        "budget_bytes": 700_000_000,
+        "limit_bytes": 1_000_000_000,
+        "limit_source": "MemTotal",
+        "unposted": 0,
+        "staged_bytes": 0,
+        "moved_at": time.time(),
+    }
+    return Snapshot(**{**usual, **fields})
+
+
+def test_a_snapshot_survives_the_way_to_the_parent() -> None:
+    """Every field, nested ones too."""
+    stages = (StageView(name="decode", s_per_image=0.05, parallel=2),)
+    told = snapshot(
+        job=job(stages=stages, failed={"ImageMissing": 2}, plan={"batch_size": 3}, why={"batch_size": "memory"}),
+        causes=(log.Cause("fetch_failed", "503", 3, 1.5),),
+    )
+    assert Snapshot.from_json(told.to_json()) == told
+
+
+def test_the_time_left_counts_what_nobody_has_yet() -> None:
+    """In hand here, and not handed out to anybody: the others' share is theirs to finish."""
+    assert job(in_hand=10, pending=90, images_per_s=2.0).eta_s == 50
+    assert job(in_hand=10, images_per_s=0.0).eta_s is None
+    assert job(in_hand=10, images_per_s=2.0, ended_at=time.time()).eta_s is None
+
+
+def test_a_worker_is_ready_when_every_process_reports() -> None:
+    """Two were to be started: the one that is missing is named."""
+    board = Board(2, LEASE_S)
+    board.add(snapshot())
+    assert board.unready() == ["1 of 2 processes have not started yet"]
+    board.add(snapshot(slot=1))
+    assert board.unready() == []
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (lambda now: snapshot(at=now - SILENT_S - 1), "has told nothing"),
+        (lambda now: snapshot(job=job(in_hand=3), moved_at=now - LEASE_S / 2 - 1), "holds tasks and made no progress"),
+        (lambda now: snapshot(unposted=3, moved_at=now - LEASE_S / 2 - 1), "holds tasks and made no progress"),
+    ],
+)
+def test_a_worker_is_not_ready_when_a_process_is_silent_or_holds_tasks_and_does_nothing(
+    told: Callable[[float], Snapshot], reason: str
+) -> None:
+    """Half a lease without an outcome: what is held was planned to be done by then."""
+    board = Board(1, LEASE_S)
+    board.add(told(time.time()))
+    (said,) = board.unready()
+    assert reason in said
+
+
+def test_an_idle_worker_stays_ready_for_ever() -> None:
+    """Without tasks nothing has to move."""
+    board = Board(1, LEASE_S)
+    board.add(snapshot(moved_at=0.0))
+    assert board.unready() == []
+
+
+def test_memory_over_time_covers_the_whole_run_in_bounded_space() -> None:
+    """A week at a snapshot a second: the first and the last are there, evenly spread, in a page's width of points."""
+    board, start = Board(1, LEASE_S), 1_000_000.0
+    for second in range(0, 7 * 24 * 3600, 7):
+        board.add(snapshot(at=start + second))
+    (worker,) = board.state()["workers"]
+    times = [point[0] for point in worker["history"]]
+    assert HISTORY_POINTS / 3 < len(times) <= HISTORY_POINTS
+    assert times[0] == start
+    assert times[-1] > start + 7 * 24 * 3600 * 0.99
+    steps = [later - earlier for earlier, later in pairwise(times)]
+    assert max(steps) < 3 * min(steps)
+
+
+def test_a_job_in_several_turns_is_one_job() -> None:
+    """Counts add up, the peak is the largest, the rate is over all of it."""
+    board = Board(1, LEASE_S)
+    first = job(done=10, failed={"ImageMissing": 1}, peak_bytes=5, started_at=100.0, ended_at=110.0)
+    assert board.add(snapshot(job=first))
+    assert not board.add(snapshot(job=job(done=3)))
+    second = replace(first, done=20, failed={"ImageMissing": 2}, peak_bytes=3, started_at=120.0, ended_at=133.0)
+    assert board.add(snapshot(job=second))
+    (ended,) = board.state()["jobs"]
+    assert (ended.done, ended.failed, ended.peak_bytes) == (30, {"ImageMissing": 3}, 5)
+    assert ended.images_per_s == pytest.approx(1.0)
+
+
+def test_nothing_that_was_logged_can_leave_its_place_in_the_page() -> None:
+    """An error text comes from outside: it may not end the script element it is carried in."""
+    evil = "</script><script>alert(1)</script><!--"
+    page = rendered_page(json.dumps({"text": evil}).encode()).decode()
+    start = page.index('id="data">') + len('id="data">')
+    inside = page[start : page.index("</script>", start)]
+    assert json.loads(inside) == {"text": evil}
