@@ -20,7 +20,7 @@ from adc_worker.errors import ConfigurationError
 from adc_worker.redaction import redact
 
 ENV_PREFIX = "AMI_"
-Effect = Literal["required", "sets", "limits", "none", "planned"]
+Effect = Literal["required", "sets", "limits", "none"]
 
 
 def _split_commas(value: Any) -> Any:
@@ -292,8 +292,6 @@ def warnings_for(settings: Settings, env_file: Path | None = None) -> list[str]:
         effect = field_meta(Settings.model_fields[names[name]])["effect"]
         if effect == "none":
             sentences.append(f"{name} has no effect on a worker")
-        elif effect == "planned":
-            sentences.append(f"{name} is accepted, but this version does not use it yet")
         elif name == "AMI_NUM_WORKERS" and settings.ingest_mode == "auto":
             sentences.append("AMI_NUM_WORKERS is not used in auto mode: decode workers are computed")
         elif name == "AMI_DATABASE_URL" and not str(settings.database_url).startswith("sqlite:///"):
@@ -335,6 +333,6 @@ def _example_lines(name: str, info: FieldInfo, effect: str) -> list[str]:
     shown = "" if default is None or default == () else str(default).lower() if default is True else str(default)
     if name == "user_data_path":
         shown = "~/.local/share/adc-worker"
-    note = {"none": " No effect on a worker.", "planned": " Not used by this version yet.", "limits": " A limit."}
+    note = {"none": " No effect on a worker.", "limits": " A limit."}
     comment = "" if effect == "required" else "#"
     return [f"# {info.description}{note.get(effect, '')}", f"{comment}{variable(name)}={shown}"]

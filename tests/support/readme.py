@@ -10,7 +10,7 @@ from adc_worker.settings import Settings, field_meta, variable
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- settings: made by python -m tests.support.readme -->\n", "<!-- end of settings -->\n"
-EFFECTS = {"required": "**set this**", "limits": "limits", "none": "no effect", "planned": "not used yet", "sets": ""}
+EFFECTS = {"required": "**set this**", "limits": "limits", "none": "no effect", "sets": ""}
 
 
 def settings_table() -> str:

@@ -8,7 +8,12 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"pillow": "PIL", "pydantic-settings": "pydantic_settings", "nats-py": "nats"}
+MODULES = {
+    "pillow": "PIL",
+    "pydantic-settings": "pydantic_settings",
+    "nats-py": "nats",
+    "prometheus-client": "prometheus_client",
+}
 
 
 def declared() -> dict[str, str]:

@@ -163,12 +163,6 @@ def test_a_status_port_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch,
         load()
 
 
-def test_a_planned_setting_says_that_it_is_not_used_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody relies on it by mistake."""
-    monkeypatch.setenv("AMI_ANTENNA_JOB_SLICE_SECONDS", "90")
-    assert warnings_for(load()) == ["AMI_ANTENNA_JOB_SLICE_SECONDS is accepted, but this version does not use it yet"]
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
