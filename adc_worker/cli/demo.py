@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -139,30 +139,50 @@ def _run_worker(server: DevServer, job_id: int, folder: Path, console: Console) 
         "AMI_LOG_FORMAT": "json",
         "AMI_SHUTDOWN_GRACE_SECONDS": str(GRACE_S),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "adc_worker", "worker", "--pipeline", PIPELINE, "--exit-when-idle"],
-        cwd=folder,  # where no .env is
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for the demo, which then stops the worker
-    )
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read_lines, args=(process.stderr, lines.put), name="worker-log")
-    reader.start()
     news = _WorkerNews()
-    try:
+    with ExitStack() as at_end:
+        with _interrupts_come_later():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "adc_worker", "worker", "--pipeline", PIPELINE, "--exit-when-idle"],
+                cwd=folder,  # where no .env is
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the demo, which then stops the worker
+            )
+            reader = threading.Thread(target=_read_lines, args=(process.stderr, lines.put), name="worker-log")
+            reader.start()
+            at_end.callback(reader.join)
+            at_end.callback(_stop, process)
         _show_progress(server, job_id, lines, news, console)
         code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        reader.join()
     if code != ExitCode.OK:
         news.problems.append(f"the worker ended with exit code {code}")
     return news
+
+
+@contextmanager
+def _interrupts_come_later() -> Iterator[None]:
+    """Hold Ctrl-C back while a process is started: it would run, and nobody would know of it."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()
+    process.wait()
 
 
 def _read_lines(stream: IO[str] | None, put: Callable[[str | None], None]) -> None:

@@ -65,7 +65,7 @@ def test_a_refused_token_stops_fetching_and_is_named_until_it_is_accepted(desk: 
 
 
 def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_path: Path) -> None:
-    """NaN makes a post 400, and a body above 6 kB makes it 413, whatever is sent with it; the job still ends.
+    """Scores that are NaN are never posted; a body above 6 kB makes any post 413; the job still ends.
 
     This Antenna also loses count of a job's last two results: it ends because one of them is posted again.
     """
@@ -90,7 +90,7 @@ def test_results_that_antenna_refuses_become_errors_of_their_images_alone(tmp_pa
     told = dict(zip(job.image_ids, urls, strict=True))
     reasons = {told[image_id]: text for image_id, text in job.errors.items()}
     assert set(reasons) == {images.url(f"/{NAN_IMAGE}.png"), images.url(long_name)}
-    assert "400" in reasons[images.url(f"/{NAN_IMAGE}.png")]
+    assert "not finite numbers" in reasons[images.url(f"/{NAN_IMAGE}.png")]
     assert "bytes as too large (AMI_ANTENNA_MAX_POST_BYTES is 8000000)" in reasons[images.url(long_name)]
     assert len(job.results) == 60
     assert log.events("result_repeated"), "the race was ended by a repeat"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
-    "pillow": "PIL",
-    "pydantic-settings": "pydantic_settings",
     "nats-py": "nats",
+    "pillow": "PIL",
     "prometheus-client": "prometheus_client",
+    "pydantic-settings": "pydantic_settings",
 }
 
 
