@@ -103,7 +103,7 @@ class _Streak:
     words: str
     count: int = 0
     images: set[str] = field(default_factory=set)
-    error: str = ""
+    error: ImageError | LinkError | None = None  # the last one
     retry_at: float | None = None  # None: the host is not held at fault
     backoff_s: float = RETRY_FIRST_S
 
@@ -127,7 +127,7 @@ class Faults:
                 streak = self._streaks[host] = _Streak(words)
             streak.count += 1
             streak.images.add(image_id)
-            streak.error = str(error)
+            streak.error = error
             if (len(streak.images) < IMAGES_ALIKE) if words else (streak.count < LINK_FAILURES):
                 return False
             if streak.retry_at is None:
@@ -142,7 +142,7 @@ class Faults:
         if streak is not None and streak.retry_at is not None:
             _log.info("image_host_back", host=host)
 
-    def blocks(self, host: str, image_id: str) -> str | None:
+    def blocks(self, host: str, image_id: str) -> ImageError | LinkError | None:
         """Return the error of a host at fault; None when a download may be tried, which is one at a time then.
 
         Images that failed in these words come later: another may show that only they are at fault.

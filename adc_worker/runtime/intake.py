@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch, parse_reply_subject
-from adc_worker.errors import AntennaError, ImageError, LinkError, StagingFull
+from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage, StagingArea
@@ -412,7 +412,7 @@ class Intake:
                     return
                 host_at_fault = self._faults.image_failed(host, held.task.image_id, error)
                 if host_at_fault or (isinstance(error, LinkError) and self._lapses_soon(held)):
-                    self._park_or_settle(held, str(error), last=last)
+                    self._park_or_settle(held, error, last=last)
                     return
                 if isinstance(error, ImageError):
                     self._outcomes.fail(held.id, held.task, error)
@@ -441,16 +441,19 @@ class Intake:
     def _lapses_soon(self, held: HeldTask) -> bool:
         return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s
 
-    def _park_or_settle(self, held: HeldTask, error: str, *, last: bool) -> None:
-        """Leave a task on record for a later pass over the job, unless its lease is about to lapse."""
+    def _park_or_settle(self, held: HeldTask, error: ImageError | LinkError, *, last: bool) -> None:
+        """Leave a task on record for a later pass over the job, unless its lease is about to lapse.
+
+        An address that the settings forbid is never an image's fault: its operator is to be asked again.
+        """
         if not self._lapses_soon(held):
             with self._changed:
                 self.parked += 1
-        elif last:
+        elif last and not isinstance(error, AddressRefused):
             reason = f"not downloadable in {self._lease.max_deliver} deliveries: {error}"
             self._outcomes.fail(held.id, held.task, ImageError(reason))
         else:
-            self._outcomes.give_up(held.id, held.task, error)
+            self._outcomes.give_up(held.id, held.task, str(error))
 
 
 def _host(url: str) -> str:

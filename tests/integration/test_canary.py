@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -76,19 +77,27 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
         good = [serve(images, f"/{number}.jpg", Reply(data)) for number in range(GOOD)]
         job_id = server.add_job("simulated", [*good, *bad.values()])
         server.fail_next("POST result", 500, times=2)
-        env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug"})
-        env |= {"AMI_ANTENNA_ACK_WAIT_SECONDS": str(ACK_WAIT_S), "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}
+        env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug", "AMI_STATUS_PORT": "0"})
+        env |= {
+            "AMI_ANTENNA_ACK_WAIT_SECONDS": str(ACK_WAIT_S),
+            "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01",
+            "AMI_STATUS_PORT": "0",
+        }
         with worker(env, "--pipeline", "simulated") as running:
             running.wait_for("plan")
             child = psutil.Process(running.child_pid())
             shown = json.dumps([child.cmdline(), psutil.Process(running.process.pid).cmdline()])
             os.kill(child.pid, signal.SIGKILL)
             wait_until(lambda: server.job(job_id).processed == GOOD + len(bad), timeout_s=100)
+            status_url = running.wait_for("status_page")["url"].rstrip("/")
+            served = [httpx.get(status_url + path).text for path in ("/", "/snapshot.json", "/metrics", "/readyz")]
             running.process.send_signal(signal.SIGTERM)
             assert running.wait() == ExitCode.OK
     job = server.job(job_id)
     assert len(job.results) == GOOD
     assert len(job.errors) == len(bad)
+    assert "forbidden" in served[1] or "403" in served[1], "errors are shown by cause"
+    assert not [page for page in served if leaks(page)]
     assert not leaks(shown), "command lines are everybody's to read"
     assert not [line for line in running.lines if leaks(line)]
     assert any("/forbidden.jpg" in line for line in running.lines), "one can still see which image it was"

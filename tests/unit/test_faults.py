@@ -93,11 +93,11 @@ def test_a_host_is_at_fault_after_failures_in_a_row_and_until_one_image_comes() 
     faults = Faults(clock)
     error = link(REFUSED)
     assert [faults.image_failed(HOST, "1", error) for _ in range(LINK_FAILURES)] == [False, False, True]
-    assert faults.blocks(HOST, "1") == str(error)
+    assert faults.blocks(HOST, "1") is error
     assert faults.blocks("other.test", "1") is None
     clock.now_s += 1.0
     assert faults.blocks(HOST, "1") is None, "one may try"
-    assert faults.blocks(HOST, "1") == str(error), "and no other beside it"
+    assert faults.blocks(HOST, "1") is error, "and no other beside it"
     faults.image_failed(HOST, "1", error)
     clock.now_s += 1.9
     assert faults.blocks(HOST, "1") is not None
@@ -115,7 +115,7 @@ def test_where_images_fail_alike_the_next_trial_is_of_another_one() -> None:
     for number in range(IMAGES_ALIKE):
         faults.image_failed(HOST, str(number), ImageMissing("404"))
     clock.now_s += 1.1
-    assert faults.blocks(HOST, "0") == "404"
+    assert isinstance(faults.blocks(HOST, "0"), ImageMissing)
     assert faults.blocks(HOST, "new") is None
     clock.now_s += 2 * RETRY_MAX_S
     assert faults.blocks(HOST, "0") is None, "where there is no other"

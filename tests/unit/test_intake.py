@@ -14,7 +14,7 @@ import pytest
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
-from adc_worker.errors import ImageError
+from adc_worker.errors import AddressRefused, ImageError, LinkError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagedImage, StagingArea
@@ -260,6 +260,23 @@ def test_what_signs_a_url_is_forgotten_once_the_image_is_staged(jobs: Callable[.
     job.close()
     assert _in_files(job, b"https://images.test/a.jpg")
     assert not _in_files(job, b"canary")
+
+
+@pytest.mark.parametrize(("error", "errors"), [(LinkError("no route"), 1), (AddressRefused("10.0.0.1 is private"), 0)])
+def test_on_its_last_delivery_a_link_error_is_posted_and_a_refused_address_never(
+    jobs: Callable[..., Job], error: LinkError, errors: int
+) -> None:
+    """Which addresses may be asked is this worker's setting, and says nothing about the image."""
+    job = jobs()
+    last = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
+    job.images.faults[last.image_url] = error
+    job.images.gate.clear()
+    job.start_with([last])
+    wait_until(lambda: job.images.at_once == 1)
+    job.lease.ack_wait_s = 0.5  # it is about to lapse
+    job.images.gate.set()
+    assert job.infer_all() == []
+    assert (job.outcomes.failed.total(), job.outcomes.given_up) == (errors, 1 - errors)
 
 
 def test_a_url_that_cannot_be_split_is_an_error_of_its_image_alone(jobs: Callable[..., Job]) -> None:
