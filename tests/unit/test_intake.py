@@ -273,7 +273,7 @@ def test_on_its_last_delivery_a_link_error_is_posted_and_a_refused_address_never
     job.images.gate.clear()
     job.start_with([last])
     wait_until(lambda: job.images.at_once == 1)
-    job.lease.ack_wait_s = 0.5  # it is about to lapse
+    job.lease.ack_wait_s = 0.01  # it is about to lapse
     job.images.gate.set()
     assert job.infer_all() == []
     assert (job.outcomes.failed.total(), job.outcomes.given_up) == (errors, 1 - errors)
