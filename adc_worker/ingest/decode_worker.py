@@ -56,8 +56,8 @@ def _end_with_owner(descriptor: int) -> None:
     """Also in the middle of a decode, which may never end."""
     hang_up = select.poll()
     hang_up.register(descriptor, 0)  # that it hung up is reported unasked
-    hang_up.poll()
-    os._exit(0)
+    if any(event & select.POLLHUP for _descriptor, event in hang_up.poll()):  # and not our own closing, on an error
+        os._exit(0)
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ class WorkerLoop:
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
         if isinstance(summary.error, AntennaRefused) and not summary.tasks:
             self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
-        self._jobs_done += summary.tasks > 0 and summary.ended_empty
+        self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
         answered = summary.error is None
         self._contacted |= answered
         self._board.end_turn(
