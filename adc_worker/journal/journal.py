@@ -506,8 +506,14 @@ class Journal:
             (held for held, _size_bytes in rows if held.id not in settled), key=lambda held: len(held.strikes or ())
         )
 
+    def unfinished_ids(self) -> set[int]:
+        """Return the tasks of every slot without a result: a kill may come between a result and its file's removal."""
+        with self._lock:
+            rows = self._db.execute("SELECT id FROM adc_task WHERE id NOT IN (SELECT task_id FROM adc_result)")
+            return {int(row[0]) for row in rows}
+
     def known_ids(self) -> set[int]:
-        """Return the tasks of every slot: the ones whose staged files belong to somebody."""
+        """Return the tasks of every slot."""
         with self._lock:
             return {int(row[0]) for row in self._db.execute("SELECT id FROM adc_task")}
 

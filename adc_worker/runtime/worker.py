@@ -253,7 +253,7 @@ def run(
     ):
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         suspects = journal.accuse(died, oom_kills())
-        expired, swept = journal.drop_expired(), staging.sweep(journal.known_ids)
+        expired, swept = journal.drop_expired(), staging.sweep(journal.unfinished_ids)
         _log.info(
             "journal_open",
             path=str(config.journal_path),

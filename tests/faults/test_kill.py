@@ -140,6 +140,7 @@ def test_a_worker_killed_at_any_stage_loses_nothing_and_repeats_at_most_one_batc
     batches = [event["images"] for log in (first, second) for event in log.events("batch")]
     repeated = sum(desk.inferred.values()) - len(desk.inferred)
     assert repeated <= max([2, *batches])
+    assert not any((desk.folder / "data" / "staging").iterdir())
 
 
 def test_two_workers_on_one_data_folder_share_a_job_and_one_that_dies_leaves_its_part_to_the_next(

@@ -312,6 +312,13 @@ def test_what_a_dead_process_worked_on_is_suspect(path: Path) -> None:
     journal.close()
 
 
+def test_the_file_of_a_task_that_has_its_result_is_swept(journal: Journal) -> None:
+    """A kill may come between keeping a result and removing its file."""
+    held = journal.record(7, [task(1), task(2)])
+    keep(journal, [(held[0].id, b"done")])
+    assert journal.unfinished_ids() == {held[1].id}
+
+
 def test_an_orderly_end_makes_no_suspects(path: Path) -> None:
     """Nor does an error that the process could still report."""
     journal = Journal(path)
