@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -28,30 +28,35 @@ from adc_worker.runtime.options import WorkerOptions
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
 
-_Command = TypeVar("_Command", bound=Callable[..., object])
-
 _ENV_FILE = click.option(
     "--env-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Read AMI_ variables from this file, too. The environment wins over it, and it wins over ./.env.",
 )
 
-_RUN_OPTIONS = (
-    click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable."),
-    click.option("--project", type=int, help="Work for this project only."),
-    click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems."),
-    _ENV_FILE,
-)
+
+class _Program(click.Group):
+    """Ends every command that fails with one line that says what is wrong, and the exit code that names it."""
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except (ConfigurationError, AntennaError, WorkerFault) as error:
+            click.echo(f"ami: {error}", err=True)
+            raise SystemExit(error.exit_code if isinstance(error, WorkerFault) else ExitCode.CONFIGURATION) from None
 
 
-def _run_options(command: _Command) -> _Command:
-    """Add what `ami worker` and `ami worker run` both take."""
-    for option in reversed(_RUN_OPTIONS):
-        command = option(command)
-    return command
+class _WorkerGroup(click.Group):
+    """`ami worker` is `ami worker run`, with the same options."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        bare = not args and not context.resilient_parsing  # a shell that completes asks what may follow
+        if bare or (args and args[0].startswith("-") and args[0] not in {"-h", "--help", "--version"}):
+            args = ["run", *args]
+        return super().parse_args(context, args)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ami")
 def cli() -> None:
     """A worker for Antenna that nobody has to tune.
@@ -69,71 +74,44 @@ def cli() -> None:
     """  # noqa: D301 (click's mark for "do not rewrap" is the character itself)
 
 
-@cli.group(invoke_without_command=True)
-@click.pass_context
-@_run_options
+@cli.group(cls=_WorkerGroup)
 @click.version_option(__version__, prog_name="ami worker")
-def worker(
-    context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
-) -> None:
+def worker() -> None:
     """Pull tasks, find insects, post results. Without a subcommand: run.
 
     Two images of each job are measured, and how the job is fed is computed from them: there is nothing to tune. On a
     terminal it shows what it does; elsewhere it writes one JSON object a line (AMI_LOG_FORMAT).
 
     \b
-      ami worker --pipeline light_sheet_blobs
+      ami worker                                Antenna's ten pipelines
+      ami worker --pipeline light_sheet_blobs   this one
       ami worker --exit-when-idle               for batch systems: end when no job has tasks left
       AMI_STATUS_PORT=9100 ami worker           status page on http://127.0.0.1:9100/
+      ami worker run --help                     all its options
     """  # noqa: D301
-    context.obj = WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)
-    if context.invoked_subcommand is None:
-        sys.exit(_run_worker(context.obj))
 
 
 @worker.command("run")
-@click.pass_context
-@_run_options
-def worker_run(
-    context: click.Context, pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None
-) -> None:
+@click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Work for this pipeline; repeatable.")
+@click.option("--project", type=int, help="Work for this project only.")
+@click.option("--exit-when-idle", is_flag=True, help="End when no job has tasks left; for batch systems.")
+@_ENV_FILE
+def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None) -> None:
     """Run the worker until it is stopped."""
-    outer: WorkerOptions = context.obj
-    sys.exit(
-        _run_worker(
-            WorkerOptions(
-                pipelines or outer.pipelines,
-                outer.project if project is None else project,
-                exit_when_idle or outer.exit_when_idle,
-                str(env_file) if env_file else outer.env_file,
-            )
-        )
-    )
+    sys.exit(_run_worker(WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)))
 
 
 @worker.command("register")
-@click.pass_context
 @click.argument("name", required=False)
 @click.option("--project", "projects", type=int, multiple=True, help="Register with this project only; repeatable.")
 @click.option("--pipeline", "pipelines", multiple=True, metavar="SLUG", help="Register this pipeline; repeatable.")
 @_ENV_FILE
 def worker_register(
-    context: click.Context,
-    name: str | None,
-    projects: tuple[int, ...],
-    pipelines: tuple[str, ...],
-    env_file: Path | None,
+    name: str | None, projects: tuple[int, ...], pipelines: tuple[str, ...], env_file: Path | None
 ) -> None:
     """Tell Antenna which pipelines this worker serves, under NAME or AMI_ANTENNA_SERVICE_NAME."""
-    outer: WorkerOptions = context.obj
-    config = _load(env_file or outer.env_path)
-    with _named_exits(config):
-        _register(
-            config,
-            name or config.antenna_service_name,
-            projects or ((outer.project,) if outer.project is not None else ()),
-            pipelines or outer.pipelines,
-        )
+    config = settings.load(env_file)
+    _register(config, name or config.antenna_service_name, projects, pipelines)
 
 
 def _register(config: settings.Settings, name: str, projects: Sequence[int], pipelines: Sequence[str]) -> None:
@@ -147,8 +125,12 @@ def _register(config: settings.Settings, name: str, projects: Sequence[int], pip
         for spec in registry.choose(registry.available(config), pipelines)
     ]
     with AntennaClient(config.antenna_api_base_url, config.token) as client:
+        try:
+            chosen = projects or [row["id"] for row in client.pages("/projects/")]
+        except AntennaError as error:
+            raise ConfigurationError(f"{config.antenna_api_base_url}: {error}") from error
         refused = []
-        for project in projects or [row["id"] for row in client.pages("/projects/")]:
+        for project in chosen:
             try:
                 new = registration.register(client, project, service, entries)
             except (ConfigurationError, AntennaRefused, AntennaRejected) as error:
@@ -170,13 +152,11 @@ def models() -> None:
 @_ENV_FILE
 def models_list(env_file: Path | None) -> None:
     """Show every file, how large it is, its SHA-256 where it was fetched from here, and where it is or would be."""
-    config = _load(env_file)
-    with _named_exits(config):
-        for slugs, url, store in _model_files(config, ()):
-            path = store.find(url)
-            size = f"{path.stat().st_size / 1e6:.1f} MB" if path else "missing"
-            digest = str(store.record(url).get("sha256", "-"))
-            click.echo(f"{size:>10}  {digest[:16]:16}  {path or store.destination(url)}  ({slugs})")
+    for slugs, url, store in _model_files(settings.load(env_file), ()):
+        path = store.find(url)
+        size = f"{path.stat().st_size / 1e6:.1f} MB" if path else "missing"
+        digest = str(store.record(url).get("sha256", "-"))
+        click.echo(f"{size:>10}  {digest[:16]:16}  {path or store.destination(url)}  ({slugs})")
 
 
 @models.command("fetch")
@@ -184,11 +164,10 @@ def models_list(env_file: Path | None) -> None:
 @_ENV_FILE
 def models_fetch(pipelines: tuple[str, ...], env_file: Path | None) -> None:
     """Fetch what is not here yet for these pipelines, or for all. A fetch that broke off goes on where it was."""
-    config = _load(env_file)
-    _configure_log(config)
-    with _named_exits(config):
-        for _slugs, url, store in _model_files(config, pipelines):
-            click.echo(store.ensure(url))
+    config = settings.load(env_file)
+    log.configure(config.log_format_on(terminal=sys.stderr.isatty()), config.log_level)
+    for _slugs, url, store in _model_files(config, pipelines):
+        click.echo(store.ensure(url))
 
 
 def _model_files(config: settings.Settings, pipelines: Sequence[str]) -> Iterator[tuple[str, str, WeightStore]]:
@@ -205,29 +184,27 @@ def _model_files(config: settings.Settings, pipelines: Sequence[str]) -> Iterato
 @worker.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_ENV_FILE
-@click.pass_context
-def worker_status(context: click.Context, as_json: bool, env_file: Path | None) -> None:
+def worker_status(as_json: bool, env_file: Path | None) -> None:
     """Show the worker that runs on this host.
 
     Exit code 1 when none does, or when it is not ready.
     """
     from adc_worker.cli.status import status_command  # noqa: PLC0415
 
-    sys.exit(status_command(_load(env_file or context.obj.env_path), as_json=as_json))
+    sys.exit(status_command(settings.load(env_file), as_json=as_json))
 
 
 @worker.command("report")
 @click.argument("output", type=click.Path(path_type=Path, dir_okay=False), default=Path("worker-report.html"))
 @_ENV_FILE
-@click.pass_context
-def worker_report(context: click.Context, output: Path, env_file: Path | None) -> None:
+def worker_report(output: Path, env_file: Path | None) -> None:
     """Save the last job as one HTML page.
 
     Plan with reasons, memory over time, errors by cause; from the running worker or from what the last one left.
     """
     from adc_worker.cli.status import report_command  # noqa: PLC0415
 
-    report_command(_load(env_file or context.obj.env_path), output)
+    report_command(settings.load(env_file), output)
 
 
 @cli.command("doctor")
@@ -240,7 +217,7 @@ def doctor(as_json: bool, env_file: Path | None) -> None:
     """
     from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
 
-    config = _load(env_file)
+    config = settings.load(env_file)
     sys.exit(doctor_command(config, settings.warnings_for(config, env_file), as_json=as_json))
 
 
@@ -252,39 +229,9 @@ def settings_command(env_example: bool, env_file: Path | None) -> None:
     if env_example:
         click.echo(settings.env_example(), nl=False)
         return
-    config = _load(env_file)
+    config = settings.load(env_file)
     for name in type(config).model_fields:
         click.echo(redact(f"{settings.variable(name)}={getattr(config, name)}"))
-
-
-def _load(env_file: Path | None) -> settings.Settings:
-    try:
-        return settings.load(env_file)
-    except ConfigurationError as error:
-        raise _configuration_exit(error) from None
-
-
-def _configuration_exit(error: ConfigurationError) -> SystemExit:
-    click.echo(f"ami: {error}", err=True)
-    return SystemExit(ExitCode.CONFIGURATION)
-
-
-@contextmanager
-def _named_exits(config: settings.Settings) -> Iterator[None]:
-    """End the command with one line that says what is wrong, and the exit code that names it."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise _configuration_exit(error) from None
-    except AntennaError as error:
-        raise _configuration_exit(ConfigurationError(f"{config.antenna_api_base_url}: {error}")) from None
-    except WorkerFault as error:
-        click.echo(f"ami: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
-
-
-def _configure_log(config: settings.Settings) -> None:
-    log.configure(config.log_format or ("console" if sys.stderr.isatty() else "json"), config.log_level)
 
 
 def _run_worker(options: WorkerOptions) -> ExitCode:
@@ -292,31 +239,25 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
     from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
     from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
 
-    config = _load(options.env_path)
-    try:
-        _token = config.token
-    except ConfigurationError as error:
-        raise _configuration_exit(error) from None
+    config = settings.load(options.env_path)
+    _token = config.token  # missing or unreadable: said before anything starts
     terminal = sys.stderr.isatty()
     watched = terminal and config.log_format is None
     log_format = "json" if watched else config.log_format_on(terminal=terminal)
     log.configure(log_format, config.log_level)
-    try:
-        with ExitStack() as stack:
-            board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
-            stack.enter_context(listening(board, config.user_data_path))
-            if watched:
-                from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
+    with ExitStack() as stack:
+        board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
+        stack.enter_context(listening(board, config.user_data_path))
+        if watched:
+            from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
 
-                stack.enter_context(live_view(board))
-            _log_start(options, config)
-            if config.status_address is not None:
-                from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+            stack.enter_context(live_view(board))
+        _log_start(options, config)
+        if config.status_address is not None:
+            from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
 
-                stack.enter_context(serving(board, config.status_address))
-            return supervise(replace(options, log_format=log_format), config)
-    except ConfigurationError as error:
-        raise _configuration_exit(error) from None
+            stack.enter_context(serving(board, config.status_address))
+        return supervise(replace(options, log_format=log_format), config)
 
 
 def _log_start(options: WorkerOptions, config: settings.Settings) -> None:

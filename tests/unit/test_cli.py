@@ -38,12 +38,16 @@ def test_a_missing_token_is_one_line_whichever_way_the_worker_is_started(command
 
 
 def test_an_env_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """Before or after `run`: an option is never ignored."""
+    """With `run` or without: an option is never ignored."""
     missing = str(tmp_path / "none.env")
-    for arguments in (("worker", "--env-file", missing, "run"), ("worker", "run", "--env-file", missing)):
+    for arguments in (("worker", "--env-file", missing), ("worker", "run", "--env-file", missing)):
         done = ami(*arguments)
         assert done.exit_code == ExitCode.CONFIGURATION
         assert missing in done.output
+
+
+def test_a_misspelt_command_is_no_argument_of_run() -> None:
+    assert "No such command 'statsu'" in ami("worker", "statsu").output
 
 
 def test_the_settings_in_force_are_shown_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
