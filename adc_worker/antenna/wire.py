@@ -6,6 +6,7 @@ one that cannot be answered, for want of an image id or a reply subject, is logg
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adc_worker.log import get_logger
 from adc_worker.redaction import public_url
@@ -23,6 +24,22 @@ _Entry = TypeVar("_Entry", bound=BaseModel)
 
 SERVED_STATES = frozenset({"STARTED", "RETRY"})
 FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+_DIGITS_MAX = 20  # what a 64-bit number has at most
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether journal and JSON can hold it: half a surrogate pair they cannot."""
+    return text == text.encode(errors="ignore").decode()
+
+
+def _checked(text: str) -> str:
+    if not _is_unicode(text):
+        raise ValueError("is no Unicode text")
+    return text
+
+
+_Text = Annotated[str, Field(min_length=1), AfterValidator(_checked)]
+_Url = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) and _is_unicode(value) else "")]
 
 
 class _Wire(BaseModel):
@@ -33,16 +50,16 @@ class _Wire(BaseModel):
 class Task(_Wire):
     """One image to process. `reply_subject` is the lease it came with."""
 
-    image_id: str = Field(min_length=1)
-    image_url: Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else "")] = ""
-    reply_subject: str = Field(min_length=1)
+    image_id: _Text
+    image_url: _Url = ""
+    reply_subject: _Text
 
 
 class JobRef(_Wire):
     """A row of the job list."""
 
     id: int = Field(ge=0, lt=1 << 63)  # what the journal can store
-    pipeline_slug: str
+    pipeline_slug: _Text
 
 
 class _Pipeline(_Wire):
@@ -110,13 +127,29 @@ class _Tasks(_Wire):
 
 def parse_tasks(body: bytes) -> list[Task]:
     """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
-    tasks = [task for entry in _Tasks.model_validate_json(body).tasks if (task := _entry(Task, entry)) is not None]
+    tasks = [task for entry in _Tasks.model_validate(_load(body)).tasks if (task := _entry(Task, entry)) is not None]
     return list(dict.fromkeys(tasks))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
     """Read the job list; a malformed row is logged and skipped."""
-    return [job for entry in _Page.model_validate_json(body).results if (job := _entry(JobRef, entry)) is not None]
+    return [job for entry in _Page.model_validate(_load(body)).results if (job := _entry(JobRef, entry)) is not None]
+
+
+def parse_job(body: bytes) -> JobState:
+    """Read a job's detail."""
+    return JobState.model_validate(_load(body))
+
+
+def _load(body: bytes) -> Any:
+    """Read JSON so that bytes which are no text, and numbers without end, cost only the entry that has them."""
+    try:
+        return json.loads(
+            body.decode(errors="surrogateescape"),
+            parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS_MAX else digits,
+        )
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
 
 
 def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:
