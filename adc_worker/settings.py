@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     antenna_api_auth_token: SecretStr = _setting(
         SecretStr(""), "The token of this worker's user in Antenna.", "required", "antenna"
     )
-    antenna_api_auth_token_file: Path | None = _setting(
+    antenna_api_auth_token_file: SecretStr | None = _setting(  # a path, but somebody may put the token itself there
         None, "A file that holds the token, for container secrets.", group="antenna"
     )
     antenna_service_name: str = _setting(
@@ -180,7 +180,7 @@ class Settings(BaseSettings):
             raise ValueError("must be a nats:// or tls:// URL such as nats://nats.example.org:4222")
         return value
 
-    @field_validator("user_data_path", "staging_path", "antenna_api_auth_token_file")
+    @field_validator("user_data_path", "staging_path")
     @classmethod
     def _knows_the_home_folder(cls, value: Path | None) -> Path | None:
         return value and value.expanduser()  # no shell has read .env
@@ -211,11 +211,13 @@ class Settings(BaseSettings):
         if file is not None:
             name = f"{name}_FILE"
             try:
-                token = file.read_text(encoding="utf-8", errors="replace").strip()
+                path = Path(file.get_secret_value()).expanduser()
+                token = path.read_text(encoding="utf-8", errors="replace").strip()
             except OSError as error:
-                raise ConfigurationError(f"{name}: cannot read {error.filename}: {error.strerror}") from error
+                problem = f"{name}: cannot read the file it names: {error.strerror}; it takes a path, not the token"
+                raise ConfigurationError(problem) from None
             if not token:
-                raise ConfigurationError(f"{name}: {file} is empty")
+                raise ConfigurationError(f"{name}: the file it names is empty")
         if not token:
             raise ConfigurationError(f"{name} is not set: copy the token of the worker's user from Antenna into .env")
         if (

@@ -37,10 +37,9 @@ json_values = st.recursive(
 )
 entries = st.fixed_dictionaries(
     {},
-    optional={
-        name: json_values | any_text
-        for name in ("id", "image_id", "image_url", "reply_subject", "pipeline_slug", "status", "extra")
-    },
+    optional=dict.fromkeys(
+        ("id", "image_id", "image_url", "reply_subject", "pipeline_slug", "status", "extra"), json_values | any_text
+    ),
 )
 hosts = st.sampled_from(
     ["h", "h.test", "1.2.3.4", "[::1]", "[::1", "", ".", "..", "h:0", "h:99999", "h:x", "\u212a", "ß"]
