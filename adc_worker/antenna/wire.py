@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adc_worker.log import get_logger
 from adc_worker.redaction import public_url
@@ -27,19 +27,11 @@ FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 _DIGITS_MAX = 20  # what a 64-bit number has at most
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether journal and JSON can hold it: half a surrogate pair they cannot."""
-    return text == text.encode(errors="ignore").decode()
+_Text = Annotated[str, Field(min_length=1)]  # by its length pydantic also sees half a surrogate pair, and refuses that
 
 
-def _checked(text: str) -> str:
-    if not _is_unicode(text):
-        raise ValueError("is no Unicode text")
-    return text
-
-
-_Text = Annotated[str, Field(min_length=1), AfterValidator(_checked)]
-_Url = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) and _is_unicode(value) else "")]
+def _url(value: Any) -> str:
+    return value if isinstance(value, str) and value == value.encode(errors="ignore").decode() else ""
 
 
 class _Wire(BaseModel):
@@ -51,7 +43,7 @@ class Task(_Wire):
     """One image to process. `reply_subject` is the lease it came with."""
 
     image_id: _Text
-    image_url: _Url = ""
+    image_url: Annotated[str, BeforeValidator(_url)] = ""
     reply_subject: _Text
 
 

@@ -5,6 +5,7 @@ urllib3 rather than httpx because reading large blocks costs a fraction of the C
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import io
 import os
@@ -27,7 +28,6 @@ from urllib3.util.connection import create_connection
 
 from adc_worker import __version__
 from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
-from adc_worker.ingest import page_cache
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.redaction import redact
 from adc_worker.tuning.policy import DOWNLOADS_MAX
@@ -41,6 +41,10 @@ REDIRECTS_MAX = 3
 # A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
+# sync_file_range(2): start writing, and with all three wait for it. Not in os; it never touches metadata. A memory
+# limit counts the page cache, too, and dirty pages it cannot take back at once: they are written as they come.
+_WRITE, _WRITE_AND_WAIT = 2, 1 | 2 | 4
+_libc = ctypes.CDLL(None)
 _deadline: ContextVar[float] = ContextVar("deadline")  # of this thread's download, in monotonic seconds
 _cancelled: ContextVar[Callable[[], bool]] = ContextVar("cancelled")
 _policy: ContextVar[AddressPolicy] = ContextVar("policy")
@@ -213,9 +217,25 @@ class ImageClient:
                 raise _too_large(size_bytes, self._max_bytes)
             _write_all(fd, block)
             if size_bytes - written_back >= WRITE_BACK_BYTES:
-                page_cache.write_back(fd, written_back, size_bytes)
+                write_back(fd, written_back, size_bytes)
                 written_back = size_bytes
         return size_bytes  # urllib3 raises IncompleteRead when the body ends early
+
+
+def write_back(fd: int, start: int, end: int) -> None:
+    """Start writing the pages between two offsets, without waiting."""
+    _sync_file_range(fd, start, end - start, _WRITE)
+
+
+def drop_pages(fd: int) -> None:
+    """Write what is dirty, wait for it, and take the file out of the page cache."""
+    _sync_file_range(fd, 0, 0, _WRITE_AND_WAIT)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_file_range(fd: int, offset: int, size_bytes: int, flags: int) -> None:
+    # An error here (a file system without it) costs memory pressure, nothing else: the data is written all the same.
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size_bytes), flags)
 
 
 def _release(response: urllib3.BaseHTTPResponse) -> None:
