@@ -109,23 +109,20 @@ class JobState(_Wire):
         return None
 
 
-class _Page(_Wire):
+class _Lists(_Wire):
     results: list[Any] = Field(default_factory=list)
-
-
-class _Tasks(_Wire):
     tasks: list[Any] = Field(default_factory=list)
 
 
 def parse_tasks(body: bytes) -> list[Task]:
     """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
-    tasks = [task for entry in _Tasks.model_validate(_load(body)).tasks if (task := _entry(Task, entry)) is not None]
+    tasks = [task for entry in _Lists.model_validate(_load(body)).tasks if (task := _entry(Task, entry)) is not None]
     return list(dict.fromkeys(tasks))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
     """Read the job list; a malformed row is logged and skipped."""
-    return [job for entry in _Page.model_validate(_load(body)).results if (job := _entry(JobRef, entry)) is not None]
+    return [job for entry in _Lists.model_validate(_load(body)).results if (job := _entry(JobRef, entry)) is not None]
 
 
 def parse_job(body: bytes) -> JobState:
@@ -153,14 +150,6 @@ def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:
 
 
 @dataclass(frozen=True, slots=True)
-class AlgorithmRef:
-    """How a result names the algorithm that produced it; must equal what was registered."""
-
-    name: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
 class Algorithm:
     """One algorithm as Antenna registers it; results refer to it by name and key."""
 
@@ -175,10 +164,6 @@ class Algorithm:
     labels_uri: str | None = None
     taxon_rank: str | None = None  # of all labels
 
-    @property
-    def ref(self) -> AlgorithmRef:
-        return AlgorithmRef(self.name, self.key)
-
 
 @dataclass(frozen=True, slots=True)
 class Classification:
@@ -187,7 +172,7 @@ class Classification:
     label: str
     scores: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     terminal: bool
 
 
@@ -196,7 +181,7 @@ class Detection:
     """One box in whole pixels of the image as stored, x1 < x2 and y1 < y2."""
 
     box_px: tuple[int, int, int, int]
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     classifications: Sequence[Classification] = ()
 
 
@@ -269,8 +254,9 @@ def result_post(entries: Sequence[PostEntry], fields: Mapping[str, Any] | None =
     return size_bytes + sum(entry.size_bytes for entry in entries), parts()
 
 
-def _algorithm(ref: AlgorithmRef) -> dict[str, str]:
-    return {"name": ref.name, "key": ref.key}
+def _algorithm(one: Algorithm) -> dict[str, str]:
+    """How a result names the algorithm that produced it; must equal what was registered."""
+    return {"name": one.name, "key": one.key}
 
 
 def _detection(task: Task, detection: Detection, timestamp: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from adc_worker.antenna.wire import (
-    AlgorithmRef,
+    Algorithm,
     Classification,
     Detection,
     JobRef,
@@ -26,7 +26,7 @@ from adc_worker.antenna.wire import (
 
 ENTRY = {"id": "5", "image_id": "5", "image_url": "https://h/5.jpg", "reply_subject": "$JS.ACK.x"}
 TASK = Task(image_id="5", image_url="https://h/5.jpg", reply_subject="$JS.ACK.x")
-DETECTOR, CLASSIFIER = AlgorithmRef("Sheet", "sheet"), AlgorithmRef("Moths", "moths")
+DETECTOR, CLASSIFIER = Algorithm("Sheet", "sheet", "detection"), Algorithm("Moths", "moths", "classification")
 WHEN = "2026-07-01T23:15:00"
 
 
@@ -149,7 +149,7 @@ def test_ids_may_be_numbers() -> None:
 )
 def test_an_answer_of_another_form_is_an_error(body: bytes) -> None:
     """It must not be taken for 'no tasks'."""
-    with pytest.raises(ValueError, match=r"Expecting value|_Tasks|nested too deeply"):
+    with pytest.raises(ValueError, match=r"Expecting value|_Lists|nested too deeply"):
         parse_tasks(body)
 
 
