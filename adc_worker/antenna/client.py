@@ -73,7 +73,7 @@ class AntennaClient:
         return _read(wire.parse_jobs, self._send("GET", "/jobs/", params=params))
 
     def job(self, job_id: int) -> wire.JobState:
-        return _read(wire.JobState.model_validate_json, self._send("GET", f"/jobs/{job_id}/"))
+        return _read(wire.parse_job, self._send("GET", f"/jobs/{job_id}/"))
 
     def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
         """Take up to `count` tasks; each spends one delivery. An empty list can mean six things.

@@ -116,7 +116,7 @@ class Pipeline:
                 answers[index].append(given)
             if classifier is self.binary_filter:
                 chosen = [index for index in chosen if answers[index][0].label == self.positive_label]
-        source = self.detector.algorithm.ref
+        source = self.detector.algorithm
         return [Detection(box, source, tuple(given)) for box, given in zip(boxes, answers, strict=True)]
 
     def _classify(
@@ -129,7 +129,7 @@ class Pipeline:
                 crops = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in (boxes[index] for index in chosen[start:stop])]
                 given = classifier.classify(crops)
             return [
-                Classification(algorithm.labels[int(scores.argmax())], scores, logits, algorithm.ref, terminal)
+                Classification(algorithm.labels[int(scores.argmax())], scores, logits, algorithm, terminal)
                 for scores, logits in zip(given.scores, given.logits, strict=True)
             ]
 

@@ -432,7 +432,7 @@ class Intake:
             self.moved()  # to the next attempt: a dead link is no hang
 
     def _cancelled(self) -> bool:
-        self.moved()  # by a block of bytes, or it would not ask
+        self.moved()  # a download has a deadline of its own
         return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:

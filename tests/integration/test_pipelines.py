@@ -127,7 +127,7 @@ def test_every_architecture_scores_crops_as_it_does_called_plainly(
     moths = 0
     for detection, box in zip(found, boxes, strict=True):
         assert detection.box_px == box
-        assert detection.algorithm == DETECTOR.algorithm.ref
+        assert detection.algorithm == DETECTOR.algorithm
         expected = [card]
         if loaded.binary_filter is not None:
             is_moth = FILTER_LABELS[int(np.argmax(reference.logits(MOTH_FILTER, image, box)))] == "moth"
