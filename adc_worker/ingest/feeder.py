@@ -116,12 +116,6 @@ class BatchFeeder:
     def decode_pids(self) -> list[int]:
         return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
 
-    @property
-    def waiting(self) -> int:
-        """Staged images that wait for admission."""
-        with self._changed:
-            return sum(map(len, self._waiting.values())) + len(self._source)
-
     def pause(self, paused: bool) -> None:
         """Admit one image at a time and only when nothing else is in the arena, or as the plan says again."""
         with self._changed:

@@ -60,11 +60,6 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         return self._feeder.last_ready
 
     @property
-    def waiting(self) -> int:
-        """Staged images that wait for admission."""
-        return self._feeder.waiting
-
-    @property
     def decode_pids(self) -> list[int]:
         """The processes that decode for this loader; none where threads do."""
         return self._feeder.decode_pids

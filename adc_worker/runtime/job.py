@@ -333,7 +333,6 @@ class _JobRun:
             images=images,
             batch_s=batch_s,
             ready=loader.last_ready,
-            waiting=loader.waiting,
             host=self._context.host(self._pipeline, loader),
             arena_bytes=loader.resident_bytes,
             stalled_percent=stalled_percent(),

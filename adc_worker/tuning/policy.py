@@ -142,33 +142,12 @@ class IngestPolicy:
             fetch_size=fetch,
             held_limit=held,
             batch_wait_s=batch * report.inference_s,
+            base_bytes=report.base_bytes,
             peak_bytes=peak,
             images_per_s=rate,
             binds=binds,
             why=why,
         )
-
-    def larger(self, plan: IngestPlan, host: HostBudget, *, link_short: bool) -> IngestPlan | None:
-        """Return a plan with one step more of what the GPU seems to wait for; None when there is no such step."""
-        more: dict[str, int] = {}
-        if link_short and plan.download_concurrency < self._downloads_most():
-            more["download_concurrency"] = min(2 * plan.download_concurrency, self._downloads_most())
-            more["staged_ahead"] = min(plan.held_limit, plan.staged_ahead + plan.download_concurrency)
-        elif not link_short and plan.decode_workers < _at_most(host.cores, self._ceilings.decode_workers):
-            more["decode_workers"] = plan.decode_workers + 1
-            more["scratch_bytes"] = plan.scratch_bytes // plan.decode_workers * more["decode_workers"]
-        elif (
-            not link_short
-            and plan.binds == "inference"
-            and plan.prefetch_factor < _at_most(PREFETCH_MAX, self._ceilings.prefetch_factor)
-        ):
-            more["prefetch_factor"] = plan.prefetch_factor + 1
-            more["arena_bytes"] = plan.arena_bytes + plan.batch_bytes
-        else:
-            return None
-        added_bytes = sum(more[name] - getattr(plan, name) for name in more if name.endswith("_bytes"))
-        why = {name: f"{value} in place of {getattr(plan, name)}: the GPU waited" for name, value in more.items()}
-        return replace(plan, why={**plan.why, **why}, peak_bytes=plan.peak_bytes + added_bytes, **more)  # type: ignore[arg-type]
 
     def _wanted_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
         if self.fixed:

@@ -56,6 +56,13 @@ class ProbeReport:
         images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
         return replace(self, images=tuple(images))
 
+    def slower(self, factor: float) -> ProbeReport:
+        """Return the report of a job whose downloads and decodes take `factor` times as long."""
+        images = (
+            replace(one, download_s=factor * one.download_s, decode_s=factor * one.decode_s) for one in self.images
+        )
+        return replace(self, images=tuple(images))
+
     @property
     def tensor_bytes_per_image(self) -> int:
         """Bytes of one decoded image; the largest seen, since memory is planned with it."""

@@ -212,7 +212,6 @@ def test_a_pause_admits_one_image_at_a_time_and_only_into_an_empty_arena(feed: M
     one.use(batch)
     one.settle()
     assert one.engine.numbers == [0, 1]
-    assert one.feeder.waiting == 5
     one.feeder.pause(False)
     one.settle()
     assert one.engine.numbers == list(range(7))
