@@ -236,7 +236,7 @@ def _section(outcomes: Sequence[Outcome], seconds: float) -> str:
         f"Each run: {seconds:.0f} s undisturbed, as long disturbed, as long after it."
         " A GPU played by a sleep of 40 ms an image, images from a host with 50 ms latency and 60 MB/s per connection."
         " At most one `grow` and one `shrink` for each disturbance that begins or ends (three workers are three), no"
-        f" kill, nothing lost; the rate from {BACK_S:.0f} s after the end on is held to {RATE_BACK:.0%} of the one before."
+        f" kill, nothing lost; from {BACK_S:.0f} s after its end the rate is held to {RATE_BACK:.0%} of the one before."
         " A `step` goes beyond the plan when the GPU waits, and is undone when it does not help."
     )
     parts = [

@@ -113,6 +113,11 @@ class BatchFeeder:
             del batch  # or its region's view would live until the next one is ready
 
     @property
+    def readiness(self) -> float:
+        """Share of the batches asked for that were ready at once."""
+        return self.batches_ready / max(1, self.batches_asked)
+
+    @property
     def decode_pids(self) -> list[int]:
         return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
 

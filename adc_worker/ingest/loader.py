@@ -46,28 +46,8 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         )
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
-        self._feeder = feeder
-        self._arena = arena
-
-    @property
-    def readiness(self) -> float:
-        """Share of the batches asked for that were ready at once."""
-        return self._feeder.batches_ready / max(1, self._feeder.batches_asked)
-
-    @property
-    def last_ready(self) -> bool:
-        """Whether the last batch was."""
-        return self._feeder.last_ready
-
-    @property
-    def decode_pids(self) -> list[int]:
-        """The processes that decode for this loader; none where threads do."""
-        return self._feeder.decode_pids
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that decoded pixels take now: what the arena has touched so far."""
-        return self._arena.resident_bytes
+        self.feeder = feeder
+        self.arena = arena
 
     def apply(self, plan: IngestPlan) -> bool:
         """Follow another plan from the next batch on; False when that takes a new loader."""
@@ -75,21 +55,13 @@ class JobDataLoader(DataLoader[DecodedBatch]):
             return False
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
-        self._feeder.apply(plan)
+        self.feeder.apply(plan)
         return True
-
-    def pause(self, paused: bool) -> None:
-        """Admit one image at a time, or as the plan says again."""
-        self._feeder.pause(paused)
-
-    def stop(self) -> None:
-        """Admit nothing more; what is admitted still comes out."""
-        self._feeder.stop()
 
     def close(self) -> None:
         """End every thread of the loader and give its memory back."""
-        self._feeder.close()
-        self._arena.close()
+        self.feeder.close()
+        self.arena.close()
 
     def __enter__(self) -> Self:
         return self

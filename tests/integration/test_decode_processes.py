@@ -327,7 +327,7 @@ def test_a_job_comes_out_complete_while_its_decoders_are_killed(tmp_path: Path, 
                 del row
             if chance.random() < 0.5:
                 with suppress(ProcessLookupError):  # it may have been found dead, and replaced, just now
-                    os.kill(chance.choice(loader.decode_pids), signal.SIGKILL)
+                    os.kill(chance.choice(loader.feeder.decode_pids), signal.SIGKILL)
                     kills += 1
     assert sorted(seen) == list(range(len(files)))
     assert failures == []

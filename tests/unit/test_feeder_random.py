@@ -396,11 +396,11 @@ def test_loaders_that_are_rebuilt_in_the_middle_bring_every_image_exactly_once(
             )
             with build_dataloader(plan, source, on_failure) as loader:
                 if batches == 0:
-                    loader.stop()
+                    loader.feeder.stop()
                 for count, batch in enumerate(loader, start=1):
                     with batch:
                         used += [image.id for image in batch.staged]
                     if count == batches:
-                        loader.stop()
+                        loader.feeder.stop()
     assert sorted(used + failed) == list(range(len(kinds)))
     assert all(kinds[number] == library.broken for number in failed)
