@@ -15,6 +15,7 @@ from adc_worker.tuning.governor import (
     SMALLER_BATCHES,
     WINDOW_BATCHES,
 )
+from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings
 from adc_worker.tuning.probe_report import ImageProbe
 from tests.support.fakes import GB, MB, image_probe
@@ -178,7 +179,8 @@ def test_a_step_that_does_not_help_is_undone_and_tried_half_as_often() -> None:
 def test_a_step_after_one_in_vain_goes_further() -> None:
     """The third asks for a decode worker more, where the first asked for a download more."""
     job = Governed()
-    before, plans = job.governor.plan, []
+    before = job.governor.plan
+    plans: list[IngestPlan] = []
     while len(plans) < 3:
         (decision,) = job.batches(1, ready=False)
         plans += [decision.plan] if decision.action == "step" else []

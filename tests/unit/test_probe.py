@@ -17,12 +17,9 @@ LARGE = staged(1, Path("large.jpg"), header(8000, 6000))  # 144 MB decoded
 
 def test_an_image_waits_until_the_others_have_made_room() -> None:
     """However often that has to be looked at."""
-    left = deque([10, 20, 140, 1000])
-    waits: list[bool] = []
-    assert _wait_for_memory(
-        LARGE, lambda: host(available_bytes=left.popleft() * MB), lambda: waits.append(True) or True
-    )
-    assert (len(waits), len(left)) == (3, 0)
+    left, turns = deque([10, 20, 140, 1000]), deque([True] * 3)
+    assert _wait_for_memory(LARGE, lambda: host(available_bytes=left.popleft() * MB), turns.popleft)
+    assert (len(left), len(turns)) == (0, 0)
 
 
 def test_the_wait_ends_with_the_turn() -> None:

@@ -110,7 +110,8 @@ def test_who_follows_one_that_the_kernel_killed_plans_with_less(tmp_path: Path, 
     with closing(MemoryShare(tmp_path, lambda: kills + 1)):
         pass
     share = stack.enter_context(closing(MemoryShare(tmp_path, lambda: kills + 2)))
-    assert (share.after_kill, share.caution) == (False, pytest.approx(CAUTION_STEP))
+    assert not share.after_kill
+    assert share.caution == pytest.approx(CAUTION_STEP)
 
 
 def test_a_worker_that_ended_otherwise_leaves_no_caution(tmp_path: Path, stack: ExitStack) -> None:
