@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.ingest.arena import Arena
-from adc_worker.ingest.decode import DecodeEngine, ThreadEngine
+from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -63,18 +62,6 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         self.feeder.close()
         self.arena.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
-_ENGINES: Mapping[str, Callable[[Arena, int, int], DecodeEngine]] = {
-    "threads": ThreadEngine,
-    "processes": ProcessEngine,
-}
-
 
 def build_dataloader(
     plan: IngestPlan,
@@ -82,12 +69,13 @@ def build_dataloader(
     on_failure: Callable[[StagedImage, ImageError], None],
     on_admit: Callable[[Sequence[StagedImage]], None] = lambda _images: None,
 ) -> JobDataLoader:
-    """Build the loader of a job.
+    """Build the loader of a job; whoever takes it closes it.
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
     """
     arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
-    engine = _ENGINES[plan.decode_engine](arena, plan.decode_workers, plan.scratch_bytes)
+    decode_engine = ThreadEngine if plan.decode_engine == "threads" else ProcessEngine
+    engine = decode_engine(arena, plan.decode_workers, plan.scratch_bytes)
     feeder = BatchFeeder(
         plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
@@ -23,6 +22,7 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
+from adc_worker.models.cache import free_bytes
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
@@ -77,7 +77,7 @@ class WorkerContext:
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
             staging_in_memory=self.staging.disk.in_memory,
-            vram_free_bytes=torch.cuda.mem_get_info(pipeline.device)[0] if pipeline.device.type == "cuda" else None,
+            vram_free_bytes=free_bytes(pipeline.device, None) if pipeline.device.type == "cuda" else None,
         )
 
 
@@ -183,6 +183,8 @@ class _JobRun:
     limit_bytes: int = 0
     inference_s: float = 0.0
     readiness: float = 0.0
+    batches: int = 0
+    ready: int = 0  # of the batches, those that did not have to be waited for
 
     def view(self) -> JobView:
         """Tell how it goes; from any thread."""
@@ -261,9 +263,9 @@ class _JobRun:
         while governor.plan is not loaded and not (loaded and self.turn.is_stopping()):
             loaded = governor.plan
             self.context.share.claim(loaded.peak_bytes, busy=True)
-            with build_dataloader(loaded, self.intake.staged, self.outcomes.fail_staged, self.outcomes.begin) as loader:
+            staged, outcomes = self.intake.staged, self.outcomes
+            with closing(build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin)) as loader:
                 loaded = self._feed(loader, governor, begun)
-                self.readiness = loader.feeder.readiness
 
     def _feed(self, loader: JobDataLoader, governor: Governor, begun: float) -> IngestPlan:
         """Infer what the loader brings; return its last plan, which is not the governor's when that takes another."""
@@ -316,6 +318,8 @@ class _JobRun:
         self.seen, self.used_bytes, self.readiness = observed.image, observed.host.used_bytes, governor.readiness
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         self.inference_s += stats.inference_s
+        self.batches += 1
+        self.ready += observed.ready
         self.decision = f"{decision.action}: {decision.reason}"
         _log.info(
             "batch",
@@ -382,7 +386,7 @@ class _JobRun:
             wall_s=round(wall_s, 3),
             images_per_s=round(outcomes.done / wall_s, 3),
             inference_share=round(self.inference_s / wall_s, 3),
-            readiness=round(self.readiness, 3),
+            readiness=round(self.ready / max(1, self.batches), 3),
             peak_memory_bytes=self.peak_bytes,
             memory_limit_bytes=self.limit_bytes,
             predicted_peak_bytes=plan.peak_bytes if plan else None,

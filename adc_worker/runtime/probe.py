@@ -16,6 +16,7 @@ from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.log import get_logger
+from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import JobOutcomes
@@ -42,7 +43,7 @@ def probe(
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
-    inference_peak_bytes = 0
+    inference_peak_bytes = vram_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
             if not _wait_for_memory(image, measure, wait):
@@ -51,15 +52,17 @@ def probe(
             if not source.still_wanted(image):
                 continue
             with life.inference(limit_s):
+                vram = PeakVram(pipeline.device)
                 measured, peak_bytes = _measure(image, pipeline, outcomes)
         except ImageError as error:
             outcomes.fail_staged(image, error)
             continue
         probes.append(measured)
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
+        vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
-    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes)
+    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes)
 
 
 def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> bool:

@@ -199,10 +199,14 @@ class _Arithmetic:
 
     def _batch(self, images_bytes: int, wanted: int, lease: int) -> int:
         fits = max(1, images_bytes // self._bytes_per_image)
+        gpu, per_image = "", self.report.vram_peak_bytes
+        if per_image and self.host.vram_free_bytes < per_image * self.ceilings.images_per_call:  # else calls bound it
+            fits = min(fits, max(1, self.host.vram_free_bytes // per_image))
+            gpu = f" with {_mb(per_image)} of the GPU's {_mb(self.host.vram_free_bytes)} each"
         batch = min(wanted, lease, fits)
         self.why["batch_size"] += (
             f"; {_mb(max(0, images_bytes))} for images, {BATCHES_IN_ARENA} batches and inference holds"
-            f" {fits}, half the lease {lease}: {batch}"
+            f" {fits}{gpu}, half the lease {lease}: {batch}"
         )
         return batch
 

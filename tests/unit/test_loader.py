@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class Job:
 @contextmanager
 def _job(folder: Path, files: list[bytes], **changes: float) -> Iterator[Job]:
     job = Job(folder, files, ingest_plan(**changes))
-    with job.loader:
+    with closing(job.loader):
         yield job
 
 
@@ -160,16 +160,6 @@ def test_a_consumer_that_fails_in_a_batch_leaves_nothing_either(tmp_path: Path) 
 
     with pytest.raises(ZeroDivisionError):
         use(tmp_path)
-
-
-def test_readiness_is_a_share(tmp_path: Path) -> None:
-    """Between nothing and all, also before the first batch."""
-    with _job(tmp_path, [jpeg(), jpeg()], batch_size=1) as job:
-        assert job.loader.feeder.readiness == 0
-        for batch in job.loader:
-            with batch:
-                pass
-        assert 0 <= job.loader.feeder.readiness <= 1
 
 
 def test_jobs_without_an_image_end_at_once(tmp_path: Path) -> None:
