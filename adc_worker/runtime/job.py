@@ -67,12 +67,11 @@ class WorkerContext:
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
         """Measure the host, and this worker with the decoders and pixels of a loader."""
-        loaders_pids, loaders_bytes = (
-            (loader.feeder.decode_pids, loader.arena.resident_bytes) if loader is not None else ([], 0)
-        )
-        staged_bytes = self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
+        pids, used_bytes = self.pids, self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
+        if loader is not None:
+            pids, used_bytes = (*pids, *loader.feeder.decode_pids), used_bytes + loader.arena.resident_bytes
         return budget.measure(
-            anonymous_bytes((*self.pids, *loaders_pids)) + loaders_bytes + staged_bytes,
+            anonymous_bytes(pids) + used_bytes,
             self.share,
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
