@@ -62,16 +62,10 @@ def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _hierarchy, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
+            own = Path(path.lstrip("/"))
             for base in mounts:
                 # A namespaced path may not exist below the mount: then the mount is ours.
-                yield from _up_to(base, base / path.lstrip("/"))
-
-
-def _up_to(base: Path, folder: Path) -> Iterator[Path]:
-    while folder != base:
-        yield folder
-        folder = folder.parent
-    yield base
+                yield from (base / group for group in (own, *own.parents))
 
 
 def _number_in(file: Path) -> int | None:
@@ -88,6 +82,11 @@ def oom_kills(root: Path = Path("/")) -> int:
         for folder in cgroup_folders(controller, root):
             if (folder / name).is_file():
                 return int(_key_values(folder / name).get("oom_kill", 0))
+    return machine_oom_kills(root)
+
+
+def machine_oom_kills(root: Path = Path("/")) -> int:
+    """Return how many processes of this machine, ours or not, the kernel has killed for want of memory since boot."""
     return int(_key_values(root / "proc/vmstat").get("oom_kill", 0))
 
 

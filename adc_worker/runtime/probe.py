@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import closing
 
@@ -17,6 +16,7 @@ from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.log import get_logger
+from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import JobOutcomes
@@ -24,7 +24,6 @@ from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
 PROBE_IMAGES = 2
-_MEMORY_POLL_S = 0.5
 _log = get_logger(__name__)
 
 
@@ -35,35 +34,39 @@ def probe(
     outcomes: JobOutcomes,
     life: SignsOfLife,
     limit_s: float,
-    stopping: threading.Event,
+    wait: Callable[[], bool],
 ) -> ProbeReport | None:
     """Measure up to two images that can be decoded, one at a time and `limit_s` at most; None when the job has none.
 
-    An image that fails has its outcome and another takes its place. One for which others on this host leave no memory
-    waits for it.
+    An image that fails, or whose lease is over, has its outcome and another takes its place. One for which others on
+    this host leave no memory waits for it, as long as `wait`, which lets a moment pass, says so.
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
-    inference_peak_bytes = 0
+    inference_peak_bytes = vram_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
-            if not _wait_for_memory(image, measure, stopping):
+            if not _wait_for_memory(image, measure, wait):
                 source.put_back([image])
                 return None
+            if not source.still_wanted(image):
+                continue
             with life.inference(limit_s):
+                vram = PeakVram(pipeline.device)
                 measured, peak_bytes = _measure(image, pipeline, outcomes)
         except ImageError as error:
             outcomes.fail_staged(image, error)
             continue
         probes.append(measured)
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
+        vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
-    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes)
+    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes)
 
 
-def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stopping: threading.Event) -> bool:
-    """Wait until the image fits beside what others hold; False when stopping comes first."""
+def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> bool:
+    """Wait until the image fits beside what others hold; False when that is not to be waited for any more."""
     needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
     while True:
         host = measure()
@@ -76,7 +79,7 @@ def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stop
             note = "others on this host hold the rest: stop one of them, or raise its memory limit"
             _log.warning("waiting_for_memory", needed_bytes=needed, available_bytes=host.available_bytes, note=note)
             said = True
-        if stopping.wait(_MEMORY_POLL_S):
+        if not wait():
             return False
 
 

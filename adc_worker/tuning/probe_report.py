@@ -36,11 +36,13 @@ class ProbeReport:
         images: one or two probes, in the order they were inferred; the last is the warmest.
         base_bytes: memory of the process tree after the models were loaded.
         inference_peak_bytes: growth of the process's memory while inferring one image.
+        vram_peak_bytes: the same of the GPU's memory; 0 on the CPU.
     """
 
     images: tuple[ImageProbe, ...]
     base_bytes: int
     inference_peak_bytes: int
+    vram_peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -49,11 +51,22 @@ class ProbeReport:
     def for_images_like(self, seen: ImageProbe) -> ProbeReport:
         """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
         scale = seen.tensor_bytes / self.tensor_bytes_per_image
-        return ProbeReport((seen,), self.base_bytes, int(self.inference_peak_bytes * scale))
+        inference_peak_bytes, vram_peak_bytes = (
+            int(self.inference_peak_bytes * scale),
+            int(self.vram_peak_bytes * scale),
+        )
+        return ProbeReport((seen,), self.base_bytes, inference_peak_bytes, vram_peak_bytes)
 
     def for_link_like(self, seen: ImageProbe) -> ProbeReport:
         """Return the report of a job whose downloads take what `seen` took."""
         images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
+        return replace(self, images=tuple(images))
+
+    def slower(self, factor: float) -> ProbeReport:
+        """Return the report of a job whose downloads and decodes take `factor` times as long."""
+        images = (
+            replace(one, download_s=factor * one.download_s, decode_s=factor * one.decode_s) for one in self.images
+        )
         return replace(self, images=tuple(images))
 
     @property

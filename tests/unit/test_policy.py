@@ -168,6 +168,14 @@ def test_a_gpu_is_pinned_for_only_where_the_operator_permits_it() -> None:
     assert not plan(usual, host(gpu=True), Ceilings(mode="fixed", pin_memory=False)).pin_memory
 
 
+def test_a_gpu_that_cannot_hold_a_call_gets_batches_that_it_holds() -> None:
+    """2 GB of its memory an image, 5 GB free: two. Where a whole call of eight fits, the call bounds it."""
+    hungry = replace(report(image_probe()), vram_peak_bytes=2 * GB)
+    assert plan(hungry, replace(host(gpu=True), vram_free_bytes=5 * GB)).batch_size == 2
+    assert plan(hungry, replace(host(gpu=True), vram_free_bytes=1 * GB)).batch_size == 1
+    assert plan(hungry, replace(host(gpu=True), vram_free_bytes=16 * GB)).batch_size == 4
+
+
 # --- fixed mode
 
 
