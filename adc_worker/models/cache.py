@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,13 +34,15 @@ class ModelCache:
     """Holds models until others need the memory; `free_bytes` says what a device has left."""
 
     free_bytes: Callable[[torch.device], int]
+    after_loading: Callable[[], None] = lambda: None
     _held: dict[str, tuple[Wanted, Any]] = field(default_factory=dict)  # the least recently used first
     _in_use: frozenset[str] = frozenset()
 
     def hold(self, wanted: Sequence[Wanted], device: torch.device) -> list[Any]:
         """Return these models, loading what is not here; others leave, least recently used first, until all fit."""
         self._in_use = frozenset(one.name for one in wanted)
-        needed = sum(one.size_bytes for one in wanted if one.name not in self._held)
+        new = [one for one in wanted if one.name not in self._held]
+        needed = sum(one.size_bytes for one in new)
         room = SHARE_OF_FREE * (self.free_bytes(device) + self.size_bytes) - self.size_bytes
         for name in [name for name in self._held if name not in self._in_use]:
             if needed <= room:
@@ -47,9 +50,11 @@ class ModelCache:
             room += self._drop(name)
         models = []
         for one in wanted:
-            model = self._held.pop(one.name)[1] if one.name in self._held else one.load()
+            model = self._held.pop(one.name)[1] if one.name in self._held else self._load(one)
             self._held[one.name] = (one, model)  # at the end: the most recently used
             models.append(model)
+        if new:
+            self.after_loading()
         return models
 
     @property
@@ -62,6 +67,14 @@ class ModelCache:
         for name in idle:
             self._drop(name)
         return bool(idle)
+
+    def _load(self, one: Wanted) -> Any:
+        started = time.monotonic()
+        model = one.load()
+        _log.info(
+            "model_loaded", model=one.name, size_bytes=one.size_bytes, load_s=round(time.monotonic() - started, 3)
+        )
+        return model
 
     def _drop(self, name: str) -> int:
         one, _ = self._held.pop(name)

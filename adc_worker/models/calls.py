@@ -6,7 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
@@ -102,20 +103,30 @@ class _Copy(NamedTuple):
 class Upload:
     """Hands out a batch, uint8 [n, H, W, 3], on the device, as uint8 [k, 3, H, W]; the permutation is a view.
 
-    On CUDA the next chunk is copied on a stream of its own while this one is inferred. Written, not run.
+    From page-locked memory CUDA copies the next chunk on a stream of its own while this one is inferred; a copy from
+    other memory would hold up its caller. At the end of `with` no copy reads the batch any more. Written, not run.
     """
 
     def __init__(self, images: torch.Tensor, device: torch.device) -> None:
         self._images = images
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = _copy_stream(device) if device.type == "cuda" and images.is_pinned() else None
         self._ahead: _Copy | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def take(self, start: int, stop: int) -> torch.Tensor:
         if self._copies is None:
             return self._images[start:stop].to(self._device).permute(0, 3, 1, 2)
-        ahead, self._ahead = self._ahead, None  # a chunk that was halved since is copied anew
-        chunk = ahead if ahead is not None and ahead.span == (start, stop) else self._copy(start, stop, self._copies)
+        chunk, self._ahead = self._ahead, None
+        if chunk is None or chunk.span != (start, stop):
+            chunk = None  # it was halved since: its memory goes first
+            chunk = self._copy(start, stop, self._copies)
         inference = torch.cuda.current_stream(self._device)
         inference.wait_event(chunk.arrived)
         chunk.images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
@@ -125,8 +136,13 @@ class Upload:
 
     def _copy(self, start: int, stop: int, stream: torch.cuda.Stream) -> _Copy:
         with torch.cuda.stream(stream):
-            # From the page-locked arena this returns at once; from pageable memory it waits for the copy.
             images = self._images[start:stop].to(self._device, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
         return _Copy((start, stop), images, arrived)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the same stream for every batch: torch keeps the freed memory of each stream for that stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name all torch code uses
@@ -43,14 +42,13 @@ class FasterRcnn:
     def _detect(self, images: torch.Tensor) -> list[Detections]:
         pixels = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         height, width = images.shape[2:]
-        limits = torch.tensor([width, height, width, height])
+        limits = torch.tensor([width, height, width, height], dtype=torch.int32)
         detections = []
         for found in self.network(list(pixels)):
-            keep = found["scores"] > self._threshold
-            boxes = torch.minimum(found["boxes"][keep].cpu().to(torch.int32).clamp_(min=0), limits)
-            solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            scores = found["scores"][keep].cpu()[solid]
-            detections.append(Detections(boxes[solid].numpy().astype(np.int32), scores.numpy()))
+            scores = found["scores"].cpu()
+            boxes = torch.minimum(found["boxes"].cpu().to(torch.int32).clamp_(min=0), limits)
+            keep = (scores > self._threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            detections.append(Detections(boxes[keep].numpy(), scores[keep].numpy()))
         return detections
 
 

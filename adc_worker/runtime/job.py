@@ -354,6 +354,7 @@ class _JobRun:
             "batch",
             images=observed.images,
             inference_s=round(stats.inference_s, 4),
+            device_s=round(stats.device_s, 4),
             keep_s=round(stats.keep_s, 4),
             detections=stats.detections,
             readiness=round(readiness, 3),

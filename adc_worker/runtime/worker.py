@@ -78,9 +78,8 @@ class WorkerLoop:
         self._options = options
         self._config = config
         self._context = context
-        specs = registry.available(config)
+        specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
-        self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
@@ -196,25 +195,17 @@ class WorkerLoop:
 
     def _pipeline(self, slug: str) -> Pipeline | None:
         """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
-        if slug in self._loaded:
-            return self._loaded[slug]
-        started = time.monotonic()
         try:
-            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
+            return registry.load(self._specs[slug], self._device, self._sizes)
         except WorkerFault as error:
+            if self._context.stopping.is_set():
+                return None  # a fetch was broken off
             if slug in self._options.pipelines:
                 raise
             _log.error(
                 "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
             )
             return None
-        gc.unfreeze()  # what an evicted model leaves can go
-        gc.collect()
-        gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
-        _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
-        if not self._specs[slug].cached:
-            self._loaded[slug] = pipeline
-        return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""

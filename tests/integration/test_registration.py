@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import trustme
 from PIL import Image
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES
-from tests.support.workers import environment, run_to_end
+from tests.support.workers import environment, run_to_end, worker
 
 EXTRA = {"AMI_EXTRA_PIPELINES": "tests.support.extra_pipeline:pipelines"}
 HOST = socket.gethostname()
@@ -121,3 +128,46 @@ def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: Dev
     assert others.events("pipeline_unavailable")
     assert not server.job(job_id).deliveries, "no task is fetched for a model that is not there"
     server.cancel(job_id)
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """A proxy that is the store itself, and sends without end."""
+
+    context: ssl.SSLContext
+    pause = threading.Event()
+
+    def do_CONNECT(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError), self.context.wrap_socket(self.connection, server_side=True) as store:
+            store.recv(1 << 16)
+            store.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+            while not self.pause.wait(0.01):
+                store.sendall(bytes(1 << 16))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_drain_does_not_wait_for_gigabytes_of_weights(server: DevServer, data: Path) -> None:
+    """The fetch breaks off, the worker ends by itself, and what has come is there for the next start."""
+    authority, _Endless.context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(str(urlsplit(DETECTOR.weights).hostname)).configure_cert(_Endless.context)
+    authority.cert_pem.write_to_path(str(data / "ca.pem"))
+    picture = data / "sheet.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    job_id = server.add_job("moth_binary", [picture])
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        proxy_url = f"http://127.0.0.1:{proxy.server_address[1]}"
+        extra = {"HTTPS_PROXY": proxy_url, "https_proxy": proxy_url, "SSL_CERT_FILE": str(data / "ca.pem")}
+        with worker(environment(server, data, extra), "--pipeline", "moth_binary") as running:
+            running.wait_for("weights_fetch")
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK, "\n".join(running.lines)
+        proxy.shutdown()
+        thread.join()
+    server.cancel(job_id)
+    assert not running.events("child_killed")
+    assert list((data / "models").glob("*.part"))
