@@ -2,17 +2,18 @@
 
 Ours is what a job does with a decoded photograph: `infer_and_keep`, down to the result in a journal on this disk.
 Plain is the straightforward loop: float image, torchvision's call, crops of the float image in calls of the same
-size, no results written. Each way has a process of its own, ours with the environment of a worker's child, plain
-with the system's; both load the same files and draw the same photographs. They take turns image by image, and who is
-first changes, so that a machine that slows down slows both. `overhead` is ours / plain - 1 over all images of a row;
-memory is how far the resident memory rose above the loaded models, at most.
+size, no results written. Each way has a process of its own; all load the same files and draw the same photographs.
+They take turns image by image, in changing order, so that a machine that slows down slows all. Plain runs twice: with
+the system's memory allocator as it is, and as a worker's child has it, which gives large blocks back at once, so that
+memory stays what was planned. `overhead` is what our code costs, `with allocator` what we cost in all: seconds of ours
+over those of the one plain and the other, - 1. Memory is how far the resident memory rose above the loaded models.
 
 Weights are random, and shifted: the detector finds some tens of boxes, and the filter lets some of them through.
 
 `flips` counts boxes that depend on what else is in a detector's call: calls of 3 and 8 images against calls of 1, in
-whole pixels, with a lower score threshold and less suppression of overlaps for the sake of many boxes. `network` is
-torchvision's batch, `ours` the pipeline with that AMI_LOCALIZATION_BATCH_SIZE. A flipped box is one that the other
-side has not.
+whole pixels; every proposal counts, without score threshold or suppression of overlaps, for the sake of many boxes.
+`network` is torchvision's batch, `ours` the pipeline with that AMI_LOCALIZATION_BATCH_SIZE. A flipped box is one that
+the other side has not.
 
 Not shown: real weights (they find fewer boxes), decoding and posting, and a GPU unless one is there (`--device cuda`).
 """
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torchvision.transforms import functional as transforms
@@ -65,7 +67,7 @@ SIZE_PX = (4096, 2160)
 WARM_UP_PX = (1320, 160)  # quick: Faster R-CNN enlarges to 800 px unless the other side reaches 1333
 BOXES = 60  # proposals above the threshold, before overlapping ones are dropped
 THRESHOLD_LOGIT = 1.3863  # of a softmax over two classes at 0.8
-FLIP_SIZE_PX, FLIP_SCORE, FLIP_OVERLAP = (1365, 720), 0.05, 0.9
+FLIP_SIZE_PX = (1365, 720)
 
 
 class Way(Protocol):
@@ -146,7 +148,7 @@ class Plain:
         return torch.cat(scores)
 
 
-WAYS: dict[str, Callable[[Path, torch.device], Way]] = {"plain": Plain, "ours": Ours}
+WAYS: dict[str, Callable[[Path, torch.device], Way]] = {"plain": Plain, "plain, child's": Plain, "ours": Ours}
 
 
 def classes_of(card: ClassifierCard) -> int:
@@ -215,8 +217,8 @@ def shift(detector: nn.Module, image: Pixels) -> None:
 
 
 def overheads(folder: Path, device: str, slugs: Sequence[str], images: int) -> str:
-    rows, plain_s, ours_s = [], 0.0, 0.0
-    environments = {"plain": os.environ, "ours": os.environ | CHILD_ENVIRONMENT}
+    rows, total_s = [], np.zeros(len(WAYS))
+    environments = dict.fromkeys(WAYS, os.environ | CHILD_ENVIRONMENT) | {"plain": dict(os.environ)}
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(closing(Server(name, folder, device, environments[name]))) for name in WAYS
@@ -226,27 +228,29 @@ def overheads(folder: Path, device: str, slugs: Sequence[str], images: int) -> s
         for slug in slugs:
             runs = {}
             for seed in range(images):
-                for name in sorted(WAYS, reverse=bool(seed % 2)):
+                for name in list(WAYS)[:: -1 if seed % 2 else 1]:
                     runs[name, seed] = servers[name].run(slug, seed)
-            assert all(runs["plain", seed][2] == runs["ours", seed][2] for seed in range(images)), "the same boxes"
-            spent = [sum(runs[name, seed][0] for seed in range(images)) for name in WAYS]
-            peaks = [report.mb(max(runs[name, seed][1] for seed in range(images))) for name in WAYS]
             found = [runs["ours", seed][2] for seed in range(images)]
-            crops = sum(map(sum, found)) / images
-            speeds = [f"{images / one:.3f}" for one in spent]
-            rows.append((slug, f"{sum(map(len, found)) / images:.0f}", f"{crops:.0f}", *speeds,
-                         f"{spent[1] / spent[0] - 1:+.1%}", *peaks))  # fmt: skip
-            plain_s, ours_s = plain_s + spent[0], ours_s + spent[1]
+            assert all(runs[name, seed][2] == found[seed] for name, seed in runs), "the same boxes"
+            spent_s = np.array([sum(runs[name, seed][0] for seed in range(images)) for name in WAYS])
+            peaks = [report.mb(max(runs[name, seed][1] for seed in range(images))) for name in WAYS]
+            crops = f"{sum(map(sum, found)) / images:.0f}"
+            rows.append((slug, f"{sum(map(len, found)) / images:.0f}", crops, *_compared(spent_s, images), *peaks))
+            total_s += spent_s
             print(*rows[-1], flush=True)
-    total = len(slugs) * images
-    rows.append(
-        ("all", "", "", f"{total / plain_s:.3f}", f"{total / ours_s:.3f}", f"{ours_s / plain_s - 1:+.1%}", "", "")
-    )
-    head = ("pipeline", "boxes", "crops scored", "plain images/s", "ours", "overhead", "plain peak", "ours")
+    rows.append(("all", "", "", *_compared(total_s, len(slugs) * images), "", "", ""))
+    speeds, peaks = ([f"{name} {of}" for name in WAYS] for of in ("images/s", "peak"))
+    head = ("pipeline", "boxes", "crops scored", *speeds, "overhead", "with allocator", *peaks)
     return (
         f"{images} photographs of {SIZE_PX[0]}x{SIZE_PX[1]} a row; boxes and scored crops are means per photograph.\n\n"
         + report.table(head, rows)
     )
+
+
+def _compared(spent_s: npt.NDArray[np.float64], images: int) -> list[str]:
+    plain_s, childs_s, ours_s = spent_s
+    speeds = [f"{images / one_s:.3f}" for one_s in spent_s]
+    return [*speeds, f"{ours_s / childs_s - 1:+.1%}", f"{ours_s / plain_s - 1:+.1%}"]
 
 
 def flips(folder: Path, device: torch.device, slug: str, images: int) -> str:
@@ -254,8 +258,8 @@ def flips(folder: Path, device: torch.device, slug: str, images: int) -> str:
     loaded = registry.available(Settings(user_data_path=folder))[slug].load(device, CallSizes())
     pipeline = replace(loaded, binary_filter=None, classifier=None)
     detector: Any = pipeline.detector
-    heads = detector.network.roi_heads
-    detector._threshold, heads.nms_thresh, heads.detections_per_img = FLIP_SCORE, FLIP_OVERLAP, 1000  # noqa: SLF001
+    heads, detector._threshold = detector.network.roi_heads, 0.0  # noqa: SLF001
+    heads.score_thresh, heads.nms_thresh, heads.detections_per_img = 0.0, 1.0, 1000
     sheets = torch.from_numpy(np.stack([draw_sheet(FLIP_SIZE_PX, seed).image for seed in range(images)]))
 
     def network(size: int) -> Counter[tuple[int, ...]]:
@@ -281,8 +285,8 @@ def flips(folder: Path, device: torch.device, slug: str, images: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3, help="photographs per pipeline")
-    parser.add_argument("--flip-images", type=int, default=24)
+    parser.add_argument("--images", type=int, default=2, help="photographs per pipeline")
+    parser.add_argument("--flip-images", type=int, default=20)
     parser.add_argument("--pipeline", action="append", choices=CARDS, help="repeatable; all ten by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=("inference", "flips"), help="one section of the two")
