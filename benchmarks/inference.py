@@ -48,7 +48,7 @@ from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.journal.journal import Journal
 from adc_worker.models import registry
-from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
+from adc_worker.models.catalogue import DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES, SCORE_THRESHOLD, ClassifierCard
 from adc_worker.models.pipeline import CallSizes
 from adc_worker.runtime.inference import infer_and_keep
 from adc_worker.runtime.outcomes import ImageResult
@@ -107,7 +107,7 @@ class Plain:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder / "models", device
-        self._detector = self._loaded(checkpoints.detector(), DETECTOR.weights)
+        self._detector = self._loaded(checkpoints.detector(), DETECTOR_WEIGHTS)
         self._filter = self._loaded_classifier(MOTH_FILTER)
 
     def _loaded(self, network: nn.Module, url: str) -> nn.Module:
@@ -126,7 +126,7 @@ class Plain:
     def run(self, image: Pixels) -> list[int]:
         pixels = transforms.to_tensor(image).to(self._device)
         (found,) = self._detector([pixels])
-        boxes = found["boxes"][found["scores"] > DETECTOR.score_threshold].int().tolist()
+        boxes = found["boxes"][found["scores"] > SCORE_THRESHOLD].int().tolist()
         boxes = [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
         counts = [1] * len(boxes)
         if self._first is not None:
@@ -194,7 +194,7 @@ def write_models(folder: Path, slugs: Sequence[str]) -> None:
     image = draw_sheet(SIZE_PX, 0).image
     detector = checkpoints.detector()
     shift(detector, image)
-    checkpoints.save(detector, folder, DETECTOR.weights)
+    checkpoints.save(detector, folder, DETECTOR_WEIGHTS)
     for card in {card.key: card for card in (MOTH_FILTER, *(CARDS[slug].classifier for slug in slugs))}.values():
         network = checkpoints.classifier(card, classes_of(card))
         if card is MOTH_FILTER:
@@ -242,8 +242,8 @@ def overheads(folder: Path, device: str, slugs: Sequence[str], images: int) -> s
     speeds, peaks = ([f"{name} {of}" for name in WAYS] for of in ("images/s", "peak"))
     head = ("pipeline", "boxes", "crops scored", *speeds, "overhead", "with allocator", *peaks)
     return (
-        f"{images} photographs of {SIZE_PX[0]}x{SIZE_PX[1]} a row; boxes and scored crops are means per photograph.\n\n"
-        + report.table(head, rows)
+        f"{images} photographs of {SIZE_PX[0]}x{SIZE_PX[1]} a row; boxes and scored crops are means per photograph."
+        " Page faults make single rows scatter by a fifth and more; `all` sums up.\n\n" + report.table(head, rows)
     )
 
 

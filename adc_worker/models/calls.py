@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -94,10 +94,7 @@ class DeviceClock:
         self.total_s += begin.elapsed_time(end) / 1000
 
 
-class _Copy(NamedTuple):
-    span: tuple[int, int]
-    images: torch.Tensor
-    arrived: torch.cuda.Event
+_Copy = tuple[tuple[int, int], torch.Tensor, torch.cuda.Event]  # which images, on the device, and when they are there
 
 
 class Upload:
@@ -123,23 +120,23 @@ class Upload:
     def take(self, start: int, stop: int) -> torch.Tensor:
         if self._copies is None:
             return self._images[start:stop].to(self._device).permute(0, 3, 1, 2)
-        chunk, self._ahead = self._ahead, None
-        if chunk is None or chunk.span != (start, stop):
-            chunk = None  # it was halved since: its memory goes first
-            chunk = self._copy(start, stop, self._copies)
+        if self._ahead is None or self._ahead[0] != (start, stop):
+            self._ahead = None  # it was halved since: its memory goes first
+            self._ahead = self._copy(start, stop, self._copies)
+        (_, images, arrived), self._ahead = self._ahead, None
         inference = torch.cuda.current_stream(self._device)
-        inference.wait_event(chunk.arrived)
-        chunk.images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
+        inference.wait_event(arrived)
+        images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
         if stop - start > 1 and stop < len(self._images):  # not ahead of single images: memory may be short
             self._ahead = self._copy(stop, min(len(self._images), 2 * stop - start), self._copies)
-        return chunk.images.permute(0, 3, 1, 2)
+        return images.permute(0, 3, 1, 2)
 
     def _copy(self, start: int, stop: int, stream: torch.cuda.Stream) -> _Copy:
         with torch.cuda.stream(stream):
             images = self._images[start:stop].to(self._device, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
-        return _Copy((start, stop), images, arrived)
+        return (start, stop), images, arrived
 
 
 @cache

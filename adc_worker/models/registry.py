@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.models import cache, catalogue
 from adc_worker.models.cache import ModelCache, Wanted
-from adc_worker.models.catalogue import ClassifierCard, DetectorCard, PipelineCard
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, ClassifierCard, PipelineCard
 from adc_worker.models.light_sheet_blobs import LightSheetBlobs
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Detector, Pipeline
 from adc_worker.models.weights import WeightStore, read_labels
@@ -58,12 +58,12 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
     def load(device: torch.device, sizes: CallSizes) -> Pipeline:
         from adc_worker.models.networks import CropClassifier, FasterRcnn  # noqa: PLC0415 (40 MB that others go without)
 
-        def wanted(card: DetectorCard | ClassifierCard, make: Callable[..., Any], *more: Any) -> Wanted:
-            weights = store.ensure(card.weights)
-            return Wanted(card.key, weights.stat().st_size, partial(make, card, weights, device, *more))
+        def wanted(key: str, url: str, make: Callable[[Path, torch.device], Any]) -> Wanted:
+            weights = store.ensure(url)
+            return Wanted(key, weights.stat().st_size, partial(make, weights, device))
 
-        parts = [wanted(catalogue.DETECTOR, FasterRcnn)]
-        parts += [wanted(one, CropClassifier, labels(one)) for one in classifiers]
+        parts = [wanted(DETECTOR.key, DETECTOR_WEIGHTS, FasterRcnn)]
+        parts += [wanted(one.key, one.weights, partial(CropClassifier, one, labels(one))) for one in classifiers]
         found, *scored = models.hold(parts, device)
         return Pipeline(
             card.slug,
@@ -79,10 +79,10 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
     return PipelineSpec(
         card.slug,
         card.classifier.name,
-        (catalogue.DETECTOR.algorithm, *(one.algorithm() for one in classifiers)),
+        (DETECTOR, *(one.algorithm() for one in classifiers)),
         load,
-        labelled=lambda: (catalogue.DETECTOR.algorithm, *(one.algorithm(labels(one)) for one in classifiers)),
-        files=(catalogue.DETECTOR.weights, *(url for one in classifiers for url in (one.weights, one.labels))),
+        labelled=lambda: (DETECTOR, *(one.algorithm(labels(one)) for one in classifiers)),
+        files=(DETECTOR_WEIGHTS, *(url for one in classifiers for url in (one.weights, one.labels))),
     )
 
 
@@ -124,10 +124,9 @@ def available(config: Settings, is_stopping: Callable[[], bool] = lambda: False)
         _weightless("light_sheet_blobs", "Light sheet blobs", LightSheetBlobs()),
         _weightless("simulated", "Simulated", Simulated(config.simulated_seconds_per_image)),
     ]
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        specs.extend(_specs_from(point.load, f"the entry point {point.name} ({point.value})"))
-    for reference in config.extra_pipelines:
-        specs.extend(_specs_from(partial(_resolve, reference), f"AMI_EXTRA_PIPELINES: {reference}"))
+    named = [EntryPoint(one, one, "AMI_EXTRA_PIPELINES") for one in config.extra_pipelines]
+    for point in (*entry_points(group=ENTRY_POINT_GROUP), *named):
+        specs.extend(_specs_from(point))
     by_slug: dict[str, PipelineSpec] = {}
     for spec in (*antennas, *(_held_whole(spec, models) for spec in specs)):
         if spec.slug in by_slug:
@@ -179,20 +178,15 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
         ) from error
 
 
-def _specs_from(resolve: Callable[[], Callable[[], Iterable[PipelineSpec]]], source: str) -> Iterator[PipelineSpec]:
+def _specs_from(point: EntryPoint) -> Iterator[PipelineSpec]:
+    source = f"{point.group}: {point.value}"
     try:
-        specs = list(resolve()())
+        specs = list(point.load()())
     except Exception as error:
-        raise ConfigurationError(f"{source} failed: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(
+            f"{source} failed, which must be package.module:function: {type(error).__name__}: {error}"
+        ) from error
     for spec in specs:
         if not isinstance(spec, PipelineSpec):
             raise ConfigurationError(f"{source} returned {type(spec).__name__} instead of PipelineSpec")
         yield spec
-
-
-def _resolve(reference: str) -> Callable[[], Iterable[PipelineSpec]]:
-    module, separator, function = reference.partition(":")
-    if not separator:
-        raise ValueError("write package.module:function")
-    resolved: Callable[[], Iterable[PipelineSpec]] = getattr(import_module(module), function)
-    return resolved

@@ -25,7 +25,7 @@ from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import draw_sheet
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.models import catalogue, registry
-from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES, ClassifierCard
 from adc_worker.models.networks import ARCHITECTURES
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
 from adc_worker.models.registry import PipelineSpec
@@ -56,7 +56,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.detector = checkpoints.detector()
-        checkpoints.save(self.detector, folder, DETECTOR.weights)
+        checkpoints.save(self.detector, folder, DETECTOR_WEIGHTS)
         self.networks = {card.key: self._saved(card) for card in (MOTH_FILTER, *(CARDS[slug] for slug in SLUGS))}
         self.image = draw_sheet(STRIP, 1).image
         self.boxes = plain_boxes(self.detector, self.image)
@@ -93,7 +93,7 @@ def infer(pipeline: Pipeline, images: Sequence[Pixels]) -> list[list[Detection]]
 class Given:
     """A detector that has been told."""
 
-    algorithm = DETECTOR.algorithm
+    algorithm = DETECTOR
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         self._boxes = np.array(boxes, np.int32)
@@ -117,7 +117,7 @@ def check_scores(
     moths = 0
     for detection, box in zip(found, boxes, strict=True):
         assert detection.box_px == box
-        assert detection.algorithm == DETECTOR.algorithm.ref
+        assert detection.algorithm == DETECTOR.ref
         expected = [card]
         if loaded.binary_filter is not None:
             is_moth = FILTER_LABELS[int(np.argmax(reference.logits(MOTH_FILTER, image, box)))] == "moth"
@@ -251,7 +251,7 @@ def test_weights_that_do_not_fit_are_named_with_their_path(reference: Reference,
     """Cut short, of another number of classes, or something else altogether: the machine's fault, never the image's."""
     card, folder = CARDS[SLUGS[3]], tmp_path / "models"
     folder.mkdir()
-    (folder / Path(DETECTOR.weights).name).symlink_to(reference.folder / Path(DETECTOR.weights).name)
+    (folder / Path(DETECTOR_WEIGHTS).name).symlink_to(reference.folder / Path(DETECTOR_WEIGHTS).name)
     checkpoints.save_labels(folder, card, SPECIES)
     path = folder / Path(card.weights).name
     if damage == "cut":

@@ -21,7 +21,7 @@ from PIL import Image
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
-from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES
 from tests.support.workers import environment, run_to_end, worker
 
 EXTRA = {"AMI_EXTRA_PIPELINES": "tests.support.extra_pipeline:pipelines"}
@@ -58,7 +58,7 @@ def test_all_projects_of_all_pages_learn_of_all_ten_pipelines(server: DevServer,
     assert server.services()[f"Traps ({HOST})"] == set(range(1, 46))
     for card in PIPELINES:
         pipeline = server.pipeline(card.slug)
-        keys = [DETECTOR.algorithm.key, *([MOTH_FILTER.key] if card.filtered else []), card.classifier.key]
+        keys = [DETECTOR.key, *([MOTH_FILTER.key] if card.filtered else []), card.classifier.key]
         assert [one["key"] for one in pipeline["algorithms"]] == keys
         last = pipeline["algorithms"][-1]
         assert (last["name"], last["uri"]) == (card.classifier.name, card.classifier.weights)
@@ -108,7 +108,7 @@ def test_the_files_of_the_models_are_listed_with_what_is_missing(server: DevServ
     lines = done.stdout.splitlines()
     assert len(lines) == 1 + 2 * len(PIPELINES)  # the detector's, and of each classifier weights and labels
     assert sum("missing" in line for line in lines) == 1 + len(PIPELINES)
-    assert any(Path(DETECTOR.weights).name in line and "(10 pipelines)" in line for line in lines)
+    assert any(Path(DETECTOR_WEIGHTS).name in line and "(10 pipelines)" in line for line in lines)
 
 
 def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: DevServer, data: Path) -> None:
@@ -122,8 +122,8 @@ def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: Dev
     code, others = run_to_end(env | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"}, "--exit-when-idle")
     assert code == ExitCode.OK
     for line in (*log.events("worker_fault"), *others.events("pipeline_unavailable")):
-        assert DETECTOR.weights in line["error"]
-        assert str(data / "models" / Path(DETECTOR.weights).name) in line["error"]
+        assert DETECTOR_WEIGHTS in line["error"]
+        assert str(data / "models" / Path(DETECTOR_WEIGHTS).name) in line["error"]
     assert log.events("worker_fault")
     assert others.events("pipeline_unavailable")
     assert not server.job(job_id).deliveries, "no task is fetched for a model that is not there"
@@ -152,7 +152,7 @@ class _Endless(BaseHTTPRequestHandler):
 def test_a_drain_does_not_wait_for_gigabytes_of_weights(server: DevServer, data: Path) -> None:
     """The fetch breaks off, the worker ends by itself, and what has come is there for the next start."""
     authority, _Endless.context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(str(urlsplit(DETECTOR.weights).hostname)).configure_cert(_Endless.context)
+    authority.issue_cert(str(urlsplit(DETECTOR_WEIGHTS).hostname)).configure_cert(_Endless.context)
     authority.cert_pem.write_to_path(str(data / "ca.pem"))
     picture = data / "sheet.png"
     Image.new("RGB", (64, 64), "white").save(picture)
