@@ -326,6 +326,7 @@ class _JobRun:
             pipeline=self.pipeline.slug,
             images=observed.images,
             inference_s=round(stats.inference_s, 4),
+            device_s=round(stats.device_s, 4),
             keep_s=round(stats.keep_s, 4),
             detections=stats.detections,
             readiness=round(governor.readiness, 3),

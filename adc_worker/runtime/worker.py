@@ -37,7 +37,6 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
-from adc_worker.models.cache import set_apart
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
@@ -79,9 +78,8 @@ class WorkerLoop:
         self._options = options
         self._config = config
         self._context = context
-        specs = registry.available(config)
+        specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
-        self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
@@ -197,23 +195,17 @@ class WorkerLoop:
 
     def _pipeline(self, slug: str) -> Pipeline | None:
         """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
-        if slug in self._loaded:
-            return self._loaded[slug]
-        started = time.monotonic()
         try:
-            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
+            return registry.load(self._specs[slug], self._device, self._sizes)
         except WorkerFault as error:
+            if self._context.stopping.is_set():
+                return None  # a fetch was broken off
             if slug in self._options.pipelines:
                 raise
             _log.error(
                 "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
             )
             return None
-        if not self._specs[slug].cached:
-            self._loaded[slug] = pipeline
-            set_apart()
-            _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
-        return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""

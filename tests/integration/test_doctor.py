@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from adc_worker.cli.main import cli
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
-from adc_worker.models.catalogue import DETECTOR
+from adc_worker.models.catalogue import DETECTOR_WEIGHTS
 
 JOB = 3  # the number that the first job of a desk with one image gets
 
@@ -81,6 +81,6 @@ def test_files_of_models_are_counted_where_a_worker_looks_for_them(server: DevSe
     assert found["models"]["state"] == "note"
     assert found["models"]["found"].startswith("0 of ")
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / DETECTOR.weights.rpartition("/")[2]).touch()
+    (tmp_path / "models" / DETECTOR_WEIGHTS.rpartition("/")[2]).touch()
     _done, found = doctor(server.api_url, server.token, tmp_path)
     assert found["models"]["found"].startswith("1 of ")
