@@ -62,7 +62,11 @@ class Settings(BaseSettings):
         group="antenna",
     )
     antenna_idle_sleep_seconds: float = _setting(
-        5.0, "Seconds between polls while there is no work.", group="antenna", ge=0.1, le=60
+        5.0,
+        "Seconds between polls while there is no work; after minutes without, up to six times as long.",
+        group="antenna",
+        ge=0.1,
+        le=60,
     )
     antenna_max_pending_posts: int = _setting(5, "Result posts under way at once.", group="antenna", ge=1, le=64)
     antenna_max_post_bytes: ByteSize = _setting(

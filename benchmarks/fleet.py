@@ -45,7 +45,7 @@ class LightWorker:
         self._journal = Journal(folder / "journal.db")
         self._poster = Poster(self._journal, self._client, PosterLimits(5, 8_000_000))
         self._board = JobBoard(120.0, IDLE_S)
-        self._poller = JobPoller(self._board, self._client, self._journal, [SLUG], None, IDLE_S)
+        self._poller = JobPoller(self._board, self._client, self._journal, [SLUG], None)
         self._fetches: dict[int, TaskFetch] = {}
 
     def run(self) -> None:

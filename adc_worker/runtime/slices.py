@@ -28,7 +28,8 @@ SWITCHES_PER_SLICE = 5  # a slice lasts at least as many times what a switch cos
 EMPTY_BACKOFF_MAX_S = 60.0
 # A service that shows no sign of life for 60 s counts as offline (contract): jitter included, polls are more frequent.
 BUSY_POLL_S, POLL_BACKOFF_MAX_S = 30.0, 50.0
-BUSY_POLL_FACTOR = 6  # x the idle poll's pause, up to BUSY_POLL_S
+BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; also after a long rest
+REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again
 LOOKS_PER_POLL = 10
 CLOSE_TIMEOUT_S = 2.0
 _JOB_UNKNOWN = 404
@@ -93,6 +94,7 @@ class JobBoard:
         self._lock = threading.RLock()
         self._entries: dict[int, JobEntry] = {}
         self._switch_s = 0.0
+        self._worked_at = now()
 
     def add(self, listed: Sequence[JobRef], held: Collection[int] = ()) -> None:
         """Take in what Antenna lists; new jobs of which tasks are `held` go first, their leases run."""
@@ -154,7 +156,7 @@ class JobBoard:
                 entry.used_s, entry.waiting_since = 0.0, now
             entry.asked_at = now if answered else entry.asked_at
             if tasks:
-                entry.begun, entry.last_task_at = True, now
+                entry.begun, entry.last_task_at, self._worked_at = True, now, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
             if ended_empty:
                 entry.not_before = now + self._random.uniform(0.8, 1.2) * self._pause_s(entry.empty_turns)
@@ -180,6 +182,12 @@ class JobBoard:
         with self._lock:
             return min((one.asked_at - one.last_task_at for one in self._entries.values()), default=float("inf"))
 
+    def poll_pause_s(self, *, busy: bool) -> float:
+        """Return how long until the next poll: longer while a job has its turn, and the longer none had a task."""
+        longest_s = min(BUSY_POLL_S, BUSY_POLL_FACTOR * self._idle_s)
+        rested_s = self._now() - self._worked_at
+        return max(self._idle_s, longest_s if busy else min(longest_s, REST_SHARE * rested_s))
+
     def _waiting(self, besides: JobEntry | None) -> list[JobEntry]:
         now = self._now()
         return [one for one in self._entries.values() if one is not besides and now >= one.not_before]
@@ -192,13 +200,7 @@ class JobPoller:
     """Polls the job list in the background: finds work, shows that we live, notices jobs that are over or cancelled."""
 
     def __init__(
-        self,
-        board: JobBoard,
-        client: AntennaClient,
-        journal: Journal,
-        slugs: Sequence[str],
-        project: int | None,
-        idle_s: float,
+        self, board: JobBoard, client: AntennaClient, journal: Journal, slugs: Sequence[str], project: int | None
     ) -> None:
         self.failure: BaseException | None = None  # an AntennaError where not one poll succeeded so far
         self._board = board
@@ -206,7 +208,6 @@ class JobPoller:
         self._journal = journal
         self._slugs = slugs
         self._project = project
-        self._idle_s = idle_s
         self._changed = threading.Condition()
         self._lost: deque[tuple[int, list[int]]] = deque()
         self._polls = self._failures = 0
@@ -275,8 +276,8 @@ class JobPoller:
             self._changed.notify_all()
 
     def _wait(self) -> None:
-        pause_s = min(BUSY_POLL_S, BUSY_POLL_FACTOR * self._idle_s) if self._busy else self._idle_s
-        pause_s = min(pause_s * 2 ** min(self._failures, 10), POLL_BACKOFF_MAX_S)
+        pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
+        pause_s = min(pause_s, POLL_BACKOFF_MAX_S)
         until = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
         with self._changed:
             while not self._closing and not (self._kicked and not self._failures) and time.monotonic() < until:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nats import connect
 
 from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.nats import LeaseKeeper
+from adc_worker.antenna.wire import SuccessResult
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.devserver.state import JobView
 from adc_worker.errors import ExitCode
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import Poster, PosterLimits
+from adc_worker.runtime.intake import TaskFetch
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess, environment, run_to_end, worker
 
@@ -94,6 +103,59 @@ def test_over_nats_leases_last_as_long_as_the_work(serve: Serve, sheet: Path, tm
     code, _log = run_to_end(env, *SIMULATED, IDLE)
     assert code == ExitCode.OK
     assert set(succeeded(server, job_id).deliveries.values()) == {1}
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_over_nats_a_lease_lasts_until_its_result_is_saved(
+    serve: Serve, sheet: Path, tmp_path: Path, *, extended: bool
+) -> None:
+    """Accepted is not saved: the server takes 3 s under leases of 2 s, and a peer asks all the time."""
+    server = serve(ack_wait_s=2.0, save_delay_s=3.0)
+    job_id = server.add_job("simulated", [sheet])
+    lease, answered = LeaseTerms(2.0), threading.Event()
+    with ExitStack() as stack:
+        client = stack.enter_context(AntennaClient(server.api_url, server.token))
+        journal = stack.enter_context(closing(Journal(tmp_path / "journal.db")))
+        poster = Poster(journal, client, PosterLimits(1, 10_000))
+        stack.callback(poster.close, 0.0)
+        fetch = TaskFetch(job_id, client, journal, poster, lease)
+        if extended:
+            stack.enter_context(closing(LeaseKeeper(server.nats_url, lease, journal.subjects, fetch.unsaved)))
+        fetch.start(1, answered.set)
+        assert answered.wait(10)
+        (held,) = fetch.take_answer() or []
+        journal.keep([(held.id, SuccessResult(held.task, "simulated", [], 0.1, "2026-01-01T00:00:00"))])
+        poster.wake()
+        while server.job(job_id).status != "SUCCESS":
+            client.fetch_tasks(job_id, 1)  # each takes half a second to find nothing
+    assert set(server.job(job_id).deliveries.values()) == {1 if extended else 2}
+
+
+def test_nothing_is_published_but_to_subjects_of_acknowledgements(serve: Serve) -> None:
+    """A task names its subject, and could name any."""
+    server, heard = serve(), []
+
+    async def listen(ready: threading.Event, enough: threading.Event) -> None:
+        nats = await connect(server.nats_url)
+        inbox = await nats.subscribe(">")
+        await nats.flush()
+        ready.set()
+        await asyncio.to_thread(enough.wait, 10)
+        await nats.flush()
+        while inbox.pending_msgs:
+            heard.append((await inbox.next_msg()).subject)
+        await nats.close()
+
+    ready, enough = threading.Event(), threading.Event()
+    listener = threading.Thread(target=lambda: asyncio.run(listen(ready, enough)))
+    listener.start()
+    assert ready.wait(10)
+    good = "$JS.ACK.job_1.job-1-consumer.1.1.1.1760000000000000000.0"
+    with closing(LeaseKeeper(server.nats_url, LeaseTerms(), list, list)) as keeper:
+        wait_until(lambda: keeper.hand_back(["orders", f"{good} job.2.tasks 4\r\nPUB orders 0", "$JS.ACK.>", good]))
+    enough.set()
+    listener.join()
+    assert [subject for subject in heard if not subject.startswith(("_INBOX", "$SYS"))] == [good]
 
 
 def test_over_nats_a_drain_hands_back_what_was_not_started(serve: Serve, sheet: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 @contextmanager
 def polling(antenna: Antenna, journal: Journal, idle_s: float = 0.01) -> Iterator[tuple[JobPoller, JobBoard]]:
     board = JobBoard(120.0, idle_s)
-    poller = JobPoller(board, antenna, journal, ["simulated"], 3, idle_s)
+    poller = JobPoller(board, antenna, journal, ["simulated"], 3)
     poller.start()
     try:
         yield poller, board
@@ -293,6 +293,22 @@ def test_polls_go_on_while_a_job_has_its_turn(journal: Journal) -> None:
         before = antenna.polls
         wait_until(lambda: antenna.polls > before + 2)
     assert max(BUSY_POLL_S, POLL_BACKOFF_MAX_S) * 1.2 <= 60
+
+
+def test_polls_get_rarer_the_longer_there_is_no_work() -> None:
+    """From 5 s to 30 s in two minutes, at once while busy; a turn with a task starts anew, an empty one does not."""
+    board, clock = a_board(1)
+    turn = take(board)
+    clock.now_s = 20.0
+    assert board.poll_pause_s(busy=False) == 5.0
+    assert board.poll_pause_s(busy=True) == 30.0
+    clock.now_s = 60.0
+    board.end_turn(turn, 0, ended_empty=True)
+    assert board.poll_pause_s(busy=False) == 15.0
+    clock.now_s = 1000.0
+    assert board.poll_pause_s(busy=False) == 30.0
+    board.end_turn(take(board), 1, ended_empty=True)
+    assert board.poll_pause_s(busy=False) == 5.0
 
 
 def test_an_antenna_that_never_answered_is_told_from_an_outage(journal: Journal) -> None:
