@@ -143,8 +143,7 @@ class SaveWatch:
         self._at: float | None = None  # of the last look
         self._moved_at = 0.0  # when the counters were last seen to rise
         self._accepted, self._saved, self._unsaved = accepted, 0, 0
-        self._since = (0.0, 0)  # when a stretch began, and what was saved by then
-        self._busy = False  # all through the stretch something waited to be saved
+        self._since = (0.0, 0)  # when the stretch began that the rate comes from, and what was saved by then
 
     def unsaved(self, accepted: int) -> int:
         """Return how many results wait to be saved, as far as known, when `accepted` were taken so far."""
@@ -156,21 +155,17 @@ class SaveWatch:
 
     def look(self, lease: LeaseTerms, now: float, accepted: int, saved: int) -> None:
         """Take in how many of our results were `accepted` so far, and how many of the job are `saved` by `now`."""
-        if self._at is None:
-            self._since, self._busy = (now, saved), True
         self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
-        if saved > self._saved or self._at is None:
+        if self._at is None:
+            self._since, self._moved_at = (now, saved), now
+        elif saved > self._saved:
             self._moved_at = now
         elif saved < self._saved or now - self._moved_at > lease.ack_wait_s:
             self._unsaved = 0  # the job was restarted; or lost at Antenna, and delivered again by now
         self._at, self._accepted, self._saved = now, accepted, saved
-        self._busy = self._busy and self._unsaved > 0
         span_s, count = now - self._since[0], saved - self._since[1]
-        if count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s:
+        if span_s <= 0 or (count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s):
             return
-        rate = max(0, count) / span_s if span_s > 0 else 0.0
-        if count >= EVIDENCE_RESULTS and self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate:
-            self.per_s = max(self.per_s, GROWTH * rate)  # it keeps up: what it could do is not known yet
-        elif self._busy:
-            self.per_s = rate
-        self._since, self._busy = (now, saved), self._unsaved > 0
+        rate, self._since = max(0, count) / span_s, (now, saved)
+        keeps_up = self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate  # what it could do is not known then
+        self.per_s = max(self.per_s, GROWTH * rate) if keeps_up else rate

@@ -46,7 +46,6 @@ class JobEntry:
     last_task_at: float
     asked_at: float
     tasks: int | None = None
-    described: bool = False
     begun: bool = False
     lost: bool = False
     interrupted: bool = False
@@ -107,12 +106,12 @@ class JobBoard:
     def to_describe(self) -> list[int]:
         """Return jobs of unknown size, where there is a choice to make."""
         with self._lock:
-            return [one.id for one in self._entries.values() if not one.described] if len(self._entries) > 1 else []
+            return [one.id for one in self._entries.values() if one.tasks is None] if len(self._entries) > 1 else []
 
     def describe(self, job_id: int, tasks: int | None) -> None:
         with self._lock:
             if job_id in self._entries:
-                self._entries[job_id].tasks, self._entries[job_id].described = tasks, True
+                self._entries[job_id].tasks = tasks
 
     def unlisted(self, listed: Sequence[JobRef]) -> list[int]:
         with self._lock:

@@ -22,11 +22,12 @@ from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.antenna.wire import SuccessResult
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
-from adc_worker.devserver.state import JobView
+from adc_worker.devserver.state import Job
 from adc_worker.errors import ExitCode
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.intake import TaskFetch
+from tests.support.gate import Fault, Gate
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess, environment, run_to_end, worker
 
@@ -63,7 +64,7 @@ def terms(ack_wait_s: float, image_s: float, **more: str) -> dict[str, str]:
     }
 
 
-def succeeded(server: DevServer, job_id: int, timeout_s: float = 60.0) -> JobView:
+def succeeded(server: DevServer, job_id: int, timeout_s: float = 60.0) -> Job:
     wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s)
     job = server.job(job_id)
     assert set(job.results) == set(job.image_ids)
@@ -239,9 +240,11 @@ def test_a_fetch_that_fails_backs_off_and_bursts_at_nothing(serve: Serve, sheet:
     """503 and lost answers: few requests, and one task asked for until one answer arrives."""
     server = serve(ack_wait_s=3.0)
     job_id = server.add_job("simulated", [sheet] * 12)
-    server.fail_next("POST tasks", 503, times=2)
-    server.lose_next_answer("POST tasks", times=1)
-    with worker(environment(server, tmp_path / "data", terms(3, 0.05)), *SIMULATED) as running:
+    faults: Iterator[Fault] = iter([503, 503, "cut"])
+    with Gate(server.api_url) as gate, ExitStack() as stack:
+        gate.fault = lambda route: next(faults, None) if route == "POST tasks" else None
+        env = environment(server, tmp_path / "data", terms(3, 0.05, AMI_ANTENNA_API_BASE_URL=gate.api_url))
+        running = stack.enter_context(worker(env, *SIMULATED))
         job = succeeded(server, job_id)
         stop(running)
     assert len(running.events("fetch_failed")) == 3
