@@ -48,7 +48,6 @@ class JobEntry:
     tasks: int | None = None
     begun: bool = False
     lost: bool = False
-    interrupted: bool = False
     used_s: float = 0.0  # of a slice that small jobs interrupted
     not_before: float = 0.0
     empty_turns: int = 0
@@ -133,7 +132,7 @@ class JobBoard:
                 ready = [one for one in ready if one.begun or one.is_small] or ready
             if not ready:
                 return None
-            first = min(ready, key=lambda one: (not one.is_small, not one.interrupted, one.waiting_since))
+            first = min(ready, key=lambda one: (not one.is_small, one.waiting_since))
             return Turn(self, first, self._now(), draining)
 
     def end_turn(
@@ -148,8 +147,7 @@ class JobBoard:
         with self._lock:
             if switch_s is not None:
                 self._switch_s = (self._switch_s + switch_s) / 2 if self._switch_s else switch_s
-            entry.interrupted = not ended_empty and self.small_one_waits_for(entry)
-            if entry.interrupted:
+            if not ended_empty and self.small_one_waits_for(entry):  # it goes on where it was, before those behind it
                 entry.used_s += now - turn.started_at
             else:
                 entry.used_s, entry.waiting_since = 0.0, now
@@ -209,8 +207,11 @@ class JobPoller:
         self._project = project
         self._changed = threading.Condition()
         self._lost: deque[tuple[int, list[int]]] = deque()
-        self._polls = self._failures = 0
-        self._busy = self._kicked = self._closing = self._fresh = False
+        self._failures = 0
+        self._asked_at = self._polled_at = self._turn_at = float(
+            "-inf"
+        )  # last poll, last that succeeded, last turn's end
+        self._busy = self._closing = False
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
 
     def start(self) -> None:
@@ -226,7 +227,7 @@ class JobPoller:
     @property
     def is_fresh(self) -> bool:
         """Whether the list was seen since the last turn."""
-        return self._fresh
+        return not self._busy and self._polled_at > self._turn_at
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -237,7 +238,7 @@ class JobPoller:
             yield
         finally:
             with self._changed:
-                self._busy, self._kicked, self._fresh = False, True, False
+                self._busy, self._turn_at = False, time.monotonic()
                 self._changed.notify_all()
 
     def wait_for_news(self, timeout_s: float) -> None:
@@ -258,19 +259,15 @@ class JobPoller:
                 self.failure = error
 
     def _poll_once(self) -> None:
-        with self._changed:
-            self._kicked = False
+        self._asked_at = time.monotonic()
         try:
             self._poll()
         except AntennaError as error:
             self._failures += 1
-            self.failure = error if not self._polls else None
+            self.failure = error if self._polled_at < 0 else None
             _log.warning("poll_failed", error=str(error), attempt=self._failures)
         else:
-            self._polls += 1
-            self._failures, self.failure = 0, None
-            with self._changed:
-                self._fresh = not self._busy and not self._kicked
+            self._failures, self.failure, self._polled_at = 0, None, self._asked_at
         with self._changed:
             self._changed.notify_all()
 
@@ -279,7 +276,7 @@ class JobPoller:
         pause_s = min(pause_s, POLL_BACKOFF_MAX_S)
         until = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
         with self._changed:
-            while not self._closing and not (self._kicked and not self._failures) and time.monotonic() < until:
+            while not self._closing and time.monotonic() < until and (self._failures or self._turn_at < self._asked_at):
                 self._changed.wait(until - time.monotonic())
 
     def _poll(self) -> None:
