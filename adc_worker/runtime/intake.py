@@ -112,10 +112,9 @@ class TaskFetch:
 
     def unsaved(self) -> list[str]:
         """Look at the job, and return the leases of results that were accepted and not saved, as far as known."""
-        accepted = self._poster.accepted[self.job_id]
-        if self._saves.unsaved(accepted) > 0:
-            self._look(accepted)
-        return self._journal.accepted_subjects(self.job_id, self._saves.unsaved(accepted))
+        if self._unsaved() > 0:
+            self._look()
+        return self._journal.accepted_subjects(self.job_id, self._unsaved())
 
     def _run(self, count: int) -> None:
         try:
@@ -155,21 +154,23 @@ class TaskFetch:
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
-        accepted = self._poster.accepted[self.job_id]
-        if accepted and self._room() < count and self._saves.is_due(self._lease, time.monotonic()):
-            self._look(accepted)
+        if self._room() < count and self._unsaved() and self._saves.is_due(self._lease, time.monotonic()):
+            self._look()
         count = min(count, self._room())
         self.looked_only = count < 1
         return count
 
-    def _look(self, accepted: int) -> None:
-        with self._looking:
-            self._saves.look(self._lease, time.monotonic(), accepted, self._client.job(self.job_id).saved)
+    def _look(self) -> None:
+        with self._looking:  # fetching and the extension of leases both come here
+            accepted, saved = self._poster.accepted[self.job_id], self._client.job(self.job_id).saved
+            self._saves.look(self._lease, time.monotonic(), accepted, saved)
+
+    def _unsaved(self) -> int:
+        return self._saves.unsaved(self._poster.accepted[self.job_id])
 
     def _room(self) -> int:
         held = self._journal.held_count(self.job_id)
-        unsaved = self._saves.unsaved(self._poster.accepted[self.job_id])
-        return self._lease.held_limit(self._saves.per_s) - held - unsaved
+        return self._lease.held_limit(self._saves.per_s) - held - self._unsaved()
 
 
 class Intake:
