@@ -39,9 +39,10 @@ def test_every_task_of_a_job_is_acknowledged_exactly_once(
     job_id = server.add_job("light_sheet_blobs", [sheets[index % 4] for index in range(200)])
     code, log = run_to_end(environment(server, tmp_path / "data"), *BLOBS, "--exit-when-idle")
     assert code == ExitCode.OK
-    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    wait_until(lambda: (info := server.consumer_info(job_id)) and not info["num_ack_pending"])  # after the status
     job, consumer = server.job(job_id), server.consumer_info(job_id)
     assert consumer is not None
+    assert job.status == "SUCCESS"
     assert [consumer[name] for name in ("num_pending", "num_ack_pending", "num_redelivered")] == [0, 0, 0]
     assert consumer["delivered"]["consumer_seq"] == consumer["ack_floor"]["stream_seq"] == 200
     assert set(job.results) == set(job.image_ids)
