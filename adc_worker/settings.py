@@ -95,7 +95,12 @@ class Settings(BaseSettings):
         "AMI Data Companion",
         "Name that `ami worker register` gives this service; {hostname} stands for the host's.",
     )
-    antenna_idle_sleep_seconds: float = _setting(5.0, "Seconds between polls while there is no work.", ge=0.1, le=60)
+    antenna_idle_sleep_seconds: float = _setting(
+        5.0,
+        "Seconds between polls while there is no work; after minutes without, up to six times as long.",
+        ge=0.1,
+        le=60,
+    )
     antenna_max_pending_posts: int = _setting(5, "Result posts under way at once.", ge=1, le=64)
     antenna_max_post_bytes: ByteSize = _setting(ByteSize(8_000_000), "Bytes of the largest result post.", ge=10_000)
     antenna_ack_wait_seconds: float = _setting(

@@ -11,7 +11,6 @@ from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
@@ -57,7 +56,6 @@ class WorkerContext:
     policy: IngestPolicy
     lease: LeaseTerms
     stopping: threading.Event
-    keeper: LeaseKeeper | None  # where NATS is configured
     flushing: threading.Event
     life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader

@@ -21,6 +21,7 @@ import pytest
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
+from tests.support.gate import Gate
 from tests.support.image_server import ImageServer, Reply
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, worker
@@ -72,7 +73,7 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
     data = sheet.read_bytes()
     with ImageServer() as gone:
         nowhere = signed(gone, "/gone.jpg")
-    with ImageServer() as images:
+    with ImageServer() as images, Gate(server.api_url) as gate:
         bad = {
             "missing": signed(images, "/missing.jpg"),
             "page": serve(images, "/page.jpg", Reply(b"<html>Sign in</html>")),
@@ -91,13 +92,15 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
         }
         good = [serve(images, f"/{number}.jpg", Reply(data)) for number in range(GOOD)]
         job_id = server.add_job("simulated", [*good, *bad.values()])
-        server.fail_next("POST result", 500, times=2)
         env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug", "AMI_STATUS_PORT": "0"})
         env |= {
             "AMI_ANTENNA_ACK_WAIT_SECONDS": str(ACK_WAIT_S),
             "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01",
             "AMI_STATUS_PORT": "0",
+            "AMI_ANTENNA_API_BASE_URL": gate.api_url,
         }
+        faults = iter([500, 500])
+        gate.fault = lambda route: next(faults, None) if route == "POST result" else None
         with worker(env, "--pipeline", "simulated") as running:
             running.wait_for("plan")
             child = psutil.Process(running.child_pid())
