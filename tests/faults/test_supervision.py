@@ -73,7 +73,7 @@ def test_no_process_is_left_whichever_of_them_is_killed(server: DevServer, sheet
         wait_until(lambda: decoders(parent), 60)
         assert running.events("journal_open")[-1]["suspects"] > 0
         everybody = family(parent)
-        assert len(everybody) > 3
+        assert len(everybody) >= 3  # a second decode process may be just starting
         running.process.kill()
         wait_until(lambda: not alive(everybody), GONE_S)
     code, _log = run_to_end(env, *SIMULATED, "--exit-when-idle")
