@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http
 import http.client
+import json
 import socket
 import threading
 from collections import Counter
@@ -25,6 +27,7 @@ class Gate:
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.tasks_handed_out: set[str] = set()  # images in the answers to POST tasks, whether they arrived or not
         self._upstream = urlsplit(upstream)
         gate = self
 
@@ -82,6 +85,8 @@ class Gate:
             _cut(handler)
             return
         status, content, content_type = self._forward(handler, body)
+        if route == "POST tasks" and status == http.HTTPStatus.OK:
+            self.tasks_handed_out.update(task["image_id"] for task in json.loads(content)["tasks"])
         _answer(
             handler, status, content[: len(content) // 2] if fault == "cut" else content, content_type, len(content)
         )
