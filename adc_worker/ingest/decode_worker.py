@@ -49,6 +49,8 @@ def _answer(task: dict[str, Any], arena: mmap.mmap) -> dict[str, Any]:
         report = decode(Path(task["path"]), header, out)
     except ImageUnreadable as error:
         return {"error": str(error)}
+    except MemoryError:
+        return {"error": "decoding it takes more memory than this machine gives a process that does nothing else"}
     return {"decode_s": report.decode_s, "truncated": report.truncated}
 
 

@@ -11,7 +11,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -344,6 +344,10 @@ class BatchFeeder:
                 decoded.append((image, outcome))
             elif isinstance(outcome, ImageError):
                 self._on_failure(image, outcome)
+            elif isinstance(outcome, MemoryError):  # whose fault shows when it is alone, in a process of its own
+                with self._changed:
+                    self._put_waiting(replace(image, suspect=True))
+                    self._changed.notify_all()
             else:
                 self._fail(outcome)
         if not decoded:

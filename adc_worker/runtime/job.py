@@ -137,7 +137,6 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         struck_out=struck_out,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn, struck_out)
-    context.poster.listen(intake.wake)
     intake.start()
     try:
         with context.reporter.job(run.view):
@@ -151,7 +150,6 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         raise
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
-        context.poster.listen(None)
         intake.close()
     _check_thread("intake", intake.failure)
     worked = intake.fetched - intake.parked

@@ -39,6 +39,7 @@ class JobOutcomes:
         self._poster = poster
         self._lock = threading.Lock()
         self._on_settled: Callable[[], None] | None = None
+        self._judge: Callable[[StagedImage, ImageError], None] | None = None
         self.done = 0
         self.detections = 0
         self.truncated = 0
@@ -50,9 +51,11 @@ class JobOutcomes:
         """Tasks that have an outcome."""
         return self.done + self.failed.total() + self.given_up
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener` after every outcome."""
-        self._on_settled = listener
+    def listen(
+        self, on_settled: Callable[[], None] | None, judge: Callable[[StagedImage, ImageError], None] | None = None
+    ) -> None:
+        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails."""
+        self._on_settled, self._judge = on_settled, judge
 
     def may_take_more(self) -> bool:
         """Whether what is fetched now can be recorded and posted: the journal is writable, the token accepted."""
@@ -86,7 +89,11 @@ class JobOutcomes:
         self._settle([task_id])
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
-        self.fail(image.id, image.task, error)
+        """An image cannot be decoded or inferred."""
+        if self._judge is not None:
+            self._judge(image, error)
+        else:
+            self.fail(image.id, image.task, error)
 
     def give_up(self, task_id: int, task: Task, reason: str) -> None:
         """Leave a task to its lease: Antenna hands it out again."""

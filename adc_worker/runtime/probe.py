@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -54,6 +55,11 @@ def probe(
                 measured, peak_bytes = _measure(image, pipeline, outcomes)
         except ImageError as error:
             outcomes.fail_staged(image, error)
+            continue
+        except MemoryError:
+            if image.suspect:  # decoded in a process of its own, which would have said so: it was the model
+                raise
+            source.put_back([replace(image, suspect=True)])
             continue
         probes.append(measured)
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)

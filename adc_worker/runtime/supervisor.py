@@ -46,7 +46,8 @@ STEADY_S = 300.0  # a child that lived this long starts its back-off anew
 CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "33554432"}
 _KILLED = 3
 _HUNG = 2  # times overdue
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what batch systems warn with
+# What supervisors, terminals and batch systems send, and a terminal that is closed.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SIGNS_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 # Deaths of a process's own making: evidence against an image that was alone in it.
@@ -106,7 +107,9 @@ class Supervisor:
         """Return when every child is done: OK, or the first code that says a restart is useless."""
         raise_descriptor_limit()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = [number for number in _STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._on_signal) for number in heeded}
         wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         try:
             while any(child.exit_code is None for child in self._children):

@@ -82,7 +82,7 @@ class WorkerLoop:
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
+        self._contacted = bool(context.journal.job_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
         self._memories: dict[int, JobMemory] = {}
         self._poller = JobPoller(

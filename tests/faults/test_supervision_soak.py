@@ -5,11 +5,13 @@ What came of it goes into benchmarks/RESULTS.md.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -145,6 +147,34 @@ def test_starts_and_stops_leave_nothing_behind(
     job = finished(server, job_id)
     assert not job.errors
     record(f"{STARTS} starts and stops", "by process and by group, at 5 stages; exit 0 each time", job)
+
+
+def test_a_terminal_that_is_closed_is_a_drain(
+    server: DevServer, sheets: list[Path], tmp_path: Path, record: Record
+) -> None:
+    """Every line that is logged from then on fails, which ends nothing early."""
+    job_id = server.add_job("simulated", [sheets[index % 4] for index in range(60)])
+    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
+    terminal, end = os.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "adc_worker", "worker", *SIMULATED],
+        env=env, stdin=end, stdout=end, stderr=end, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 (no other thread)
+    )  # fmt: skip
+    os.close(end)
+    shown = b""
+    while shown.count(b'"event": "batch"') < 2:
+        shown += os.read(terminal, 1 << 16)
+    everybody = family(running.pid)
+    os.close(terminal)
+    assert running.wait(PATIENCE_S) == ExitCode.OK
+    assert not alive(everybody)
+    code, log = run_to_end(env, *SIMULATED, "--exit-when-idle")
+    assert code == ExitCode.OK
+    assert log.events("journal_open")[0]["suspects"] == 0
+    job = finished(server, job_id)
+    assert not job.errors
+    record("a terminal that is closed", "SIGHUP, and no output any more: a drain, exit 0", job)
 
 
 class Supervisord:

@@ -721,3 +721,21 @@ def test_a_suspect_is_decoded_elsewhere_and_alone(feed: MakeFeed) -> None:
     assert one.use(suspect) == [2]
     assert one.drain() == [[3]]
     assert [[image.id for image in images] for images in one.admitted] == [[1], [2], [3]]
+
+
+def test_an_image_whose_decoder_runs_out_of_memory_is_tried_alone_in_a_process_of_its_own(feed: MakeFeed) -> None:
+    """Whoever else takes the memory of this process is no fault of the image's, and ends no job."""
+    one = feed(workers=2, batch_size=2)
+    one.put(1, 2)
+    one.settle()
+    for decode in one.engine.running:
+        if decode.number == 1:
+            one.engine.fail(decode, MemoryError())
+        else:
+            one.engine.succeed(decode)
+    assert one.use(one.next()) == [2]
+    one.settle()
+    assert one.isolated is not None
+    one.isolated.succeed_all()
+    assert one.use(one.next()) == [1]
+    assert one.failures == []
