@@ -27,7 +27,6 @@ from adc_worker.runtime.faults import DECODER_AND_MODEL, Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
-from adc_worker.runtime.suspects import StruckOut
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
 
@@ -72,7 +71,7 @@ class TaskFetch:
 
     def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
         self.job_id = job_id
-        self.error: AntennaError | None = None
+        self.error: AntennaError | None = None  # what Antenna said to the last one, if that failed
         self.is_open = False
         self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
         self._client = client
@@ -167,7 +166,6 @@ class Intake:
         *,
         faults: Faults,
         life: SignsOfLife,
-        struck_out: StruckOut,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
         self.failure: BaseException | None = None
@@ -185,7 +183,6 @@ class Intake:
         self._turn = turn
         self._faults = faults
         self._life = life
-        self._struck_out = struck_out
         self._images_per_s = 0.0  # measured; 0 until it is
         self._done_before = 0
         self._changed = threading.Condition()
@@ -205,11 +202,6 @@ class Intake:
     def start(self) -> None:
         self._outcomes.listen(self.wake, self._judge)
         self._thread.start()
-
-    @property
-    def error(self) -> AntennaError | None:
-        """What Antenna said to the last fetch, if that failed."""
-        return self._fetch.error
 
     def apply(self, limits: IntakeLimits) -> None:
         self._limits, self._probing = limits, False
@@ -245,7 +237,7 @@ class Intake:
 
     @property
     def _in_hand(self) -> int:
-        return self.fetched - self._outcomes.settled - self.parked - self._struck_out.waiting
+        return self.fetched - self._outcomes.settled - self.parked - len(self._outcomes.struck_out)
 
     def _run(self) -> None:
         try:

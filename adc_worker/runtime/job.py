@@ -32,7 +32,6 @@ from adc_worker.runtime.probe import probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
-from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
 from adc_worker.tuning.governor import Decision, Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
@@ -123,7 +122,6 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     """Work on a job until Antenna has no more tasks of it for us, or its turn is over. The models are loaded."""
     started = time.monotonic()
     outcomes = JobOutcomes(job_id, context.journal, context.staging, context.poster)
-    struck_out = StruckOut(job_id, context.journal, outcomes)
     intake = Intake(
         memory.fetch,
         context.journal,
@@ -134,9 +132,8 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         turn,
         faults=context.faults,
         life=context.life,
-        struck_out=struck_out,
     )
-    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn, struck_out)
+    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
     intake.start()
     try:
         with context.reporter.job(run.view):
@@ -155,7 +152,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     worked = intake.fetched - intake.parked
     if worked:
         run.log_summary(time.monotonic() - started)
-    return JobSummary(worked, intake.error, intake.ended_empty, run.switch_s)
+    return JobSummary(worked, memory.fetch.error, intake.ended_empty, run.switch_s)
 
 
 def _check_thread(name: str, failure: BaseException | None) -> None:
@@ -177,7 +174,6 @@ class _JobRun:
         outcomes: JobOutcomes,
         memory: JobMemory,
         turn: Turn,
-        struck_out: StruckOut,
     ) -> None:
         self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
         self._job_id = job_id
@@ -187,7 +183,6 @@ class _JobRun:
         self._outcomes = outcomes
         self._memory = memory
         self._turn = turn
-        self._struck_out = struck_out
         self.switch_s: float | None = None
         self._started = time.monotonic()
         self._seen: ImageProbe | None = None
@@ -242,7 +237,7 @@ class _JobRun:
             self._intake.apply(IntakeLimits.of(governor.plan))
             self._follow(governor)
         if not self._turn.is_stopping():
-            self._struck_out.fail()
+            self._outcomes.fail_struck_out()
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
@@ -299,7 +294,8 @@ class _JobRun:
             observed = self._observation(loader, image, images, now - last_at, governor)
             last_at = now
             self._context.life.status(f"job {self._job_id}: {self._outcomes.done} images done")
-            self._struck_out.fail_once_others_succeed()
+            if self._outcomes.done:
+                self._outcomes.fail_struck_out()
             decision = governor.observe(observed)
             loader.pause(decision.paused)
             if decision.plan is not loader.plan and observed.in_force:

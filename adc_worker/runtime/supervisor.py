@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,6 @@ from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
 from adc_worker.host.memory import oom_kills
 from adc_worker.host.share import CAUTION_MIN, CAUTION_STEP
 from adc_worker.log import get_logger
-from adc_worker.runtime.notify import notify, watchdog_period_s
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import READY, STATUS, UNTIL
 from adc_worker.settings import Settings
@@ -280,6 +280,23 @@ class Supervisor:
             if child.process is not None:
                 _log.warning("child_killed", pid=child.process.pid, reason="AMI_SHUTDOWN_GRACE_SECONDS are over")
                 child.process.kill()
+
+
+def notify(*assignments: str) -> None:
+    """Tell systemd, where that started us, such as "READY=1" (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
+        try:
+            channel.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1))
+        except OSError as error:
+            _log.warning("notify_failed", error=str(error))
+
+
+def watchdog_period_s() -> float:
+    """Return how often to tell systemd that we live: twice per WatchdogSec=, as sd_watchdog_enabled(3) recommends."""
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or float("inf")
 
 
 def _prctl(option: int, value: int) -> None:

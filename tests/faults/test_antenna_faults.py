@@ -84,7 +84,7 @@ def test_an_answer_that_never_comes_is_an_outage_at_every_endpoint(desk: Desk) -
         journal.close()
     job = desk.antenna.job(job_id)
     assert set(job.errors) == set(job.image_ids)
-    assert set(job.posts.values()) == {2}
+    assert min(job.posts.values()) > 1
     assert set(job.deliveries.values()) == {1}
 
 

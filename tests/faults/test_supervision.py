@@ -237,7 +237,7 @@ def test_five_starts_and_stops_leave_nothing_behind(server: DevServer, sheets: l
     job_id = server.add_job("simulated", [sheets[index % 4] for index in range(30)])
     env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
     for number, stage in enumerate(("child_started", "journal_open", "worker_ready", "plan", "batch")):
-        with worker(env, *SIMULATED) as running:
+        with worker(env, *SIMULATED, within=("env", "--default-signal=HUP")) as running:  # these tests may run by nohup
             running.wait_for(stage)
             everybody = family(running.process.pid)
             (os.killpg if number % 2 else os.kill)(running.process.pid, STOP_SIGNALS[number % 4])

@@ -157,7 +157,7 @@ def test_a_terminal_that_is_closed_is_a_drain(
     env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
     terminal, end = os.openpty()
     running = subprocess.Popen(
-        [sys.executable, "-m", "adc_worker", "worker", *SIMULATED],
+        ["env", "--default-signal=HUP", sys.executable, "-m", "adc_worker", "worker", *SIMULATED],
         env=env, stdin=end, stdout=end, stderr=end, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 (no other thread)
     )  # fmt: skip

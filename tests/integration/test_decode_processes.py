@@ -303,12 +303,13 @@ def test_what_kills_them_again_and_again_is_this_machines_fault(tmp_path: Path, 
 
 def test_one_that_runs_out_of_memory_says_so_of_its_image(tmp_path: Path, desk: Desk) -> None:
     """A real limit, on the address space: the process lives on."""
+    large, small = (written(tmp_path / f"{px}.img", encoded(picture(px, px), "PNG")) for px in (5000, 50))
+    desk.arena.resize(75 * MB)
+    for _process in range(WORKERS + 1):
+        desk.decoded(small)  # has everything imported and mapped now
     for pid in desk.engine.pids:
         process = psutil.Process(pid)
-        wait_until(lambda process=process: process.memory_info().vms > 100 * MB)  # type: ignore[misc]
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, psutil.RLIM_INFINITY))
-    large = written(tmp_path / "large.img", encoded(picture(5000, 5000), "PNG"))
-    desk.arena.resize(75 * MB)
     with pytest.raises(ImageUnreadable, match="takes more memory"):
         desk.decoded(large)
 

@@ -25,7 +25,6 @@ from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.runtime.slices import JobBoard
-from adc_worker.runtime.suspects import StruckOut
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -110,7 +109,7 @@ class Job:
         assert turn is not None
         self.intake = Intake(
             fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn,
-            faults=self.faults, life=SignsOfLife(), struck_out=StruckOut(JOB, self.journal, self.outcomes),
+            faults=self.faults, life=SignsOfLife(),
         )  # fmt: skip
         self.intake.start()
         return self.intake
