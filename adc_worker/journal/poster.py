@@ -117,24 +117,21 @@ class Poster:
         with self._changed:
             self._changed.notify_all()
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until every kept result is accepted; False on time-out or when the poster died."""
+    def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
+        """Wait until every kept result is accepted; False on time-out, when `cut_short` is set or the poster died."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while self.failure is None and (self._under_way.total() or self._journal.unposted_count()):
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
-                self._changed.wait(min(left, 1.0))
+                self._changed.wait(min(left, _FLUSH_CHECK_S))
         return self.failure is None
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
         """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
         self._draining = True
-        deadline = time.monotonic() + flush_s
-        while self.failure is None and not (cut_short and cut_short.is_set()) and time.monotonic() < deadline:
-            if self.wait_idle(min(flush_s, _FLUSH_CHECK_S)):
-                break
+        self.wait_idle(flush_s, cut_short)
         with self._changed:
             self._closing = True
             self._changed.notify_all()

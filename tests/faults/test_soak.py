@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sqlite3
 import time
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,14 +84,9 @@ class _Kills:
         return alone
 
     def note_answers_that_died(self) -> None:
-        """Handed out, unknown to the journal, without an outcome: the answer reached nobody who could record it."""
         views = [self.desk.antenna.job(job_id) for job_id in self.jobs]
-        with closing(sqlite3.connect(self.desk.folder / "data" / "adc_journal.db")) as db:
-            known = {
-                row[0] for row in db.execute("SELECT image_id FROM adc_task UNION SELECT image_id FROM adc_finished")
-            }
-        known.update(*(view.processed_ids for view in views))
-        self.answers_died |= self.desk.gate.tasks_handed_out - known
+        processed = set().union(*(view.processed_ids for view in views))
+        self.answers_died |= self.desk.gate.died_on_the_way(self.desk.folder / "data" / "adc_journal.db", processed)
 
 
 def _usual(numbers: int) -> list[int]:

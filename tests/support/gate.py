@@ -6,10 +6,13 @@ import http
 import http.client
 import json
 import socket
+import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -64,6 +67,18 @@ class Gate:
         """Let everything through from now on, also what is held."""
         self.fault = lambda _route: None
         self.released.set()
+
+    def died_on_the_way(self, journal: Path, processed: Collection[str]) -> set[str]:
+        """Return images whose tasks were handed out to a worker that was killed before it could record them."""
+        known: set[str] = set()
+        if journal.exists():
+            with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as db:
+                tables = db.execute(
+                    "SELECT name FROM sqlite_master WHERE name IN ('adc_task', 'adc_finished')"
+                ).fetchall()
+                for (table,) in tables:
+                    known.update(row[0] for row in db.execute(f"SELECT image_id FROM {table}"))  # noqa: S608 (ours)
+        return self.tasks_handed_out - known - set(processed)
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
