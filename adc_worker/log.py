@@ -91,7 +91,7 @@ def configure(log_format: LogFormat, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=_Lasting(sys.stderr)),  # type: ignore[arg-type]
+        logger_factory=structlog.WriteLoggerFactory(file=Lasting(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     # Libraries log whole URLs at INFO and DEBUG; their warnings still reach stderr.
@@ -106,8 +106,8 @@ def configure(log_format: LogFormat, level: str) -> None:
     )
 
 
-class _Lasting:
-    """Standard error, which may go: a terminal that was closed, a full disk, a reader that died end no worker."""
+class Lasting:
+    """A stream to people, which may go: a terminal that was closed, a full disk, a reader that died end no worker."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -123,6 +123,9 @@ class _Lasting:
 
     def flush(self) -> None:
         """Every line is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _RedactingFormatter(logging.Formatter):
