@@ -55,6 +55,13 @@ def _kept(desk: Desk) -> int:
     return len(_journal(desk, "SELECT 1 FROM adc_task WHERE result_bytes NOT NULL"))
 
 
+def _no_fetch_is_open(desk: Desk) -> bool:
+    """Or its answer would die with the worker, and its tasks come again after 300 s."""
+    processed = desk.antenna.job(desk.jobs[-1]).processed_ids
+    journal = desk.folder / "data" / "adc_journal.db"
+    return not desk.gate.under_way["POST tasks"] and not desk.gate.died_on_the_way(journal, processed)
+
+
 def _cut_off(desk: Desk) -> set[str]:
     """Return the images whose downloads the kill broke off: held, without a staged file and without a result."""
     staged = {int(file.stem) for file in (desk.folder / "data" / "staging").glob("*.img")}
@@ -127,7 +134,7 @@ def test_a_worker_killed_at_any_stage_loses_nothing_and_repeats_at_most_one_batc
     with worker(env) as first:
         first.wait_for("worker_ready")
         start_s = time.monotonic() - started
-        wait_until(lambda: stage.reached(desk, first), timeout_s=30)
+        wait_until(lambda: stage.reached(desk, first) and _no_fetch_is_open(desk), timeout_s=30)
         os.killpg(first.process.pid, signal.SIGKILL)
         wait_until(lambda: first.process.poll() is not None)
     cut_off = _cut_off(desk)

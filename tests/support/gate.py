@@ -30,6 +30,7 @@ class Gate:
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.under_way: Counter[str] = Counter()
         self.tasks_handed_out: set[str] = set()  # images in the answers to POST tasks, whether they arrived or not
         self._upstream = urlsplit(upstream)
         gate = self
@@ -85,6 +86,13 @@ class Gate:
         word = urlsplit(handler.path).path.rstrip("/").rsplit("/", 1)[-1]
         route = f"{handler.command} {'job' if word.isdecimal() else word}"
         self.requests[route] += 1
+        self.under_way[route] += 1
+        try:
+            self._follow(handler, route, body)
+        finally:
+            self.under_way[route] -= 1
+
+    def _follow(self, handler: BaseHTTPRequestHandler, route: str, body: bytes) -> None:
         fault = self.fault(route)
         if isinstance(fault, int):
             _answer(handler, fault, BODY_SHOWN, "text/html")
