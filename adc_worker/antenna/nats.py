@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
@@ -94,7 +93,7 @@ class LeaseKeeper:
         """Publish to every subject; only what is flushed has reached the server."""
         if not self._nats.is_connected:
             return False
-        started = time.time()
+        started = lease_clock()
         try:
             for subject in subjects:
                 await self._nats.publish(subject, what)

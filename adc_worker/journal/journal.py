@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from adc_worker.antenna.leases import parse_reply_subject, same_message
+from adc_worker.antenna.leases import lease_clock, parse_reply_subject, same_message
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host.budget import file_system
@@ -174,7 +174,7 @@ class Journal:
         An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
         the file takes nothing, the tasks are left to their leases. `fetched_at`: Unix time, now by default.
         """
-        now = fetched_at or time.time()
+        now = fetched_at or lease_clock()
         self._contacts[job_id] = time.monotonic()
         try:
             with self._writing():

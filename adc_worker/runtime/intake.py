@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch, parse_reply_subject
+from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -122,7 +122,7 @@ class TaskFetch:
         try:
             if (count := self._within_saves(count)) < 1:
                 return []
-            sent_at = time.time()
+            sent_at = lease_clock()
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
             tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
         except AntennaError as error:
@@ -132,7 +132,7 @@ class TaskFetch:
         self.error = None
         for task in tasks:
             before = self._journal.find(self.job_id, task)
-            self._lease.learn(task.reply_subject, before.fetched_at if before else None, time.time())
+            self._lease.learn(task.reply_subject, before.fetched_at if before else None, lease_clock())
         return self._journal.record(self.job_id, tasks, sent_at)
 
     def _within_saves(self, count: int) -> int:
@@ -325,7 +325,7 @@ class Intake:
         for held in tuple(self._to_download):
             lease = self._lease.ack_wait_s if self._lease.is_last(held.task.reply_subject) else 0.0
             current = self._unstarted.get(held.id, held)
-            if self._lease.left_s(current.fetched_at, time.time()) + lease < 0:
+            if self._lease.left_s(current.fetched_at, lease_clock()) + lease < 0:
                 with self._changed:
                     if held not in self._to_download:
                         continue
@@ -337,7 +337,7 @@ class Intake:
         held = self._unstarted.pop(image.id, None)
         if held is None or self._lease.is_last(held.task.reply_subject):  # nobody else will get it
             return True
-        late_s = -self._lease.left_s(held.fetched_at, time.time())
+        late_s = -self._lease.left_s(held.fetched_at, lease_clock())
         if late_s > 0:
             self._outcomes.give_up(held.id, held.task, f"its lease ended {late_s:.1f} s before it could be decoded")
         return late_s <= 0
@@ -412,7 +412,7 @@ class Intake:
         return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:
-        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, time.time())
+        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, lease_clock())
 
     def _lapses_soon(self, held: HeldTask) -> bool:
         return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s

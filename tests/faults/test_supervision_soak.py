@@ -348,7 +348,9 @@ def test_an_image_that_hangs_the_model_costs_itself_only(server: DevServer, tmp_
     files = [photograph(tmp_path / f"{number}.png") for number in range(8)]
     files.insert(4, photograph(tmp_path / "hang.png", HANG))
     job_id = server.add_job("faulty", files)
-    env = environment(server, tmp_path / "data", FAULTY | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "6"})
+    env = environment(
+        server, tmp_path / "data", FAULTY | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "24"}
+    )  # restarts keep within it
     with worker(env, "--exit-when-idle") as running:
         assert running.process.wait(3 * PATIENCE_S) == ExitCode.OK
     job = finished(server, job_id)
