@@ -14,6 +14,7 @@ AdcError
 │   ├── AntennaRefused     401 or 403: stop fetching, say so
 │   └── AntennaRejected    the request is wrong: 400, 404, 413, …
 ├── StagingFull            the disk is full: pause, then try again
+├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
 """
 
@@ -75,6 +76,10 @@ class AddressRefused(LinkError):
 
 class StagingFull(AdcError):
     """The disk that images are staged on has no space left."""
+
+
+class StagedFileLost(AdcError):
+    """An image was staged, its file is lost, and what opened its URL was erased then: another delivery brings it."""
 
 
 class AntennaError(AdcError):

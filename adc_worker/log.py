@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 import structlog
 
@@ -88,7 +91,7 @@ def configure(log_format: LogFormat, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=Lasting(sys.stderr)),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
     # Libraries log whole URLs at INFO and DEBUG; their warnings still reach stderr.
@@ -101,6 +104,28 @@ def configure(log_format: LogFormat, level: str) -> None:
     threading.excepthook = lambda died: uncaught.critical(
         "in thread %s", died.thread and died.thread.name, exc_info=died.exc_value
     )
+
+
+class Lasting:
+    """A stream to people, which may go: a terminal that was closed, a full disk, a reader that died end no worker."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno in {errno.EIO, errno.EPIPE}:  # for good; what is buffered would fail again at exit
+                with Path(os.devnull).open("w") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def flush(self) -> None:
+        """Every line is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _RedactingFormatter(logging.Formatter):

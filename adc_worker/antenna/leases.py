@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 
 from adc_worker.log import get_logger
@@ -28,6 +29,14 @@ ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest sav
 # from, and how long a result may wait to be saved before the server counts as the slower one.
 LOOK_SHARE, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 150, 1 / 5, 1 / 10
 EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
+
+
+_EPOCH_S = time.time() - time.monotonic()
+
+
+def lease_clock() -> float:
+    """Return Unix seconds as of this process's start: a clock that is set meanwhile neither ends nor extends leases."""
+    return _EPOCH_S + time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

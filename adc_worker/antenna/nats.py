@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
+from adc_worker.antenna.leases import LeaseTerms, lease_clock, parse_reply_subject
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
@@ -73,7 +72,7 @@ class LeaseKeeper:
         closing = asyncio.create_task(self._closing.wait())
         try:
             while not closing.done():
-                pause_s, started = self._lease.ack_wait_s / RENEWALS_PER_LEASE, time.time()
+                pause_s, started = self._lease.ack_wait_s / RENEWALS_PER_LEASE, lease_clock()
                 if await self._publish(await asyncio.to_thread(self._held), IN_PROGRESS):
                     self._lease.renewed_at = started
                     await self._publish(await asyncio.to_thread(self._unsaved), IN_PROGRESS)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from adc_worker import settings
 from adc_worker.errors import ExitCode
+from adc_worker.log import Lasting
 from adc_worker.runtime import board as boards
 from adc_worker.runtime.board import Board
 
@@ -146,7 +147,7 @@ def live_view(board: Board) -> Iterator[None]:
     os.dup2(write, sys.stderr.fileno())  # children inherit it
     os.close(write)
     with os.fdopen(terminal, "w") as screen:
-        console = Console(file=screen)
+        console = Console(file=Lasting(screen))  # type: ignore[arg-type]
         reader = threading.Thread(target=_show_lines, args=(read, console), name="log-lines", daemon=True)
         reader.start()
         try:

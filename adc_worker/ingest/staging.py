@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
-from adc_worker.errors import ConfigurationError, ImageError, StagingFull
+from adc_worker.errors import ConfigurationError, ImageError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient, drop_pages
 from adc_worker.ingest.header import ImageHeader, read_header
@@ -63,12 +63,17 @@ class StagingArea:
         self._now = now
         self.disk = DiskBudget(folder, most_bytes, now)
 
-    def stage(self, task_id: int, task: Task, cancelled: Callable[[], bool]) -> StagedImage:
+    def stage(
+        self, task_id: int, task: Task, cancelled: Callable[[], bool], *, url_erased: bool = False
+    ) -> StagedImage:
         """Download a task's image, unless an earlier run already did, and read its header.
+
+        `url_erased`: one did, and what opens the URL was forgotten then.
 
         Raises:
             ImageError: the evidence is in the image; the file is removed.
             LinkError: try again later.
+            StagedFileLost: a power cut took the file.
             StagingFull: the disk is full; no fault of the image's, and a pause is on.
         """
         path = self._folder / f"{task_id}.img"
@@ -76,6 +81,11 @@ class StagingArea:
             # A power cut may have taken bytes that were not on the disk yet: what cannot be read is asked for again.
             with suppress(ImageError):
                 return self._staged(task_id, task, path, DownloadStats(0.0, 0.0, path.stat().st_size))
+        if url_erased:
+            self.disk.release(task_id)
+            raise StagedFileLost(
+                "a power cut took its staged file, and its URL opens no more: what signed it was erased"
+            )
         self.disk.reserve(task_id)
         try:
             return self._staged(task_id, task, path, self._fetch(path, task, cancelled))

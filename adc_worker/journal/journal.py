@@ -14,14 +14,14 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from adc_worker.antenna.leases import parse_reply_subject, same_message
+from adc_worker.antenna.leases import lease_clock, parse_reply_subject, same_message
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host.budget import file_system
@@ -60,7 +60,7 @@ CREATE TABLE adc_result (
     size_bytes INTEGER NOT NULL,
     kept_at REAL NOT NULL
 );
-CREATE TABLE adc_result_part (  -- a serialised result in pieces of about a megabyte: no whole one is ever in memory
+CREATE TABLE adc_result_part (
     task_id INTEGER NOT NULL REFERENCES adc_result (task_id) ON DELETE CASCADE,
     number INTEGER NOT NULL,
     body BLOB NOT NULL,
@@ -91,6 +91,20 @@ ALTER TABLE adc_task ADD COLUMN runner INTEGER;
 ALTER TABLE adc_task ADD COLUMN oom_kills INTEGER;
 ALTER TABLE adc_task ADD COLUMN strikes TEXT
 """,
+    """
+ALTER TABLE adc_task ADD COLUMN url_erased INTEGER NOT NULL DEFAULT 0;  -- what opens it is gone
+ALTER TABLE adc_task ADD COLUMN result_bytes INTEGER;  -- NULL until it has a result
+UPDATE adc_task SET result_bytes = (SELECT size_bytes FROM adc_result WHERE task_id = adc_task.id);
+CREATE TABLE adc_part (  -- a serialised result in pieces of about a megabyte: no whole one is ever in memory
+    task_id INTEGER NOT NULL REFERENCES adc_task (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (task_id, number)
+);
+INSERT INTO adc_part SELECT task_id, number, body FROM adc_result_part;
+DROP TABLE adc_result_part;
+DROP TABLE adc_result
+""",
 )
 _PART_BYTES = 1_000_000
 STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
@@ -101,6 +115,8 @@ class HeldTask:
     """A task on record. `id` is unique on this host for ever; `fetched_at` is Unix seconds.
 
     `strikes` names the deaths of processes that worked on this task alone; None when none ever died working on it.
+    `result_bytes` is the size of its kept result, None until there is one. `url_erased`: its image was staged once, and
+    cannot be downloaded again.
     """
 
     id: int
@@ -108,18 +124,12 @@ class HeldTask:
     task: Task
     fetched_at: float
     strikes: tuple[str, ...] | None = None
+    result_bytes: int | None = None
+    url_erased: bool = False
 
     @property
     def struck_out(self) -> bool:
         return len(self.strikes or ()) >= STRIKES_MAX
-
-
-@dataclass(frozen=True, slots=True)
-class KeptResult:
-    """A result that waits for Antenna to accept it."""
-
-    held: HeldTask
-    size_bytes: int
 
 
 class Journal:
@@ -164,30 +174,32 @@ class Journal:
         An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
         the file takes nothing, the tasks are left to their leases. `fetched_at`: Unix time, now by default.
         """
-        now, held = fetched_at or time.time(), []
+        now = fetched_at or lease_clock()
         self._contacts[job_id] = time.monotonic()
         try:
             with self._writing():
                 self._bury_earlier_streams(job_id, tasks)
-                for task in tasks:
-                    if self.rejoin(job_id, task, now) is None:
-                        task_id = self._insert(job_id, task, now)
-                        if not self._answer(task_id, job_id, task.image_id):
-                            held.append(HeldTask(task_id, job_id, task, now))
+                held = [self._rejoin(job_id, task, now) or self._insert(job_id, task, now) for task in tasks]
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
-        return held
+        return [one for one in held if one.result_bytes is None]
 
-    def erase_url(self, held: HeldTask) -> None:
-        """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
-        url = public_url(held.task.image_url)
-        if url == held.task.image_url:
-            return
-        with self._writing_loosely():
-            self._db.execute("UPDATE adc_task SET image_url = ? WHERE id = ?", (url, held.id))
+    def find(self, job_id: int, task: Task) -> HeldTask | None:
+        """Return the task that this is another delivery of; None when we do not hold it."""
+        rows = self._rows("job_id = ? AND image_id = ?", job_id, task.image_id)
+        return next((held for held in rows if same_message(held.task.reply_subject, task.reply_subject)), None)
 
-    def _insert(self, job_id: int, task: Task, now: float) -> int:
+    def _rejoin(self, job_id: int, task: Task, now: float) -> HeldTask | None:
+        held = self.find(job_id, task)
+        if held is None:
+            return None
+        lease = (task.reply_subject, now, held.id)
+        self._db.execute("UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?", lease)
+        _log.info("delivery_joined", job_id=job_id, image_id=task.image_id)
+        return replace(held, task=task, fetched_at=now, url_erased=False)
+
+    def _insert(self, job_id: int, task: Task, now: float) -> HeldTask:
         delivery = parse_reply_subject(task.reply_subject)
         message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
         cursor = self._db.execute(
@@ -195,18 +207,25 @@ class Journal:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
         )
-        return int(cursor.lastrowid or 0)
+        task_id = int(cursor.lastrowid or 0)
+        return HeldTask(task_id, job_id, task, now, result_bytes=self._answer(task_id, job_id, task.image_id))
 
-    def _answer(self, task_id: int, job_id: int, image_id: str) -> bool:
-        row = self._db.execute(
-            "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?", (job_id, image_id)
-        ).fetchone()
-        body = zlib.decompress(row[0]) if row else b""
+    def _answer(self, task_id: int, job_id: int, image_id: str) -> int | None:
+        """Keep the result that was accepted for this image before, and return its size; None when there is none."""
+        rows = self._column("SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?", job_id, image_id)
+        body = zlib.decompress(rows[0]) if rows else b""
         if not body or is_error_result(body):  # what was wrong with the image may have been put right
-            return False
-        self._keep(task_id, [body])
+            return None
         _log.info("answered_from_journal", job_id=job_id, image_id=image_id)
-        return True
+        return self._keep(task_id, [body])
+
+    def erase_url(self, held: HeldTask) -> None:
+        """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
+        url = public_url(held.task.image_url)
+        if url == held.task.image_url:
+            return
+        with self._writing_loosely():
+            self._db.execute("UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ?", (url, held.id))
 
     def _bury_earlier_streams(self, job_id: int, tasks: Sequence[Task]) -> None:
         """Within one stream sequence and time rise together: a lower sequence published later proves another stream."""
@@ -229,14 +248,18 @@ class Journal:
         self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
         cursor = self._db.execute(f"UPDATE adc_task SET dead = 1 WHERE {where} AND NOT dead", arguments)  # noqa: S608
         _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason="the job was stopped or restarted")
-        kept = self._db.execute(
-            "SELECT task_id FROM adc_result JOIN adc_task ON id = task_id WHERE job_id = ? AND dead", (job_id,)
-        ).fetchall()
-        self._finish({task_id: self._compressed(task_id) for (task_id,) in kept})
+        kept = self._column("SELECT id FROM adc_task WHERE job_id = ? AND dead AND result_bytes NOT NULL", job_id)
+        self._finish({task_id: self._compressed(task_id) for task_id in kept})
 
-    def bury(self, job_id: int) -> None:
-        """The job is served no more: no subject of it may be used; results stay for images that come again."""
-        self._remove((), lambda: self._bury(job_id, time.time_ns()))
+    def bury(self, job_id: int) -> list[int]:
+        """The job is served no more: no subject of it may be used; results stay for images that come again.
+
+        Return the tasks whose staged files nobody needs.
+        """
+        unfinished = [held.id for held in self.unfinished(job_id)]
+        with self._removing():
+            self._bury(job_id, time.time_ns())
+        return unfinished
 
     def begin(self, task_ids: Iterable[int], oom_kills: int, *, alone: bool) -> None:
         """Mark tasks that are about to be decoded and inferred, so that a crash shows which they were.
@@ -258,7 +281,7 @@ class Journal:
         `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
         a process that ended while the kernel killed for want of memory, gets a strike.
         """
-        in_work = "slot = ? AND runner IS NOT NULL AND id NOT IN (SELECT task_id FROM adc_result)"
+        in_work = "slot = ? AND runner IS NOT NULL AND result_bytes IS NULL"
         with self._writing():
             groups = self._db.execute(
                 f"SELECT runner, count(*), min(id), min(oom_kills) FROM adc_task WHERE {in_work} GROUP BY runner",  # noqa: S608
@@ -300,28 +323,29 @@ class Journal:
             return sum(size_bytes for size_bytes, _parts in sized.values())
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
-        if self._db.execute("SELECT 1 FROM adc_task WHERE id = ?", (task_id,)).fetchone() is None:
+        (dead,) = self._column("SELECT dead FROM adc_task WHERE id = ?", task_id) or (None,)
+        if dead is None:
             return 0  # its job was cancelled meanwhile
-        self._db.execute("DELETE FROM adc_result WHERE task_id = ?", (task_id,))
-        self._db.execute("INSERT INTO adc_result VALUES (?, 0, ?)", (task_id, time.time()))
+        self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
         for number, part in enumerate(_coalesced(parts)):
-            self._db.execute("INSERT INTO adc_result_part VALUES (?, ?, ?)", (task_id, number, part))
+            self._db.execute("INSERT INTO adc_part VALUES (?, ?, ?)", (task_id, number, part))
             size_bytes += len(part)
-        self._db.execute("UPDATE adc_result SET size_bytes = ? WHERE task_id = ?", (size_bytes, task_id))
-        if self._db.execute("SELECT 1 FROM adc_task WHERE id = ? AND dead", (task_id,)).fetchone():
+        self._db.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
+        if dead:
             self._finish({task_id: self._compressed(task_id)})
         return size_bytes
 
     def settle(self, task_ids: Collection[int]) -> None:
         """Antenna has accepted these results: keep them compressed, in case their images come again."""
         bodies = {task_id: self._compressed(task_id) for task_id in task_ids}  # beside whoever keeps results
-        self._remove(task_ids, lambda: self._finish(bodies))
+        with self._removing(task_ids):
+            self._finish(bodies)
 
     def _compressed(self, task_id: int) -> bytes | None:
-        with self._lock:
-            row = self._db.execute("SELECT size_bytes FROM adc_result WHERE task_id = ?", (task_id,)).fetchone()
-        small = row is not None and row[0] <= RETAINED_RESULT_BYTES
+        """Return a result that is on disk, unless it is too large to be retained."""
+        sizes = self._column("SELECT result_bytes FROM adc_task WHERE id = ? AND result_bytes NOT NULL", task_id)
+        small = bool(sizes) and sizes[0] <= RETAINED_RESULT_BYTES
         return zlib.compress(b"".join(self.parts(task_id)), 1) if small else None
 
     def _finish(self, bodies: dict[int, bytes | None]) -> None:
@@ -341,22 +365,18 @@ class Journal:
 
     def _used_bytes(self) -> int:
         pages, free, size_bytes = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+            self._column(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size_bytes)
 
     def finished_jobs(self) -> list[int]:
-        with self._lock:
-            return [row[0] for row in self._db.execute("SELECT DISTINCT job_id FROM adc_finished")]
+        return self._column("SELECT DISTINCT job_id FROM adc_finished")
 
     def newest_accepted(self, job_id: int) -> PostEntry | None:
         """Return an accepted result of the job, to be posted again."""
+        query = "SELECT reply_subject, body FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
         with self._lock:
-            row = self._db.execute(
-                "SELECT reply_subject, body FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
-                " ORDER BY id DESC LIMIT 1",
-                (job_id,),
-            ).fetchone()
+            row = self._db.execute(f"{query} ORDER BY id DESC LIMIT 1", (job_id,)).fetchone()
         if row is None:
             return None
         body = zlib.decompress(row[1])
@@ -364,17 +384,13 @@ class Journal:
 
     def accepted_subjects(self, job_id: int, count: int) -> list[str]:
         """Return the leases of the job's results that were accepted last, up to `count`."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT reply_subject FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
-                " ORDER BY id DESC LIMIT ?",
-                (job_id, count),
-            ).fetchall()
-        return [str(row[0]) for row in rows]
+        query = "SELECT reply_subject FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
+        return self._column(f"{query} ORDER BY id DESC LIMIT ?", job_id, count)
 
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
-        self._remove((), lambda: self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,)))
+        with self._removing():
+            self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,))
 
     def contact_age_s(self, job_id: int) -> float:
         """Return how long ago Antenna last answered a fetch of this job's tasks."""
@@ -388,31 +404,27 @@ class Journal:
             yield from kept[1]
             return
         number = 0
-        while True:
-            with self._lock:
-                row = self._db.execute(
-                    "SELECT body FROM adc_result_part WHERE task_id = ? AND number = ?", (task_id, number)
-                ).fetchone()
-            if row is None:
-                return
-            yield row[0]
+        while part := self._column("SELECT body FROM adc_part WHERE task_id = ? AND number = ?", task_id, number):
+            yield part[0]
             number += 1
 
     def forget(self, task_ids: Collection[int]) -> None:
         """Remove tasks whose outcome nobody wants."""
-        rows = [(task_id,) for task_id in task_ids]
-        self._remove(task_ids, lambda: self._db.executemany("DELETE FROM adc_task WHERE id = ?", rows))
+        with self._removing(task_ids):
+            self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in task_ids])
 
     def give_up(self, task_id: int, reply_subject: str) -> None:
         """Leave a task to its lease, unless it has another one by now."""
-        where = "WHERE id = ? AND reply_subject = ?"
-        self._remove((), lambda: self._db.execute(f"DELETE FROM adc_task {where}", (task_id, reply_subject)))  # noqa: S608
+        with self._removing():
+            self._db.execute("DELETE FROM adc_task WHERE id = ? AND reply_subject = ?", (task_id, reply_subject))
 
-    def _remove(self, task_ids: Collection[int], remove: Callable[[], object]) -> None:
+    @contextmanager
+    def _removing(self, task_ids: Collection[int] = ()) -> Iterator[None]:
+        """One transaction; where the file takes nothing, these tasks are out of sight, and removed once it does."""
         with self._lock:
             try:
                 with self._writing():
-                    remove()
+                    yield
             except sqlite3.OperationalError:
                 self._to_forget.update(task_ids)
             for task_id in task_ids:
@@ -465,140 +477,95 @@ class Journal:
 
     def is_full(self) -> bool:
         """Whether so much waits for Antenna that nothing should be computed meanwhile."""
-        with self._lock:
-            count, size_bytes = self._db.execute(
-                "SELECT count(*), coalesce(sum(r.size_bytes), 0) FROM adc_result r JOIN adc_task t ON t.id = r.task_id"
-                " WHERE t.slot = ?",
-                (self.slot,),
-            ).fetchone()
-        return bool(count > UNPOSTED_RESULTS_MAX or size_bytes > self.most_bytes)
-
-    def rejoin(self, job_id: int, task: Task, fetched_at: float) -> tuple[HeldTask, bool] | None:
-        """Let another delivery of a task we hold join it, with the newer lease.
-
-        Return the task as it was, and whether its result is kept already; None for a task we do not hold.
-        """
-        for held, size_bytes in self._rows("t.job_id = ? AND t.image_id = ? AND NOT t.dead", (job_id, task.image_id)):
-            if same_message(held.task.reply_subject, task.reply_subject):
-                lease = (task.reply_subject, fetched_at, held.id)
-                with suppress(sqlite3.OperationalError), self._writing():  # the fault is noted, the older lease stays
-                    self._db.execute("UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?", lease)
-                return held, size_bytes > 0 or held.id in self._in_memory
-        return None
-
-    def drop_job(self, job_id: int) -> list[int]:
-        """Give up a job that takes no results any more; return the tasks whose staged files nobody needs."""
-        task_ids = [held.id for held in self.unfinished(job_id)]
-        self.bury(job_id)
-        return task_ids
+        sizes = self._column("SELECT result_bytes FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot)
+        return len(sizes) > UNPOSTED_RESULTS_MAX or sum(sizes) > self.most_bytes
 
     def job_ids(self) -> set[int]:
         """Return the jobs this slot holds tasks or results of."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", (self.slot,)
-            ).fetchall()
-        return {int(row[0]) for row in rows}
+        return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", self.slot))
 
     def subjects(self) -> list[str]:
         """Return the leases this slot holds."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT reply_subject FROM adc_task WHERE slot = ? AND NOT dead", (self.slot,)
-            ).fetchall()
-        return [str(row[0]) for row in rows]
+        return self._column("SELECT reply_subject FROM adc_task WHERE slot = ? AND NOT dead", self.slot)
+
+    def held_count(self, job_id: int) -> int:
+        """Count a job's tasks that Antenna may still be waiting for."""
+        query = "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND NOT dead"
+        return int(self._column(query, self.slot, job_id)[0])
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
-        rows = self._rows("t.job_id = ? AND r.task_id IS NULL AND NOT t.dead", (job_id,))
-        settled = self._in_memory.keys() | self._to_forget
-        return sorted(
-            (held for held, _size_bytes in rows if held.id not in settled), key=lambda held: len(held.strikes or ())
-        )
+        waiting = [held for held in self._rows("job_id = ?", job_id) if held.result_bytes is None]
+        return sorted(waiting, key=lambda held: len(held.strikes or ()))
 
     def unfinished_ids(self) -> set[int]:
         """Return the tasks of every slot without a result: a kill may come between a result and its file's removal."""
-        with self._lock:
-            rows = self._db.execute("SELECT id FROM adc_task WHERE id NOT IN (SELECT task_id FROM adc_result)")
-            return {int(row[0]) for row in rows}
-
-    def known_ids(self) -> set[int]:
-        """Return the tasks of every slot."""
-        with self._lock:
-            return {int(row[0]) for row in self._db.execute("SELECT id FROM adc_task")}
+        return set(self._column("SELECT id FROM adc_task WHERE result_bytes IS NULL"))
 
     def unposted(
         self,
-        excluding: Iterable[int],
+        excluding: Collection[int],
         limit: int,
         most_bytes: int,
         *,
         alone: bool = True,
         excluding_jobs: Iterable[int] = (),
-    ) -> list[KeptResult]:
-        """Return kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
+    ) -> list[HeldTask]:
+        """Return tasks with kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
 
         A result that exceeds `most_bytes` comes by itself, and only to a caller that says it is `alone`.
         """
-        jobs = ",".join(map(str, excluding_jobs))
-        chosen: list[int] = []
+        chosen: list[HeldTask] = []
         with self._lock:
-            excluded = self._to_forget.union(excluding)
-            waiting = dict(self._in_memory)
-            ids = ",".join(map(str, waiting))
-            sizes = self._db.execute(
-                "SELECT t.id, r.size_bytes FROM adc_task t LEFT JOIN adc_result r ON t.id = r.task_id WHERE t.slot = ?"  # noqa: S608 (integers)
-                f" AND NOT t.dead AND (r.task_id NOT NULL OR t.id IN ({ids}))"
-                f" AND t.job_id NOT IN ({jobs}) ORDER BY t.id",
-                (self.slot,),
+            memory, jobs = (",".join(map(str, ids)) for ids in (self._in_memory, excluding_jobs))
+            waiting = self._rows(
+                f"(result_bytes NOT NULL OR id IN ({memory})) AND job_id NOT IN ({jobs})",
+                limit=limit + len(excluding) + len(self._to_forget),
             )
-            for task_id, kept_bytes in sizes:
-                size_bytes = waiting[task_id][0] if task_id in waiting else kept_bytes
-                most_bytes -= 0 if task_id in excluded else size_bytes
+        for held in waiting:
+            if held.id not in excluding:
+                most_bytes -= held.result_bytes or 0
                 if len(chosen) == limit or (most_bytes < 0 and (chosen or not alone)):
                     break
-                if task_id not in excluded:
-                    chosen.append(task_id)
-            sizes.close()
-        rows = self._rows(f"t.id IN ({','.join(map(str, chosen))})", ())
-        return [
-            KeptResult(held, waiting[held.id][0] if held.id in waiting else size_bytes) for held, size_bytes in rows
-        ]
+                chosen.append(held)
+        return chosen
+
+    def unposted_count(self) -> int:
+        with self._lock:
+            kept = self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot)
+            return len((self._in_memory.keys() | kept) - self._to_forget)
 
     def drop_expired(self) -> int:
         """Remove unfinished tasks that no stream holds any more, and say how many."""
+        query = "DELETE FROM adc_task WHERE slot = ? AND (fetched_at < ? OR dead) AND result_bytes IS NULL"
         with self._writing():
-            cursor = self._db.execute(
-                "DELETE FROM adc_task WHERE slot = ? AND (fetched_at < ? OR dead)"
-                " AND id NOT IN (SELECT task_id FROM adc_result)",
-                (self.slot, time.time() - TASK_LIFE_S),
-            )
-        return cursor.rowcount
+            return self._db.execute(query, (self.slot, time.time() - TASK_LIFE_S)).rowcount
 
-    def held_count(self, job_id: int) -> int:
-        """Count a job's tasks that Antenna may still be waiting for."""
+    def _column(self, query: str, *arguments: object) -> list[Any]:
+        """Return the first column of what is asked for."""
         with self._lock:
-            row = self._db.execute(
-                "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND NOT dead", (self.slot, job_id)
-            ).fetchone()
-        return int(row[0])
+            return [row[0] for row in self._db.execute(query, arguments)]
 
-    def unposted_count(self) -> int:
-        query = "SELECT r.task_id FROM adc_result r JOIN adc_task t ON t.id = r.task_id WHERE t.slot = ?"
+    def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
+        """Return this slot's tasks; results and removals that the file did not take are seen, too."""
+        query = f"SELECT * FROM adc_task WHERE slot = ? AND NOT dead AND {where} ORDER BY id LIMIT ?"  # noqa: S608 (only this file's literals and integers)
         with self._lock:
-            kept = {row[0] for row in self._db.execute(query, (self.slot,))}
-            return len((kept | self._in_memory.keys()) - self._to_forget)
+            cursor = self._db.cursor()
+            cursor.row_factory = sqlite3.Row
+            rows = cursor.execute(query, (self.slot, *arguments, limit)).fetchall()
+            return [self._held(row) for row in rows if row["id"] not in self._to_forget]
 
-    def _rows(self, where: str, arguments: tuple[object, ...]) -> list[tuple[HeldTask, int]]:
-        query = (
-            "SELECT t.id, t.job_id, t.image_id, t.image_url, t.reply_subject, t.fetched_at, t.strikes,"  # noqa: S608 (only this file's literals and integers)
-            " coalesce(r.size_bytes, 0)"
-            f" FROM adc_task t LEFT JOIN adc_result r ON r.task_id = t.id WHERE t.slot = ? AND {where}"
-            " ORDER BY t.id"
+    def _held(self, row: sqlite3.Row) -> HeldTask:
+        result_bytes, _parts = self._in_memory.get(row["id"], (row["result_bytes"], ()))
+        return HeldTask(
+            id=row["id"],
+            job_id=row["job_id"],
+            task=Task(image_id=row["image_id"], image_url=row["image_url"], reply_subject=row["reply_subject"]),
+            fetched_at=row["fetched_at"],
+            strikes=None if row["strikes"] is None else tuple(filter(None, row["strikes"].split(","))),
+            result_bytes=result_bytes,
+            url_erased=bool(row["url_erased"]),
         )
-        with self._lock:
-            rows = self._db.execute(query, (self.slot, *arguments)).fetchall()
-        return [(_held(row), row[7]) for row in rows]
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -662,12 +629,6 @@ class Journal:
                     self._db.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
             finally:
                 os.close(fd)
-
-
-def _held(row: Sequence[Any]) -> HeldTask:
-    strikes = None if row[6] is None else tuple(filter(None, row[6].split(",")))
-    task = Task(image_id=row[2], image_url=row[3], reply_subject=row[4])
-    return HeldTask(row[0], row[1], task, row[5], strikes)
 
 
 def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:

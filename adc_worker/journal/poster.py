@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Protocol
@@ -26,7 +26,7 @@ from adc_worker.antenna.wire import (
     is_error_result,
 )
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
-from adc_worker.journal.journal import Journal, KeptResult
+from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
@@ -91,7 +91,6 @@ class Poster:
         self._receiver = receiver
         self._limits = limits
         self._first_backoff_s = first_backoff_s
-        self._listener: Callable[[], None] | None = None
         self._changed = threading.Condition()
         self._posting: set[int] = set()
         self._under_way: Counter[int] = Counter()  # by job
@@ -100,21 +99,12 @@ class Poster:
         self._oversize = False
         self._draining = False
         self._closing = False
-        self._refused = False
+        self.refused = False  # Antenna refused the token at the last post
         self.accepted: Counter[int] = Counter()  # results by job
         self.failure: BaseException | None = None
         self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
         self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
         self._thread.start()
-
-    @property
-    def refused(self) -> bool:
-        """Whether Antenna refused the token at the last post."""
-        return self._refused
-
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener`, from a posting thread, whenever results were accepted or found useless."""
-        self._listener = listener
 
     @property
     def jobs_ended(self) -> bool:
@@ -127,24 +117,21 @@ class Poster:
         with self._changed:
             self._changed.notify_all()
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until every kept result is accepted; False on time-out or when the poster died."""
+    def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
+        """Wait until every kept result is accepted; False on time-out, when `cut_short` is set or the poster died."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while self.failure is None and (self._under_way.total() or self._journal.unposted_count()):
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
-                self._changed.wait(min(left, 1.0))
+                self._changed.wait(min(left, _FLUSH_CHECK_S))
         return self.failure is None
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
         """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
         self._draining = True
-        deadline = time.monotonic() + flush_s
-        while self.failure is None and not (cut_short and cut_short.is_set()) and time.monotonic() < deadline:
-            if self.wait_idle(min(flush_s, _FLUSH_CHECK_S)):
-                break
+        self.wait_idle(flush_s, cut_short)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -184,10 +171,10 @@ class Poster:
         )
         if not results:
             return None
-        job_id = results[0].held.job_id
-        group = list(takewhile(lambda kept: kept.held.job_id == job_id, results))
-        self._oversize = sum(kept.size_bytes for kept in group) > self._limits.post_bytes
-        self._posting.update(kept.held.id for kept in group)
+        job_id = results[0].job_id
+        group = list(takewhile(lambda kept: kept.job_id == job_id, results))
+        self._oversize = sum(kept.result_bytes or 0 for kept in group) > self._limits.post_bytes
+        self._posting.update(kept.id for kept in group)
         self._under_way[job_id] += 1
         return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
 
@@ -203,20 +190,20 @@ class Poster:
                 return partial(self._work_on, job_id, partial(self._see_end, job_id, ending))
         return None
 
-    def _work_on(self, job_id: int, work: Callable[[], None], group: Sequence[KeptResult] = ()) -> None:
+    def _work_on(self, job_id: int, work: Callable[[], None], group: Sequence[HeldTask] = ()) -> None:
         try:
             work()
-            self._refused = False
+            self.refused = False
             with self._changed:
                 self._retries.pop(job_id, None)
         except AntennaError as error:
-            self._refused = isinstance(error, AntennaRefused)
+            self.refused = isinstance(error, AntennaRefused)
             self._back_off(job_id, error)
         except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
             self.failure = error
         finally:
             with self._changed:
-                self._posting.difference_update(kept.held.id for kept in group)
+                self._posting.difference_update(kept.id for kept in group)
                 self._under_way[job_id] -= 1
                 self._oversize = False  # if it was, nothing else is under way
                 self._changed.notify_all()
@@ -230,10 +217,10 @@ class Poster:
             backoff_s = min(2 * retry.backoff_s, BACKOFF_MAX_S) if retry else self._first_backoff_s
             # Jitter: after an outage a fleet must not come back in step.
             self._retries[job_id] = _Retry(now + backoff_s * random.uniform(0.5, 1.0), backoff_s)  # noqa: S311 (no secret)
-        hint = "; fetching stops: check AMI_ANTENNA_API_AUTH_TOKEN" if self._refused else ""
+        hint = "; fetching stops: check AMI_ANTENNA_API_AUTH_TOKEN" if self.refused else ""
         _log.warning("post_failed", job_id=job_id, error=f"{error}{hint}", retry_in_s=round(backoff_s, 1))
 
-    def _post(self, job_id: int, group: Sequence[KeptResult]) -> None:
+    def _post(self, job_id: int, group: Sequence[HeldTask]) -> None:
         if self._journal.contact_age_s(job_id) > CONTACT_S and not self._is_served(job_id):
             return  # what is still good comes again
         try:
@@ -245,7 +232,9 @@ class Poster:
             self._settle_rejected(group, error)
         else:
             self.accepted[job_id] += len(group)
-            self._done(group)
+            self._journal.settle([kept.id for kept in group])
+            with self._changed:
+                self._endings[job_id] = _Ending(time.monotonic() + LOOKS_S[0])
 
     def _is_served(self, job_id: int) -> bool:
         """After a silence: whether the job is served and its kept results may be posted at once.
@@ -295,51 +284,34 @@ class Poster:
         wait_s = LOOKS_S[-1] * LOOK_FACTOR ** (ending.looks - 1) if last else LOOKS_S[ending.looks]
         ending.look_at = time.monotonic() + wait_s
 
-    def _settle_rejected(self, group: Sequence[KeptResult], error: AntennaRejected) -> None:
+    def _settle_rejected(self, group: Sequence[HeldTask], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""
-        start = next(iter(self._journal.parts(group[0].held.id)), None)
+        start = next(iter(self._journal.parts(group[0].id)), None)
         if error.status == _JOB_UNKNOWN:
-            _log.warning("results_useless", job_id=group[0].held.job_id, results=len(group), reason=str(error))
-            self._forget(group)
+            _log.warning("results_useless", job_id=group[0].job_id, results=len(group), reason=str(error))
+            self._journal.forget([kept.id for kept in group])
         elif len(group) > 1:
             middle = len(group) // 2
-            self._post(group[0].held.job_id, group[:middle])
-            self._post(group[0].held.job_id, group[middle:])
+            self._post(group[0].job_id, group[:middle])
+            self._post(group[0].job_id, group[middle:])
         elif start is None:
             return  # the job was restarted meanwhile
         elif not is_error_result(start):
             self._replace_with_error(group[0], error)
         else:
-            _log.error("result_rejected", job_id=group[0].held.job_id, error=str(error))
-            self._forget(group)
+            _log.error("result_rejected", job_id=group[0].job_id, error=str(error))
+            self._journal.forget([kept.id for kept in group])
 
-    def _replace_with_error(self, kept: KeptResult, error: AntennaRejected) -> None:
+    def _replace_with_error(self, kept: HeldTask, error: AntennaRejected) -> None:
         text = (
-            f"Antenna refused a result of {kept.size_bytes} bytes as too large"
+            f"Antenna refused a result of {kept.result_bytes} bytes as too large"
             f" (AMI_ANTENNA_MAX_POST_BYTES is {self._limits.post_bytes})"
             if error.status == _TOO_LARGE
             else f"Antenna refused the result: {error}"
         )
-        _log.error("result_replaced_by_error", job_id=kept.held.job_id, image_id=kept.held.task.image_id, reason=text)
-        size_bytes = self._journal.keep([(kept.held.id, [error_result(kept.held.task.image_id, text)])])
-        self._post(kept.held.job_id, [KeptResult(kept.held, size_bytes)])
+        _log.error("result_replaced_by_error", job_id=kept.job_id, image_id=kept.task.image_id, reason=text)
+        size_bytes = self._journal.keep([(kept.id, [error_result(kept.task.image_id, text)])])
+        self._post(kept.job_id, [replace(kept, result_bytes=size_bytes)])
 
-    def _entry(self, kept: KeptResult) -> PostEntry:
-        return PostEntry(kept.held.task.reply_subject, kept.size_bytes, partial(self._journal.parts, kept.held.id))
-
-    def _done(self, group: Sequence[KeptResult]) -> None:
-        self._journal.settle([kept.held.id for kept in group])
-        job_id = group[0].held.job_id
-        with self._changed:
-            self._retries.pop(job_id, None)
-            self._endings[job_id] = _Ending(time.monotonic() + LOOKS_S[0])
-        self._tell()
-
-    def _forget(self, group: Sequence[KeptResult]) -> None:
-        self._journal.forget([kept.held.id for kept in group])
-        self._tell()
-
-    def _tell(self) -> None:
-        listener = self._listener
-        if listener is not None:
-            listener()
+    def _entry(self, kept: HeldTask) -> PostEntry:
+        return PostEntry(kept.task.reply_subject, kept.result_bytes or 0, partial(self._journal.parts, kept.id))

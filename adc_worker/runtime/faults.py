@@ -24,6 +24,7 @@ _log = get_logger(__name__)
 
 LINK_FAILURES = 3  # in a row, of any of the host's images
 IMAGES_ALIKE = 5  # different images in a row that fail in the same words
+DECODER_AND_MODEL = "the decoder and the model of this worker"  # in a host's place, for images that came
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
 MACHINE_FAULT_S = 300.0
 
@@ -75,6 +76,7 @@ RULES = (  # the first that matches counts
         Affected.MACHINE,
         "free some space, or set AMI_STAGING_PATH or AMI_USER_DATA_PATH to another disk",
     ),
+    Rule(_is(MemoryError), Affected.MACHINE, "find out what else takes the memory of this machine"),
     Rule(_is(OSError), Affected.MACHINE, "check the disks of this machine, and the rights on its folders"),
 )
 

@@ -15,19 +15,18 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, parse_reply_subject
-from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagingFull
+from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
+from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
-from adc_worker.runtime.faults import Faults, advice
+from adc_worker.runtime.faults import DECODER_AND_MODEL, Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
-from adc_worker.runtime.suspects import StruckOut
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
 
@@ -72,7 +71,7 @@ class TaskFetch:
 
     def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
         self.job_id = job_id
-        self.error: AntennaError | None = None
+        self.error: AntennaError | None = None  # what Antenna said to the last one, if that failed
         self.is_open = False
         self.delivered = 0  # with the last answer, those answered from the journal among them
         self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
@@ -132,7 +131,7 @@ class TaskFetch:
         try:
             if (count := self._within_saves(count)) < 1:
                 return []
-            sent_at = time.time()
+            sent_at = lease_clock()
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
             tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
         except AntennaError as error:
@@ -140,17 +139,10 @@ class TaskFetch:
             self.error = error
             return []
         self.error, self.delivered = None, len(tasks)
-        fresh, joined = [], []
         for task in tasks:
-            before = self._journal.rejoin(self.job_id, task, sent_at)
-            self._lease.learn(task.reply_subject, before and before[0].fetched_at, time.time())
-            if before is None:
-                fresh.append(task)
-            elif not before[1]:
-                joined.append(HeldTask(before[0].id, self.job_id, task, sent_at))
-        if len(fresh) < len(tasks):
-            _log.info("delivery_joined", job_id=self.job_id, tasks=len(tasks) - len(fresh))
-        return [*joined, *self._journal.record(self.job_id, fresh, sent_at)]
+            before = self._journal.find(self.job_id, task)
+            self._lease.learn(task.reply_subject, before.fetched_at if before else None, lease_clock())
+        return self._journal.record(self.job_id, tasks, sent_at)
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
@@ -188,12 +180,11 @@ class Intake:
         *,
         faults: Faults,
         life: SignsOfLife,
-        struck_out: StruckOut,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
         self.failure: BaseException | None = None
         self.fetched = 0
-        self.parked = 0  # left on record: their image host is at fault
+        self.parked = 0  # left on record: not their images are at fault
         self.ended_empty = False
         self.pending = 0  # tasks of the job that nobody had at the last fetch
         self._fetch = fetch
@@ -206,8 +197,8 @@ class Intake:
         self._turn = turn
         self._faults = faults
         self._life = life
-        self._struck_out = struck_out
         self._images_per_s = 0.0  # measured; 0 until it is
+        self._done_before = 0
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
@@ -223,13 +214,8 @@ class Intake:
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
-        self._outcomes.listen(self.wake)
+        self._outcomes.listen(self.wake, self._judge)
         self._thread.start()
-
-    @property
-    def error(self) -> AntennaError | None:
-        """What Antenna said to the last fetch, if that failed."""
-        return self._fetch.error
 
     def apply(self, limits: IntakeLimits) -> None:
         self._limits, self._probing = limits, False
@@ -238,6 +224,7 @@ class Intake:
     def pace(self, images_per_s: float) -> None:
         """Say how fast a batch went: what is held must be done within its leases at that rate."""
         self._images_per_s = images_per_s
+        self._note_success()
 
     def moved(self) -> None:
         """Say that something happened to the tasks in hand, or to what they wait for."""
@@ -264,7 +251,7 @@ class Intake:
 
     @property
     def _in_hand(self) -> int:
-        return self.fetched - self._outcomes.settled - self.parked - self._struck_out.waiting
+        return self.fetched - self._outcomes.settled - self.parked - len(self._outcomes.struck_out)
 
     def _run(self) -> None:
         try:
@@ -352,7 +339,7 @@ class Intake:
         for held in tuple(self._to_download):
             lease = self._lease.ack_wait_s if self._lease.is_last(held.task.reply_subject) else 0.0
             current = self._unstarted.get(held.id, held)
-            if self._lease.left_s(current.fetched_at, time.time()) + lease < 0:
+            if self._lease.left_s(current.fetched_at, lease_clock()) + lease < 0:
                 with self._changed:
                     if held not in self._to_download:
                         continue
@@ -364,21 +351,16 @@ class Intake:
         held = self._unstarted.pop(image.id, None)
         if held is None or self._lease.is_last(held.task.reply_subject):  # nobody else will get it
             return True
-        late_s = -self._lease.left_s(held.fetched_at, time.time())
+        late_s = -self._lease.left_s(held.fetched_at, lease_clock())
         if late_s > 0:
             self._outcomes.give_up(held.id, held.task, f"its lease ended {late_s:.1f} s before it could be decoded")
         return late_s <= 0
 
     def _wait(self) -> None:
         with self._changed:
-            if not self._woken and not self._can_start_download():
+            if not self._woken:
                 self._changed.wait(STOP_CHECK_S)
             self._woken = False
-
-    def _can_start_download(self) -> bool:
-        if self._stopped.is_set():
-            return self._downloading == 0
-        return self._may_download()
 
     def _may_download(self) -> bool:
         busy = self._downloading >= self._limits.downloads
@@ -401,61 +383,80 @@ class Intake:
         finally:
             with self._changed:
                 self._downloading -= 1
-                self._changed.notify_all()
-            self.moved()
+            self.wake()
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:
-        last = self._lease.is_last(held.task.reply_subject)
-        host = _host(held.task.image_url)
         backoff_s = RETRY_FIRST_S
-        while not self._stopped.is_set():
-            fault = self._faults.blocks(host, held.task.image_id)
-            if fault is not None and not (last and self._lapses_soon(held)):  # nobody gets that one after us
-                self._park_or_settle(held, fault, last=last)
-                return
-            try:
-                image = self._staging.stage(held.id, held.task, self._cancelled)
-            except StagingFull as error:
-                self._faults.watch("staging", error)
-                with self._changed:
-                    self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
-                return
-            except (ImageError, LinkError) as error:
-                if self._stopped.is_set():
-                    return
-                host_at_fault = self._faults.image_failed(host, held.task.image_id, error)
-                if host_at_fault or (isinstance(error, LinkError) and self._lapses_soon(held)):
-                    self._park_or_settle(held, error, last=last)
-                    return
-                if isinstance(error, ImageError):
-                    self._outcomes.fail(held.id, held.task, error)
-                    return
-                pause_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
-                self._stopped.wait(max(pause_s, min(error.retry_after_s, self._lease_left_s(held) / 2)))
-                backoff_s = min(2 * backoff_s, RETRY_MAX_S)
-            except OSError as error:
-                self._faults.watch("staging", error)
-                self._stopped.wait(PAUSE_S)
-            else:
-                self._journal.erase_url(held)
-                self._faults.image_came(host)
-                self._faults.watch("staging", None)
-                self.staged.put(replace(image, suspect=held.strikes is not None), urgent=last)
-                return
+        while not self._stopped.is_set() and (wait_s := self._try_to_stage(held)) is not None:
+            self._stopped.wait(max(wait_s, backoff_s * random.uniform(0.5, 1.0)))  # noqa: S311 (no secret)
+            backoff_s = min(2 * backoff_s, RETRY_MAX_S)
             self.moved()  # to the next attempt: a dead link is no hang
+
+    def _try_to_stage(self, held: HeldTask) -> float | None:
+        """Return the seconds until another attempt may be made; None when none is needed now."""
+        last, host = self._lease.is_last(held.task.reply_subject), _host(held.task.image_url)
+        fault = self._faults.blocks(host, held.task.image_id)
+        if fault is not None and not (last and self._lapses_soon(held)):  # nobody gets that one after us
+            self._park_or_settle(held, fault)
+            return None
+        try:
+            now = self._unstarted.get(held.id, held)  # another delivery brings its URL
+            image = self._staging.stage(held.id, now.task, self._cancelled, url_erased=now.url_erased)
+        except StagedFileLost as error:
+            self._outcomes.give_up(held.id, held.task, str(error))
+        except StagingFull as error:
+            self._faults.watch("staging", error)
+            with self._changed:
+                self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
+        except (ImageError, LinkError) as error:
+            return None if self._stopped.is_set() else self._blame(host, held, error)
+        except (OSError, MemoryError) as error:
+            self._faults.watch("staging", error)
+            return PAUSE_S
+        else:
+            self._journal.erase_url(held)
+            self._faults.image_came(host)
+            self._faults.watch("staging", None)
+            self.staged.put(replace(image, suspect=held.strikes is not None), urgent=last)
+        return None
 
     def _cancelled(self) -> bool:
         self.moved()  # a download has a deadline of its own
         return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:
-        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, time.time())
+        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, lease_clock())
 
     def _lapses_soon(self, held: HeldTask) -> bool:
         return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s
 
-    def _park_or_settle(self, held: HeldTask, error: ImageError | LinkError, *, last: bool) -> None:
+    def _judge(self, image: StagedImage, error: ImageError) -> None:
+        """A staged image cannot be decoded or inferred."""
+        self._note_success()
+        held = self._journal.find(self._job_id, image.task)
+        if held is not None:
+            self._blame(DECODER_AND_MODEL, held, error)
+        else:  # the job was restarted meanwhile
+            self._outcomes.fail(image.id, image.task, error)
+
+    def _blame(self, host: str, held: HeldTask, error: ImageError | LinkError) -> float | None:
+        """Park a task whose host is at fault, or make an image's error its outcome; else say when to try again."""
+        host_at_fault = self._faults.image_failed(host, held.task.image_id, error)
+        if host_at_fault or (isinstance(error, LinkError) and self._lapses_soon(held)):
+            self._park_or_settle(held, error)
+        elif isinstance(error, LinkError):
+            return min(error.retry_after_s, self._lease_left_s(held) / 2)
+        else:
+            self._outcomes.fail(held.id, held.task, error)
+        return None
+
+    def _note_success(self) -> None:
+        if self._outcomes.done > self._done_before:
+            self._done_before = self._outcomes.done
+            self._faults.image_came(DECODER_AND_MODEL)
+
+    def _park_or_settle(self, held: HeldTask, error: ImageError | LinkError) -> None:
         """Leave a task on record for a later pass over the job, unless its lease is about to lapse.
 
         An address that the settings forbid is never an image's fault: its operator is to be asked again.
@@ -463,8 +464,9 @@ class Intake:
         if not self._lapses_soon(held):
             with self._changed:
                 self.parked += 1
-        elif last and not isinstance(error, AddressRefused):
-            reason = f"not downloadable in {self._lease.max_deliver} deliveries: {error}"
+        elif self._lease.is_last(held.task.reply_subject) and not isinstance(error, AddressRefused):
+            what = "downloadable" if isinstance(error, LinkError) else "readable"
+            reason = f"not {what} in {self._lease.max_deliver} deliveries: {error}"
             self._outcomes.fail(held.id, held.task, ImageError(reason))
         else:
             self._outcomes.give_up(held.id, held.task, str(error))

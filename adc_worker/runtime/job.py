@@ -31,7 +31,6 @@ from adc_worker.runtime.probe import probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
-from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
 from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
@@ -121,7 +120,6 @@ def ceilings(settings: Settings) -> Ceilings:
 def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory: JobMemory, turn: Turn) -> JobSummary:
     """Work on a job until Antenna has no more tasks of it for us, or its turn is over. The models are loaded."""
     outcomes = JobOutcomes(job_id, context.journal, context.staging, context.poster)
-    struck_out = StruckOut(job_id, context.journal, outcomes)
     intake = Intake(
         memory.fetch,
         context.journal,
@@ -132,10 +130,8 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         turn,
         faults=context.faults,
         life=context.life,
-        struck_out=struck_out,
     )
-    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn, struck_out)
-    context.poster.listen(intake.wake)
+    run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
     intake.start()
     try:
         with context.reporter.job(run.view):
@@ -149,13 +145,12 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         raise
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
-        context.poster.listen(None)
         intake.close()
     run.check_background()
     worked = intake.fetched - intake.parked
     if worked:
         run.log_summary()
-    return JobSummary(worked, intake.error, intake.ended_empty, run.switch_s)
+    return JobSummary(worked, memory.fetch.error, intake.ended_empty, run.switch_s)
 
 
 @dataclass(slots=True)
@@ -169,7 +164,6 @@ class _JobRun:
     outcomes: JobOutcomes
     memory: JobMemory
     turn: Turn
-    struck_out: StruckOut
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
     switch_s: float | None = None
@@ -228,7 +222,7 @@ class _JobRun:
             self.intake.apply(IntakeLimits.of(governor.plan))
             self._follow(governor, begun)
         if not self.turn.is_stopping():
-            self.struck_out.fail()
+            self.outcomes.fail_struck_out()
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
@@ -290,7 +284,8 @@ class _JobRun:
             )
             last_at = now
             context.life.status(f"job {self.job_id}: {self.outcomes.done} images done")
-            self.struck_out.fail_once_others_succeed()
+            if self.outcomes.done:
+                self.outcomes.fail_struck_out()
             self.intake.pace(images / max(stats.inference_s, 1e-6))
             self._govern(loader, governor, observed, stats)
             self.check_background()

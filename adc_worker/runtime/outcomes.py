@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from adc_worker.antenna.wire import Task, error_result
-from adc_worker.errors import ImageError
+from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
@@ -17,6 +17,8 @@ from adc_worker.log import get_logger
 from adc_worker.redaction import public_url, redact
 
 _log = get_logger(__name__)
+
+STRUCK_OUT_MAX = 3  # images in a row that end the worker alike, none between them succeeding, point to the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,14 @@ class ImageResult:
 
 
 class JobOutcomes:
-    """Records outcomes durably, removes the staged file, and counts; safe to use from several threads."""
+    """Records outcomes durably, removes the staged file, and counts; safe to use from several threads.
+
+    `struck_out` are images that ended the worker twice while nothing else ran: they get their error when another image
+    has shown that this machine works, or at the end.
+
+    Raises:
+        WorkerFault: they are so many that this machine or the model is at fault.
+    """
 
     def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
         self._log = _log.bind(job_id=job_id)
@@ -39,20 +48,31 @@ class JobOutcomes:
         self._poster = poster
         self._lock = threading.Lock()
         self._on_settled: Callable[[], None] | None = None
+        self._judge: Callable[[StagedImage, ImageError], None] | None = None
         self.done = 0
         self.detections = 0
         self.truncated = 0
         self.failed: Counter[str] = Counter()
         self.given_up = 0
+        self.struck_out = [held for held in journal.unfinished(job_id) if held.struck_out]
+        if len(self.struck_out) >= STRUCK_OUT_MAX:
+            journal.pardon(held.id for held in self.struck_out)
+            raise WorkerFault(
+                f"{len(self.struck_out)} images in a row ended the worker twice each, none between them succeeded (the"
+                f" last: {', '.join(self.struck_out[-1].strikes or ())}): this machine or the model is at fault, not"
+                " the images"
+            )
 
     @property
     def settled(self) -> int:
         """Tasks that have an outcome."""
         return self.done + self.failed.total() + self.given_up
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener` after every outcome."""
-        self._on_settled = listener
+    def listen(
+        self, on_settled: Callable[[], None] | None, judge: Callable[[StagedImage, ImageError], None] | None = None
+    ) -> None:
+        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails."""
+        self._on_settled, self._judge = on_settled, judge
 
     def may_take_more(self) -> bool:
         """Whether what is fetched now can be recorded and posted: the journal is writable, the token accepted."""
@@ -86,7 +106,19 @@ class JobOutcomes:
         self._settle([task_id])
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
-        self.fail(image.id, image.task, error)
+        """An image cannot be decoded or inferred."""
+        if self._judge is not None:
+            self._judge(image, error)
+        else:
+            self.fail(image.id, image.task, error)
+
+    def fail_struck_out(self) -> None:
+        """Make errors of the images that ended the worker twice."""
+        while self.struck_out:
+            held = self.struck_out.pop()
+            how = ", ".join(held.strikes or ())
+            message = f"processing it alone ended the worker {len(held.strikes or ())} times ({how})"
+            self.fail(held.id, held.task, ImageError(message))
 
     def give_up(self, task_id: int, task: Task, reason: str) -> None:
         """Leave a task to its lease: Antenna hands it out again."""

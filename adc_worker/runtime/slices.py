@@ -299,7 +299,7 @@ class JobPoller:
             state = None
         if state is None or state.is_lost:
             self._board.drop(job_id)
-            task_ids = self._journal.drop_job(job_id)
+            task_ids = self._journal.bury(job_id)
             self._lost.append((job_id, task_ids))
             _log.info("job_over", job_id=job_id, status=state.status if state else "unknown", dropped=len(task_ids))
         elif state.pipeline is not None and state.pipeline.slug in self._slugs:

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ import psutil
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
 from adc_worker.log import get_logger
-from adc_worker.runtime.notify import notify, watchdog_period_s
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import READY, STATUS, UNTIL
 from adc_worker.settings import Settings
@@ -49,7 +49,8 @@ CHILD_ENVIRONMENT = {
 }
 _KILLED = 3
 _HUNG = 2  # times overdue
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what batch systems warn with
+# What supervisors, terminals and batch systems send, and a terminal that is closed.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SIGNS_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 # Deaths of a process's own making: evidence against an image that was alone in it.
@@ -74,7 +75,8 @@ class _Child:
     backoff_s: float = RESTART_FIRST_S
     restart_at: float = 0.0
     exit_code: ExitCode | None = None  # final: it is not started again
-    signs: int = -1  # its end of life: what it says on this pipe
+    commands: int = -1  # the pipe to it; also a lifeline, which closes when this process is gone
+    signs: int = -1  # the pipe on which it says until when it will have moved on
     silent_until: float = float("inf")  # monotonic seconds; past that it hangs
     overdue: int = 0  # how often that was found
     died: tuple[int, str] | None = None  # the process before, if its death was of its own making
@@ -107,7 +109,9 @@ class Supervisor:
         """Return when every child is done: OK, or the first code that says a restart is useless."""
         raise_descriptor_limit()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = [number for number in _STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._on_signal) for number in heeded}
         wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         try:
             while any(child.exit_code is None for child in self._children):
@@ -134,19 +138,15 @@ class Supervisor:
         self._stop.deadline = min(self._stop.deadline, now + patience_s)
         notify("STOPPING=1")
         _log.info("stopping", signal=signal.Signals(number).name, how="drain" if self._stop.level == 1 else "flush")
-        self._command(DRAIN if self._stop.level == 1 else FLUSH)
+        self._tell_children()
 
-    def _command(self, line: bytes) -> None:
-        for child in self._running():
-            if child.process is not None and child.process.stdin is not None:
-                try:
-                    child.process.stdin.write(line)
-                    child.process.stdin.flush()
-                except BrokenPipeError:
-                    _log.debug("child_already_gone", pid=child.process.pid)
+    def _tell_children(self) -> None:
+        for child, _process in self._running():
+            with suppress(BrokenPipeError):  # it is gone already
+                os.write(child.commands, DRAIN if self._stop.level == 1 else FLUSH)
 
-    def _running(self) -> list[_Child]:
-        return [child for child in self._children if child.process is not None]
+    def _running(self) -> list[tuple[_Child, subprocess.Popen[bytes]]]:
+        return [(child, child.process) for child in self._children if child.process is not None]
 
     def _start_due(self) -> None:
         for child in self._children:
@@ -160,22 +160,26 @@ class Supervisor:
         environment = os.environ | CHILD_ENVIRONMENT
         if child.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = child.gpu
+        commands, child.commands = os.pipe2(os.O_CLOEXEC)
         child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(signs_write, True)
         arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]
         child.process = subprocess.Popen(
             [sys.executable, "-m", "adc_worker.runtime.worker", *arguments],
-            stdin=subprocess.PIPE,  # commands, and a lifeline: it closes when this process is gone
+            stdin=commands,
             start_new_session=True,
             env=environment,
             pass_fds=[signs_write],
             preexec_fn=_become_child,  # noqa: PLW1509 (the parent has one thread; exec keeps what it sets)
         )
         os.close(signs_write)
+        os.close(commands)
         child.pidfd = os.pidfd_open(child.process.pid)
         child.silent_until, child.overdue = time.monotonic() + START_S, 0
         child.started_at = time.monotonic()
         _log.info("child_started", pid=child.process.pid, gpu=child.gpu)
+        if self._stop.level:  # a signal came just now, when there was nobody to tell yet
+            self._tell_children()
 
     def _wait(self) -> None:
         """Sleep until a child ends, a signal comes, or something is due."""
@@ -183,17 +187,17 @@ class Supervisor:
             notify("WATCHDOG=1")
             self._ping_at = now + self._ping_s
         due = [child.restart_at for child in self._children if child.process is None and child.exit_code is None]
-        due += [child.silent_until for child in self._running()]
+        due += [child.silent_until for child, _process in self._running()]
         timeout = min([*due, self._ping_at, self._stop.deadline]) - now
         readable, _, _ = select.select(
-            [self._wake_read, *(end for child in self._running() for end in (child.pidfd, child.signs))],
+            [self._wake_read, *(end for child, _process in self._running() for end in (child.pidfd, child.signs))],
             [],
             [],
             None if timeout == float("inf") else max(0.0, timeout),
         )
         if self._wake_read in readable:
             os.read(self._wake_read, 512)
-        for child in self._running():
+        for child, _process in self._running():
             if child.signs in readable:
                 self._hear(child)
 
@@ -211,25 +215,23 @@ class Supervisor:
 
     def _end_hung(self) -> None:
         """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that."""
-        for child in self._running():
-            if child.process is None or time.monotonic() < child.silent_until:
+        for child, process in self._running():
+            if time.monotonic() < child.silent_until:
                 continue
             child.overdue += 1
             child.silent_until = time.monotonic() + (HUNG_CHECK_S if child.overdue == 1 else ABORT_S)
             if child.overdue == _HUNG:
-                _log.error("child_hung", pid=child.process.pid, next="stacks of all its threads, and a restart")
+                _log.error("child_hung", pid=process.pid, next="stacks of all its threads, and a restart")
             if child.overdue >= _HUNG:
-                child.process.send_signal(signal.SIGABRT if child.overdue == _HUNG else signal.SIGKILL)
+                process.send_signal(signal.SIGABRT if child.overdue == _HUNG else signal.SIGKILL)
 
     def _reap(self) -> None:
-        for child in self._running():
-            process = child.process
-            if process is None or process.poll() is None:
+        for child, process in self._running():
+            if process.poll() is None:
                 continue
             os.close(child.pidfd)
             os.close(child.signs)
-            if process.stdin is not None:
-                process.stdin.close()
+            os.close(child.commands)
             child.process = None
             self._clear_orphans()
             self._decide(child, process)
@@ -237,7 +239,7 @@ class Supervisor:
     def _clear_orphans(self) -> None:
         """Kill and reap what a dead child left; its memory and its GPU must be free before the next one starts."""
         deadline = time.monotonic() + ORPHANS_S
-        known = self._strangers | {child.process.pid for child in self._running() if child.process is not None}
+        known = self._strangers | {process.pid for _child, process in self._running()}
         while orphans := [process for process in psutil.Process().children() if process.pid not in known]:
             for orphan in orphans:
                 with suppress(psutil.NoSuchProcess):
@@ -270,10 +272,26 @@ class Supervisor:
         if time.monotonic() < self._stop.deadline:
             return
         self._stop.level, self._stop.deadline = _KILLED, float("inf")
-        for child in self._running():
-            if child.process is not None:
-                _log.warning("child_killed", pid=child.process.pid, reason="AMI_SHUTDOWN_GRACE_SECONDS are over")
-                child.process.kill()
+        for _child, process in self._running():
+            _log.warning("child_killed", pid=process.pid, reason="AMI_SHUTDOWN_GRACE_SECONDS are over")
+            process.kill()
+
+
+def notify(*assignments: str) -> None:
+    """Tell systemd, where that started us, such as "READY=1" (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
+        try:
+            channel.sendto("\n".join(assignments).encode(), address.replace("@", "\0", 1))
+        except OSError as error:
+            _log.warning("notify_failed", error=str(error))
+
+
+def watchdog_period_s() -> float:
+    """Return how often to tell systemd that we live: twice per WatchdogSec=, as sd_watchdog_enabled(3) recommends."""
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or float("inf")
 
 
 def _prctl(option: int, value: int) -> None:

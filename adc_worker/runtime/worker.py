@@ -81,7 +81,7 @@ class WorkerLoop:
         specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
+        self._contacted = bool(context.journal.job_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
         self._memories: dict[int, JobMemory] = {}
         self._poller = JobPoller(self._board, context.client, context.journal, list(self._specs), options.project)
@@ -248,8 +248,12 @@ def run(
 
     `died` is the process before this one, where its death was of its own making: its pid, and how.
     """
-    for folder in (config.user_data_path, config.effective_staging_path):
-        _make_folder(folder)
+    try:
+        config.user_data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"AMI_USER_DATA_PATH: cannot create {config.user_data_path}: {error.strerror}"
+        ) from error
     journal = Journal(config.journal_path)
     antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
     addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
@@ -323,13 +327,6 @@ def _client_info(instance: int) -> dict[str, str | int | None]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     name = {"hostname": socket.gethostname(), "software": "adc-worker", "version": __version__}
     return {**name, "gpu": gpu, "instance": instance}
-
-
-def _make_folder(folder: os.PathLike[str]) -> None:
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103 (mode for the leaf, parents by umask)
-    except OSError as error:
-        raise ConfigurationError(f"AMI_USER_DATA_PATH: cannot create {folder}: {error.strerror}") from error
 
 
 def main() -> int:

@@ -6,10 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.wire import error_result
 from adc_worker.devserver.server import DevServer
-from adc_worker.errors import ExitCode
+from adc_worker.errors import AntennaUnreachable, ExitCode
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import Poster, PosterLimits
 from tests.faults.conftest import ALGORITHMS, Desk
 from tests.support import counting_pipeline
 from tests.support.counting_pipeline import NAN_IMAGE, numbered
@@ -44,6 +49,43 @@ def test_outages_at_every_endpoint_cost_nothing(desk: Desk) -> None:
     assert set(desk.inferred.values()) == {1}
     assert set(desk.downloads().values()) == {1}
     assert desk.gate.requests["POST result"] > 3
+
+
+class _Impatient(httpx.HTTPTransport):
+    """Waits a moment for an answer, where the worker waits minutes."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 0.3)
+        return super().handle_request(request)
+
+
+def test_an_answer_that_never_comes_is_an_outage_at_every_endpoint(desk: Desk) -> None:
+    """And results that were saved without an answer are posted again, and counted once."""
+    job_id = desk.add_job(2)
+    silent: set[str] = {"POST result"}
+    desk.gate.fault = lambda route: "withhold" if route in silent else None
+    with AntennaClient(desk.gate.api_url, desk.antenna.token, _Impatient()) as client:
+        tasks = client.fetch_tasks(job_id, 2)
+        journal = Journal(desk.folder / "journal.db")
+        journal.keep([(held.id, [error_result(held.task.image_id, "?")]) for held in journal.record(job_id, tasks)])
+        poster = Poster(journal, client, PosterLimits(1, 10_000))
+        wait_until(lambda: desk.gate.held["POST result"])
+        silent |= {"POST tasks", "GET jobs", "GET job"}
+        for ask in (
+            lambda: client.fetch_tasks(job_id, 1),
+            lambda: client.jobs([counting_pipeline.SLUG]),
+            lambda: client.job(job_id),
+        ):
+            with pytest.raises(AntennaUnreachable, match="ReadTimeout"):
+                ask()
+        desk.gate.open()
+        assert poster.wait_idle(20)
+        poster.close(0)
+        journal.close()
+    job = desk.antenna.job(job_id)
+    assert set(job.errors) == set(job.image_ids)
+    assert min(job.posts.values()) > 1
+    assert set(job.deliveries.values()) == {1}
 
 
 def test_a_refused_token_stops_fetching_and_is_named_until_it_is_accepted(desk: Desk) -> None:

@@ -83,7 +83,7 @@ def test_many_images_that_fail_alike_are_the_hosts_fault(desk: Desk) -> None:
         desk.images.replies[f"/{number}.png"] = Reply(b"<html>Sign in</html>", headers={"Content-Type": "text/html"})
     job_id = desk.add_job(40)
     with worker(desk.environment()) as running:
-        running.wait_for("image_host_at_fault")
+        assert "in a browser" in running.wait_for("image_host_at_fault")["do"]
         for number in range(40):
             desk.images.replies[f"/{number}.png"] = Reply(numbered(number))
         wait_until(lambda: desk.antenna.job(job_id).status == "SUCCESS", timeout_s=40)
@@ -173,3 +173,22 @@ def test_a_worker_on_a_disk_without_space_says_so_and_runs_once_there_is_some(de
     code, _log = run_to_end(env, "--exit-when-idle")
     assert code == ExitCode.OK
     desk.done(job_id)
+
+
+@pytest.mark.soak
+def test_a_fault_of_the_machine_that_lasts_ends_the_process_by_name(desk: Desk, small_disk: Path) -> None:
+    """With five minutes made two seconds; no restart by its parent, and the next start loses nothing."""
+    desk.switch("hold", on=True)
+    job_id = desk.add_job(30)
+    env = desk.environment({"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8"})
+    with worker(env | {"COUNTING_MACHINE_FAULT_S": "2"}) as running:
+        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=30)
+        filler = _fill(small_disk)
+        desk.switch("hold", on=False)
+        assert running.wait() == ExitCode.MACHINE_FAULT
+    assert "at fault for 2 s" in running.events("worker_fault")[0]["error"]
+    assert not running.events("child_ended")
+    filler.unlink()
+    code, _log = run_to_end(env, "--exit-when-idle")
+    assert code == ExitCode.OK
+    assert set(desk.done(job_id).deliveries.values()) == {1}

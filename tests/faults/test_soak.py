@@ -35,6 +35,7 @@ CHILD_ALONE = 0.3  # of the kills
 LIFE_S = (4.0, 20.0)  # of a worker between two kills; it takes 3 s to start
 TIMEOUT_S = 3000.0
 POLL_S = 0.05
+PATIENCE_S = 10.0  # for a killed process to be gone
 
 
 @dataclass
@@ -46,6 +47,7 @@ class _Kills:
     jobs: list[int]
     count: int = 0
     batches: list[int] = field(default_factory=list)
+    answers_died: set[str] = field(default_factory=set)  # images whose task was on its way to a worker that was killed
 
     def finished(self) -> bool:
         return all(self.desk.antenna.job(job_id).processed == IMAGES // JOBS for job_id in self.jobs)
@@ -56,9 +58,12 @@ class _Kills:
             with worker(
                 self.desk.environment({"COUNTING_SECONDS": "0.002", "AMI_ANTENNA_API_BATCH_SIZE": str(FETCH_SIZE)})
             ) as running:
-                while self._wait_for_moment(deadline) and self._kill(running.process.pid):
-                    """The child is dead, and its parent starts another."""
+                parent_left = True
+                while parent_left and self._wait_for_moment(deadline):
+                    parent_left = self._kill(running.process.pid)
+                    self.note_answers_that_died()
             self.batches += [event["images"] for event in running.events("batch")]
+            (self.desk.folder / f"worker-{self.count}.log").write_text("\n".join(running.lines))
 
     def _wait_for_moment(self, deadline: float) -> bool:
         moment = min(deadline, time.monotonic() + self.chance.uniform(*LIFE_S))
@@ -70,11 +75,18 @@ class _Kills:
         """Kill the child, or parent and child together; return whether the parent is left."""
         self.count += 1
         children = psutil.Process(parent).children()
-        if self.chance.random() < CHILD_ALONE and children:
+        alone = self.chance.random() < CHILD_ALONE and bool(children)
+        if alone:
             children[0].kill()
-            return True
-        os.killpg(parent, signal.SIGKILL)
-        return False
+        else:
+            os.killpg(parent, signal.SIGKILL)
+        psutil.wait_procs(children, PATIENCE_S)
+        return alone
+
+    def note_answers_that_died(self) -> None:
+        views = [self.desk.antenna.job(job_id) for job_id in self.jobs]
+        processed = set().union(*(view.processed_ids for view in views))
+        self.answers_died |= self.desk.gate.died_on_the_way(self.desk.folder / "data" / "adc_journal.db", processed)
 
 
 def _usual(numbers: int) -> list[int]:
@@ -121,25 +133,27 @@ def test_thousands_of_images_with_kills_and_faults_at_random_have_one_outcome_ea
     lost = IMAGES - sum(len(job.results) for job in views) - errors
     inferred_twice = sum(inferred.values()) - len(inferred)
     downloaded_twice = sum(downloads.values()) - len(downloads)
-    delivered_twice = sum(deliveries.values()) - len(deliveries)
+    delivered_again = {image_id for image_id, count in deliveries.items() if count > 1}
+    unexplained = len(delivered_again - kills.answers_died)
     head = (
-        "images", "kills", "inferred twice", "largest batch", "requested twice", "second deliveries", "false errors",
-        "lost", "wall",
+        "images", "kills", "inferred twice", "largest batch", "requested twice", "answers that died (tasks)",
+        "other second deliveries", "false errors", "lost", "wall",
     )  # fmt: skip
     cells = (
-        IMAGES, kills.count, inferred_twice, max(kills.batches, default=0), downloaded_twice, delivered_twice, errors,
-        lost, f"{wall_s:.0f} s",
+        IMAGES, kills.count, inferred_twice, max(kills.batches, default=0), downloaded_twice, len(kills.answers_died),
+        unexplained, errors, lost, f"{wall_s:.0f} s",
     )  # fmt: skip
     text = (
         f"## Kills and faults (`tests/faults/test_soak.py`)\n\n{report.machine()}, commit {report.commit()}.\n\n"
         f"{FAULT_SHARE:.0%} of the requests to Antenna fail, seed {SEED}. Requested twice: downloads under way when a"
-        f" kill came are asked for again. Second deliveries: of a fetch whose answer died with the worker, or of"
-        f" a lease that ran out; they are not told apart.\n\n" + report.table(head, [cells])
+        f" kill came are asked for again. Answers that died: tasks in the answer to a fetch that was on its way when"
+        f" its worker was killed. Antenna has spent a delivery on them and hands them out again after 300 s; over HTTP"
+        f" nothing can prevent that.\n\n" + report.table(head, [cells])
     )
     print(text)  # noqa: T201 (what the soak is run for)
     if IMAGES >= 2_000:
         report.write_section("soak", text)
     assert (lost, errors) == (0, 0)
-    assert delivered_twice <= kills.count * FETCH_SIZE, "a fetch whose answer dies with the worker has spent its tasks"
+    assert unexplained == 0, "what was on record when a kill came needs no second delivery"
     assert inferred_twice <= kills.count * max(kills.batches)
     assert downloaded_twice <= kills.count * 32, "as many as are under way at once"

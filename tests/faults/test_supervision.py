@@ -30,6 +30,7 @@ SIMULATED = ("--pipeline", "simulated")
 FAULTY = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:pipelines"}
 PARENT_BYTES = 60_000_000  # design, "Processes"
 GONE_S = 3.0  # the same
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_S = 180.0  # for five starts on a busy machine
 DRAINED = 60  # images
 
@@ -63,7 +64,7 @@ def test_no_process_is_left_whichever_of_them_is_killed(server: DevServer, sheet
         parent, child = running.process.pid, running.child_pid()
         assert anonymous_peak_bytes(parent) < PARENT_BYTES
         assert os.getsid(child) == child
-        assert all(ignores(child, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        assert all(ignores(child, number) for number in STOP_SIGNALS)
         scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (parent, child)]
         assert scores[0] < scores[1]
         below = family(child)
@@ -217,9 +218,12 @@ def test_a_slow_link_is_no_hang(tmp_path: Path) -> None:
         assert all("not downloadable in 2 deliveries" in text for text in server.job(job_id).errors.values())
 
 
-def test_a_child_is_replaced_between_jobs(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    """AMI_WORKER_MAX_JOBS=1: at once, by name, and the next job is the next child's."""
-    env = environment(server, tmp_path / "data", {"AMI_WORKER_MAX_JOBS": "1", "AMI_SIMULATED_SECONDS_PER_IMAGE": "0"})
+@pytest.mark.parametrize(
+    "bound", ["AMI_WORKER_MAX_RSS_MB", pytest.param("AMI_WORKER_MAX_JOBS", marks=pytest.mark.soak)]
+)
+def test_a_child_is_replaced_between_jobs(server: DevServer, sheets: list[Path], tmp_path: Path, bound: str) -> None:
+    """After one job, or when it has more than a megabyte: at once, by name, and the next job is the next child's."""
+    env = environment(server, tmp_path / "data", {bound: "1", "AMI_SIMULATED_SECONDS_PER_IMAGE": "0"})
     jobs = [server.add_job("simulated", sheets) for _ in range(2)]
     with worker(env, *SIMULATED) as running:
         wait_until(lambda: all(server.job(job_id).status == "SUCCESS" for job_id in jobs), 40)
@@ -231,14 +235,14 @@ def test_a_child_is_replaced_between_jobs(server: DevServer, sheets: list[Path],
 
 
 def test_five_starts_and_stops_leave_nothing_behind(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    """At five stages, by process and by group in turn: exit 0, no process, no suspect; then the job ends."""
+    """At five stages, by each signal, to process and group in turn: exit 0, no process, no suspect; the job ends."""
     job_id = server.add_job("simulated", [sheets[index % 4] for index in range(30)])
     env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
     for number, stage in enumerate(("child_started", "journal_open", "worker_ready", "plan", "batch")):
-        with worker(env, *SIMULATED) as running:
+        with worker(env, *SIMULATED, within=("env", "--default-signal=HUP")) as running:  # these tests may run by nohup
             running.wait_for(stage)
             everybody = family(running.process.pid)
-            (os.killpg if number % 2 else os.kill)(running.process.pid, signal.SIGTERM)
+            (os.killpg if number % 2 else os.kill)(running.process.pid, STOP_SIGNALS[number % 4])
             assert running.wait() == ExitCode.OK
             assert not alive(everybody)
         assert all(event["suspects"] == 0 for event in running.events("journal_open"))

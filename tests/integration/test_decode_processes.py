@@ -23,7 +23,7 @@ from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable, Worker
 from adc_worker.host.memory import anonymous_bytes
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport, ThreadEngine
-from adc_worker.ingest.decode_processes import ProcessEngine
+from adc_worker.ingest.decode_processes import KILLS_MAX, ProcessEngine
 from adc_worker.ingest.header import ImageHeader, read_header
 from adc_worker.ingest.loader import build_dataloader
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -222,7 +222,7 @@ def test_they_end_by_themselves_when_their_owner_is_killed() -> None:
     script = (
         "import sys\n"
         "from adc_worker.ingest.arena import Arena\n"
-        "from adc_worker.ingest.decode_processes import ProcessEngine\n"
+        "from adc_worker.ingest.decode_processes import KILLS_MAX, ProcessEngine\n"
         f"engine = ProcessEngine(Arena(1 << 20), {WORKERS}, 1 << 20)\n"
         "print(*engine.pids, flush=True)\n"
         "sys.stdin.read()\n"
@@ -308,6 +308,32 @@ def test_one_crash_and_a_kill_from_outside_are_no_evidence(tmp_path: Path, desk:
     slow.decoder(desk.engine)
     slow.finish()
     assert not future.result(PATIENCE_S).truncated
+
+
+def test_what_kills_them_again_and_again_is_this_machines_fault(tmp_path: Path, desk: Desk) -> None:
+    """Never an endless loop at one image, and never its error."""
+    slow = SlowImage(tmp_path / "slow.img")
+    _region, future = desk.submit(slow.path, slow.header)
+    for _kill in range(KILLS_MAX):
+        pid = slow.decoder(desk.engine)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda killed=pid: killed not in desk.engine.pids)  # type: ignore[misc]
+    with pytest.raises(WorkerFault, match=f"killed {KILLS_MAX} times at one image"):
+        future.result(PATIENCE_S)
+    slow.finish()
+
+
+def test_one_that_runs_out_of_memory_says_so_of_its_image(tmp_path: Path, desk: Desk) -> None:
+    """A real limit, on the address space: the process lives on."""
+    large, small = (written(tmp_path / f"{px}.img", encoded(picture(px, px), "PNG")) for px in (5000, 50))
+    desk.arena.resize(75 * MB)
+    for _process in range(WORKERS + 1):
+        desk.decoded(small)  # has everything imported and mapped now
+    for pid in desk.engine.pids:
+        process = psutil.Process(pid)
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, psutil.RLIM_INFINITY))
+    with pytest.raises(ImageUnreadable, match="takes more memory"):
+        desk.decoded(large)
 
 
 def test_signals_of_the_workers_group_do_not_end_them(tmp_path: Path, desk: Desk) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from adc_worker.antenna.wire import JobState, PostEntry, Task, error_result
 from adc_worker.host.budget import HostBudget
+from adc_worker.journal.journal import Journal
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
 
 MB = 1_000_000
@@ -64,6 +65,11 @@ class Receiver:
         """Every accepted result, and how often."""
         with self._lock:
             return Counter(body for _job_id, entries in self.posts for _subject, body in entries)
+
+
+def recorded(journal: Journal) -> set[int]:
+    """Return every task in a journal's file."""
+    return set(journal._column("SELECT id FROM adc_task"))
 
 
 def is_error(body: bytes) -> bool:

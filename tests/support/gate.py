@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http
 import http.client
+import json
 import socket
+import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -25,6 +30,8 @@ class Gate:
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.under_way: Counter[str] = Counter()
+        self.tasks_handed_out: set[str] = set()  # images in the answers to POST tasks, whether they arrived or not
         self._upstream = urlsplit(upstream)
         gate = self
 
@@ -62,11 +69,30 @@ class Gate:
         self.fault = lambda _route: None
         self.released.set()
 
+    def died_on_the_way(self, journal: Path, processed: Collection[str]) -> set[str]:
+        """Return images whose tasks were handed out to a worker that was killed before it could record them."""
+        known: set[str] = set()
+        if journal.exists():
+            with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as db:
+                tables = db.execute(
+                    "SELECT name FROM sqlite_master WHERE name IN ('adc_task', 'adc_finished')"
+                ).fetchall()
+                for (table,) in tables:
+                    known.update(row[0] for row in db.execute(f"SELECT image_id FROM {table}"))  # noqa: S608 (ours)
+        return self.tasks_handed_out - known - set(processed)
+
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         word = urlsplit(handler.path).path.rstrip("/").rsplit("/", 1)[-1]
         route = f"{handler.command} {'job' if word.isdecimal() else word}"
         self.requests[route] += 1
+        self.under_way[route] += 1
+        try:
+            self._follow(handler, route, body)
+        finally:
+            self.under_way[route] -= 1
+
+    def _follow(self, handler: BaseHTTPRequestHandler, route: str, body: bytes) -> None:
         fault = self.fault(route)
         if isinstance(fault, int):
             _answer(handler, fault, BODY_SHOWN, "text/html")
@@ -82,6 +108,8 @@ class Gate:
             _cut(handler)
             return
         status, content, content_type = self._forward(handler, body)
+        if route == "POST tasks" and status == http.HTTPStatus.OK:
+            self.tasks_handed_out.update(task["image_id"] for task in json.loads(content)["tasks"])
         _answer(
             handler, status, content[: len(content) // 2] if fault == "cut" else content, content_type, len(content)
         )

@@ -146,7 +146,7 @@ def test_settings_alone_read_the_environment() -> None:
         if any(_reads_environment(node) for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
     }
     to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.demo"}
-    assert readers == {"adc_worker.settings", "adc_worker.host.budget", "adc_worker.runtime.notify", *to_children}
+    assert readers == {"adc_worker.settings", "adc_worker.host.budget", *to_children}
 
 
 def test_outside_settings_no_ami_variable_is_read() -> None:

@@ -14,18 +14,17 @@ import pytest
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
-from adc_worker.errors import AddressRefused, ImageError, LinkError
+from adc_worker.errors import AddressRefused, ImageError, ImageMissing, LinkError
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
-from adc_worker.runtime.faults import Faults
+from adc_worker.runtime.faults import IMAGES_ALIKE, Faults
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.runtime.slices import JobBoard
-from adc_worker.runtime.suspects import StruckOut
 from tests.support.fakes import Receiver, result, task
 from tests.support.images import jpeg
 from tests.support.waiting import wait_until
@@ -110,7 +109,7 @@ class Job:
         assert turn is not None
         self.intake = Intake(
             fetch, self.journal, self.staging, self.outcomes, self.lease, limits, turn,
-            faults=self.faults, life=SignsOfLife(), struck_out=StruckOut(JOB, self.journal, self.outcomes),
+            faults=self.faults, life=SignsOfLife(),
         )  # fmt: skip
         self.intake.start()
         return self.intake
@@ -279,6 +278,36 @@ def test_what_signs_a_url_is_forgotten_once_the_image_is_staged(jobs: Callable[.
     job.close()
     assert _in_files(job, b"https://images.test/a.jpg")
     assert not _in_files(job, b"canary")
+
+
+@pytest.mark.parametrize("delivery", [1, 2])
+def test_a_staged_file_that_a_power_cut_took_is_left_to_its_lease(jobs: Callable[..., Job], delivery: int) -> None:
+    """What signed its URL is erased by then: whatever the host would say to the rest of it is no word on the image."""
+    job = jobs()
+    subject = task(1).reply_subject.replace("consumer.1.", f"consumer.{delivery}.")
+    signed = Task(image_id="1", image_url=f"{task(1).image_url}?X-Signature=canary", reply_subject=subject)
+    (held,) = job.journal.record(JOB, [signed])
+    job.journal.erase_url(held)
+    job.images.faults[task(1).image_url] = ImageMissing("404")
+    job.start_with([task(2)])
+    assert job.infer_all() == ["2"]
+    assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 1)
+    assert job.images.faults, "nobody was asked"
+
+
+def test_images_that_came_and_fail_alike_are_not_at_fault_themselves(jobs: Callable[..., Job]) -> None:
+    """A broken decoder or model would fail every image of a job: the fifth in a row waits, until one succeeds."""
+    job = jobs()
+    intake = job.start(tasks=IMAGES_ALIKE + 2, downloads=1)
+    images = [image for _ in range(IMAGES_ALIKE + 2) if (image := intake.staged.get())]
+    for image in images[:IMAGES_ALIKE]:
+        job.outcomes.fail_staged(image, ImageError(f"image {image.id}: scores that are not finite numbers"))
+    assert (job.outcomes.failed.total(), intake.parked) == (IMAGES_ALIKE - 1, 1)
+    assert {held.id for held in job.journal.unfinished(JOB)} == {image.id for image in images[IMAGES_ALIKE - 1 :]}
+    job.outcomes.succeed([ImageResult(images[-2].id, [result(1)], detections=0, truncated=False)])
+    job.outcomes.fail_staged(images[-1], ImageError("image 9: scores that are not finite numbers"))
+    assert (job.outcomes.failed.total(), intake.parked) == (IMAGES_ALIKE, 1)
+    assert job.infer_all() == []
 
 
 @pytest.mark.parametrize(("error", "errors"), [(LinkError("no route"), 1), (AddressRefused("10.0.0.1 is private"), 0)])

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.journal.journal import _SCHEMA, TASK_LIFE_S, Journal
-from tests.support.fakes import task
+from tests.support.fakes import recorded, task
 
 ALL = 1 << 40
 NEWER = len(_SCHEMA) + 1
@@ -42,7 +43,7 @@ def keep(journal: Journal, results: list[tuple[int, bytes]]) -> None:
 
 
 def bodies(journal: Journal, excluding: tuple[int, ...] = (), limit: int = 100, most_bytes: int = ALL) -> list[bytes]:
-    return [b"".join(journal.parts(kept.held.id)) for kept in journal.unposted(excluding, limit, most_bytes)]
+    return [b"".join(journal.parts(kept.id)) for kept in journal.unposted(excluding, limit, most_bytes)]
 
 
 def test_tasks_survive_reopening(path: Path) -> None:
@@ -65,7 +66,7 @@ def test_results_survive_reopening(path: Path) -> None:
     first.close()
     second = Journal(path)
     (kept,) = second.unposted([], 100, ALL)
-    assert (kept.held, b"".join(second.parts(kept.held.id))) == (held[1], b"two")
+    assert (kept, b"".join(second.parts(kept.id))) == (replace(held[1], result_bytes=3), b"two")
     assert second.unfinished(7) == [held[0]]
     second.close()
 
@@ -76,7 +77,7 @@ def test_what_was_kept_is_on_disk_although_nobody_closed_the_journal(path: Path,
     keep(journal, [(held[0].id, b"one")])
     with sqlite3.connect(path) as other:
         assert other.execute("SELECT count(*) FROM adc_task").fetchone() == (1,)
-        assert other.execute("SELECT body FROM adc_result_part").fetchone() == (b"one",)
+        assert other.execute("SELECT body FROM adc_part").fetchone() == (b"one",)
     other.close()
 
 
@@ -87,9 +88,9 @@ def test_forgetting_removes_the_task_and_its_result(path: Path, journal: Journal
     journal.forget([held[0].id])
     assert bodies(journal) == [b"2"]
     assert journal.unfinished(7) == [held[2]]
-    assert journal.known_ids() == {held[1].id, held[2].id}
+    assert recorded(journal) == {held[1].id, held[2].id}
     with sqlite3.connect(path) as other:
-        assert other.execute("SELECT task_id FROM adc_result").fetchall() == [(held[1].id,)]
+        assert other.execute("SELECT task_id FROM adc_part").fetchall() == [(held[1].id,)]
     other.close()
 
 
@@ -130,7 +131,7 @@ def test_a_result_of_a_job_that_was_dropped_is_not_kept(journal: Journal) -> Non
     """Its job was cancelled while it was inferred; the others of its batch are kept."""
     (gone,) = journal.record(7, [task(1)])
     (here,) = journal.record(8, [task(2)])
-    assert journal.drop_job(7) == [gone.id]
+    assert journal.bury(7) == [gone.id]
     keep(journal, [(gone.id, b"nobody wants it"), (here.id, b"kept")])
     assert bodies(journal) == [b"kept"]
 
@@ -138,16 +139,17 @@ def test_a_result_of_a_job_that_was_dropped_is_not_kept(journal: Journal) -> Non
 def test_a_second_delivery_joins_the_task_in_hand(journal: Journal) -> None:
     """The row stays, with the newer lease; another image, or another incarnation of the stream, is another task."""
     (held,) = journal.record(7, [task(1)])
-    again = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
-    assert journal.rejoin(7, task(2), 1.0) is None
-    reborn = again.reply_subject.replace("1760000000000000000", "1770000000000000000")
-    assert journal.rejoin(7, again.model_copy(update={"reply_subject": reborn}), 1.0) is None
-    assert journal.rejoin(7, again, 5.0) == (held, False)
-    (joined,) = journal.unfinished(7)
-    assert (joined.id, joined.task, joined.fetched_at) == (held.id, again, 5.0)
+    assert journal.find(7, task(2)) is None
+    assert journal.find(7, again(1, 2, later_ns=10)) is None
+    assert journal.find(7, again(1, 2)) == held
+    (joined,) = journal.record(7, [again(1, 2)], 5.0)
+    assert (joined.id, joined.task, joined.fetched_at) == (held.id, again(1, 2), 5.0)
+    assert journal.unfinished(7) == [joined]
+    journal.give_up(held.id, held.task.reply_subject)
+    assert journal.unfinished(7) == [joined], "the lease that was given up is not the one it has now"
     keep(journal, [(held.id, b"done")])
-    assert journal.rejoin(7, again, 6.0) == (joined, True)
-    assert journal.subjects() == [again.reply_subject]
+    assert journal.record(7, [again(1, 2)], 6.0) == [], "its result waits already"
+    assert journal.subjects() == [again(1, 2).reply_subject]
 
 
 def test_unposted_results_come_oldest_first_up_to_a_number(journal: Journal) -> None:
@@ -165,8 +167,8 @@ def test_an_oversize_result_comes_only_to_a_caller_that_is_alone(journal: Journa
     large, small = journal.record(1, [task(1), task(2)])
     keep(journal, [(large.id, b"x" * 100), (small.id, b"y")])
     assert journal.unposted([], 10, 50, alone=False) == []
-    assert [kept.held.id for kept in journal.unposted([], 10, 50)] == [large.id]
-    assert [kept.held.id for kept in journal.unposted([large.id], 10, 50, alone=False)] == [small.id]
+    assert [kept.id for kept in journal.unposted([], 10, 50)] == [large.id]
+    assert [kept.id for kept in journal.unposted([large.id], 10, 50, alone=False)] == [small.id]
 
 
 def test_unposted_results_come_up_to_a_number_of_bytes_but_at_least_one(journal: Journal) -> None:
@@ -189,7 +191,7 @@ def test_unfinished_tasks_older_than_their_stream_are_dropped(path: Path, journa
     assert journal.drop_expired() == 1
     assert [held.id for held in journal.unfinished(7)] == [young.id]
     assert bodies(journal) == [b"one"]
-    assert old.id not in journal.known_ids()
+    assert old.id not in recorded(journal)
 
 
 def test_held_tasks_are_counted_by_job_with_or_without_a_result(journal: Journal) -> None:
@@ -211,7 +213,7 @@ def test_two_workers_on_one_file_have_their_own_rows(path: Path, journal: Journa
     assert (bodies(journal), bodies(other)) == ([b"mine"], [b"theirs"])
     assert (journal.unposted_count(), other.unposted_count()) == (1, 1)
     assert (journal.held_count(7), other.held_count(7)) == (1, 1)
-    assert journal.known_ids() == other.known_ids() == {mine.id, theirs.id}
+    assert recorded(journal) == recorded(other) == {mine.id, theirs.id}
     other.close()
 
 
@@ -418,7 +420,7 @@ _WITHOUT_FSYNC = """
 import ctypes, struct, sys
 from pathlib import Path
 from adc_worker.journal.journal import Journal
-from tests.support.fakes import task
+from tests.support.fakes import recorded, task
 
 SYNCS = {"x86_64": (74, 75), "aarch64": (82, 83)}[sys.argv[2]]
 journal = Journal(Path(sys.argv[1]))
@@ -485,18 +487,8 @@ def test_an_accepted_image_that_comes_again_is_answered_from_the_journal(path: P
     (worked_on,) = journal.record(7, [again(1, 2), again(2, 2)])
     assert worked_on.task.image_id == "2", "an error is tried again"
     (kept,) = journal.unposted([], 10, ALL)
-    assert (kept.held.task.reply_subject, bodies(journal)) == (again(1, 2).reply_subject, [b"one" * 1000])
+    assert (kept.task.reply_subject, bodies(journal)) == (again(1, 2).reply_subject, [b"one" * 1000])
     journal.close()
-
-
-def test_an_image_that_is_held_already_takes_its_new_subject_and_is_not_worked_on_twice(journal: Journal) -> None:
-    """Its lease is over, and the first delivery's work goes on."""
-    (held,) = journal.record(7, [task(1)])
-    assert journal.record(7, [again(1, 2)]) == []
-    (now,) = journal.unfinished(7)
-    assert (now.id, now.task.reply_subject) == (held.id, again(1, 2).reply_subject)
-    journal.give_up(held.id, held.task.reply_subject)
-    assert journal.unfinished(7) == [now], "the lease that was given up is not the one it has now"
 
 
 def test_a_lower_sequence_published_later_kills_the_subjects_of_the_earlier_stream(journal: Journal) -> None:
@@ -550,7 +542,7 @@ def test_a_journal_that_cannot_be_written_keeps_in_memory_and_catches_up(path: P
     journal._db.execute("PRAGMA query_only=OFF")
     assert journal.check_writable()
     assert journal.fault is None
-    assert (bodies(journal), journal.known_ids()) == ([b"two"], {held[1].id})
+    assert (bodies(journal), recorded(journal)) == ([b"two"], {held[1].id})
 
 
 def test_a_network_file_system_gets_a_rollback_journal_and_slots_of_its_host(
@@ -576,7 +568,10 @@ def test_what_opens_a_url_is_erased_and_commits_reach_the_disk_again(journal: Jo
     public, signed = task(1), task(2).model_copy(update={"image_url": "https://h/2.jpg?X-Signature=canary"})
     for held in journal.record(7, [public, signed]):
         journal.erase_url(held)
-    assert [held.task.image_url for held in journal.unfinished(7)] == [public.image_url, "https://h/2.jpg"]
+    assert [(held.task.image_url, held.url_erased) for held in journal.unfinished(7)] == [
+        (public.image_url, False),
+        ("https://h/2.jpg", True),
+    ]
     assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
 
 

@@ -15,7 +15,7 @@ from adc_worker.antenna.wire import Task
 from adc_worker.errors import AntennaRefused, AntennaRejected, AntennaUnavailable
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import RESULTS_PER_POST, Poster, PosterLimits
-from tests.support.fakes import Receiver, is_error, result, task
+from tests.support.fakes import Receiver, is_error, recorded, result, task
 from tests.support.waiting import wait_until
 
 Entries = Sequence[tuple[str, bytes]]
@@ -83,7 +83,7 @@ def test_a_kept_result_is_posted_with_its_subject_and_forgotten(journal: Journal
         poster.wake()
         assert poster.wait_idle(5)
     assert receiver.posts == [(7, [(task(1).reply_subject, body)])]
-    assert journal.known_ids() == set()
+    assert recorded(journal) == set()
 
 
 def test_results_of_an_earlier_run_are_posted_at_start(journal: Journal) -> None:
@@ -147,7 +147,7 @@ def test_one_bad_result_costs_itself_alone(journal: Journal) -> None:
     assert orjson.loads(error) == {"error": "Antenna refused the result: answered 400: invalid box", "image_id": "5"}
     assert receiver.bodies == {**dict.fromkeys(good, 1), error: 1}
     assert receiver.attempts <= 1 + 2 * 3 + 1
-    assert journal.known_ids() == set()
+    assert recorded(journal) == set()
 
 
 def test_the_error_of_a_bad_result_is_posted_with_the_subject_of_its_task(journal: Journal) -> None:
@@ -199,7 +199,7 @@ def test_an_error_that_is_refused_itself_is_given_up(journal: Journal) -> None:
     with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
     assert (receiver.attempts, receiver.posts) == (2, [])
-    assert journal.known_ids() == set()
+    assert recorded(journal) == set()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_results_of_a_job_that_is_gone_are_dropped(journal: Journal) -> None:
         assert poster.wait_idle(5)
     assert receiver.attempts == 2
     assert list(receiver.bodies) == kept
-    assert journal.known_ids() == set()
+    assert recorded(journal) == set()
 
 
 def test_a_refused_token_shows_until_it_is_accepted_again(journal: Journal) -> None:
@@ -314,7 +314,7 @@ def test_closing_at_once_leaves_the_rest_in_the_journal(journal: Journal) -> Non
     wait_until(lambda: receiver.attempts == 1)
     poster.close(0)
     assert receiver.attempts == 1
-    assert [b"".join(journal.parts(one.held.id)) for one in journal.unposted([], 10, ALL)] == kept
+    assert [b"".join(journal.parts(one.id)) for one in journal.unposted([], 10, ALL)] == kept
 
 
 def test_waiting_for_an_unreachable_antenna_ends_in_time(journal: Journal) -> None:
@@ -338,7 +338,7 @@ def test_an_unexpected_error_is_reported_and_stops_the_poster(journal: Journal) 
         poster._thread.join(5)
         assert not poster._thread.is_alive()
     assert receiver.attempts == 1
-    assert [b"".join(journal.parts(one.held.id)) for one in journal.unposted([], 10, ALL)] == kept
+    assert [b"".join(journal.parts(one.id)) for one in journal.unposted([], 10, ALL)] == kept
 
 
 def test_a_journal_that_fails_is_reported_too(tmp_path: Path) -> None:
@@ -349,22 +349,6 @@ def test_a_journal_that_fails_is_reported_too(tmp_path: Path) -> None:
         journal.close()
         poster.wake()
         wait_until(lambda: poster.failure is not None)
-
-
-def test_a_listener_hears_of_every_settled_post_until_it_leaves(journal: Journal) -> None:
-    """Intake counts what is still leased by it."""
-    heard = threading.Semaphore(0)
-    receiver = Receiver()
-    with posting(journal, receiver) as poster:
-        poster.listen(heard.release)
-        keep(journal, [1])
-        poster.wake()
-        assert heard.acquire(timeout=5)
-        poster.listen(None)
-        keep(journal, [2])
-        poster.wake()
-        assert poster.wait_idle(5)
-    assert not heard.acquire(blocking=False)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -391,7 +375,7 @@ def test_under_random_faults_every_image_has_exactly_one_outcome(journal: Journa
     assert errors == {str(number) for number in spoilt}
     assert results == {result(number) for number in range(60) if number not in spoilt}
     assert set(receiver.bodies.values()) == {1}
-    assert journal.known_ids() == set()
+    assert recorded(journal) == set()
 
 
 def test_a_job_whose_posts_fail_does_not_hold_up_another(journal: Journal) -> None:
