@@ -49,6 +49,10 @@ class _Pipeline(_Wire):
     slug: str
 
 
+class _Row(_Wire):
+    id: int
+
+
 class _Counter(_Wire):
     key: str
     value: Any = None
@@ -71,6 +75,8 @@ class JobState(_Wire):
     dispatch_mode: str = "async_api"
     started_at: str | None = None
     pipeline: _Pipeline | None = None
+    project: _Row | None = None
+    source_image_collection: _Row | None = None
     progress: _Progress = _Progress()
 
     @property
@@ -100,7 +106,18 @@ class JobState(_Wire):
         return None
 
 
+class Capture(_Wire):
+    """A photograph as Antenna lists it; how large it is may not be known there."""
+
+    id: str
+    url: str = Field(min_length=1)
+    width: int | None = None
+    height: int | None = None
+    size: int | None = None
+
+
 class _Page(_Wire):
+    count: int = 0
     results: list[Any] = Field(default_factory=list)
 
 
@@ -117,6 +134,12 @@ def parse_tasks(body: bytes) -> list[Task]:
 def parse_jobs(body: bytes) -> list[JobRef]:
     """Read the job list; a malformed row is logged and skipped."""
     return [job for entry in _Page.model_validate_json(body).results if (job := _entry(JobRef, entry)) is not None]
+
+
+def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
+    """Read a page of captures, and how many there are in all; a malformed row is logged and skipped."""
+    page = _Page.model_validate_json(body)
+    return page.count, [one for entry in page.results if (one := _entry(Capture, entry)) is not None]
 
 
 def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import JobOutcomes
-from adc_worker.runtime.probe import probe
+from adc_worker.runtime.probe import known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
@@ -248,15 +249,18 @@ class _JobRun:
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
-        report = probe(
-            self._intake.staged,
-            self._pipeline,
-            lambda: self._context.host(self._pipeline),
-            self._outcomes,
-            self._context.life,
-            FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s,
-            self._context.stopping,
-        )
+        with ThreadPoolExecutor(1, thread_name_prefix="captures") as threads:  # while the first images are on their way
+            captures = threads.submit(listed, self._context.client, self._job_id)
+            report = probe(
+                self._intake.staged,
+                self._pipeline,
+                lambda: self._context.host(self._pipeline),
+                self._outcomes,
+                self._context.life,
+                FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s,
+                self._context.stopping,
+                lambda: known_sizes(captures.result()),
+            )
         if report is None:
             return None
         host, lease = self._context.host(self._pipeline), self._context.lease

@@ -26,6 +26,7 @@ SHRINK_ABOVE, SHRINK_TO = AIM, 0.60  # a shrink goes far enough that the next on
 # mixed jobs alternate, so only a long stretch is a change. Downloads of one link scatter by a factor of two.
 GROWTH, SHRINKAGE, LINK_CHANGE = 1.25, 1 / 1.5, 3.0
 LARGER_BATCHES, SMALLER_BATCHES = 2, 20
+FIRST_BATCHES = 4  # stand in for a probe that says little about its job
 READY_ENOUGH, GAIN = 0.95, 1.03
 SETTLE_BATCHES = 5  # after a change, before memory that came back is used
 WINDOW_BATCHES = 20  # over which rates and readiness are compared
@@ -152,7 +153,7 @@ class Governor:
 
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
-            resized = report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
+            resized = self._report.uncertain or report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
             self._report = report
             self._seen.clear()
             plan = self._made(host)
@@ -174,6 +175,8 @@ class Governor:
     def _drifted(self) -> ProbeReport | None:
         """Return the report to plan with when images or link have changed for good."""
         report, seen = self._report, self._seen
+        if report.uncertain and len(seen) == FIRST_BATCHES:
+            return report.measured_by(tuple(seen))
         if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
             return report.for_images_like(seen[-1])
         downloads = [one for one in seen if one.download_s > 0]  # the rest were on disk from an earlier run

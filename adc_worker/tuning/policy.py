@@ -115,7 +115,7 @@ class IngestPolicy:
         staged = self._staged_ahead(report, host, rate, downloads, batch, held, why)
         fetch = self._fetch_size(rate, staged, why)
         working_set = self._working_set(report, batch)
-        reserve = RESERVE_BYTES + room.staged_bytes
+        reserve = _reserve(report) + room.staged_bytes
         peak = report.base_bytes + arena + room.scratch_bytes + working_set + reserve
         why["peak_bytes"] = (
             f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(room.scratch_bytes)}"
@@ -192,7 +192,7 @@ class IngestPolicy:
         """Share memory between decodes and images; in proportion where it is scarce, so that more takes none away."""
         scratch, image = report.decode_scratch_bytes + report.compressed_bytes, self._bytes_per_image(report)
         staged = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
-        taken = report.base_bytes + RESERVE_BYTES + staged
+        taken = report.base_bytes + _reserve(report) + staged
         soft = int(AIM * (self.budget_bytes(report.base_bytes, host) - report.base_bytes)) + report.base_bytes - taken
         hard = host.limit_bytes - taken  # what is available passes; an image that is refused is refused for good
         workers = max(1, min(wanted_workers, soft // (scratch + image)))
@@ -307,6 +307,11 @@ class IngestPolicy:
 def _place(report: ProbeReport) -> int:
     """Return an image's bytes in the arena: whole pages."""
     return -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
+
+
+def _reserve(report: ProbeReport) -> int:
+    """Return what is left unplanned: twice as much where the probe says little about the job."""
+    return RESERVE_BYTES * (2 if report.uncertain else 1)
 
 
 def in_processes(plan: IngestPlan) -> IngestPlan:
