@@ -43,6 +43,7 @@ from adc_worker.tuning.probe_report import PIXEL_BYTES, ProbeReport
 _log = get_logger(__name__)
 
 POST_TIMEOUT_S = 60.0
+ATTEMPTS = 3  # at each place of the list, where photographs cannot be had
 # An ingest of today's constants, worked out as it was measured (RESULTS.md, rows `today-…`): float32 pixels, Pillow and
 # ToTensor in place of our decoder, 400 MB a loader process (measurements, "Other costs").
 OLD_LOADERS, OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 4, 400_000_000, 12
@@ -167,8 +168,10 @@ def tune(config: Settings, target: str) -> Tuning:
 
 
 def _stage_listed(captures: Sequence[Capture], staging: StagingArea, queue: StagedQueue) -> None:
-    """Download photographs from all over the list until two are here; a few may be broken."""
-    for number, one in enumerate(captures[:: max(1, len(captures) // (2 * PROBE_IMAGES))]):
+    """Download photographs from far apart in the list until two are here; a few may be broken."""
+    apart = max(1, len(captures) // PROBE_IMAGES)
+    candidates = [one for first in range(min(apart, ATTEMPTS)) for one in captures[first::apart]]
+    for number, one in enumerate(candidates):
         if len(queue) == PROBE_IMAGES:
             return
         with suppress(ImageError, LinkError):
