@@ -214,7 +214,7 @@ def adapting(world: World, governor: Governor) -> Outcome:
     def control(seen: Seen) -> Feed:
         now = replace(host, used_bytes=seen.memory_bytes, available_bytes=world.memory_bytes - seen.memory_bytes)
         shown = Observation(
-            probed(seen), seen.images, seen.elapsed_s, seen.ready, seen.waiting, now, seen.arena_bytes, 0.0,
+            probed(seen), seen.images, seen.elapsed_s, seen.ready, now, seen.arena_bytes, 0.0,
             in_force=True,
         )  # fmt: skip
         return feed_of(governor.observe(shown).plan)

@@ -88,6 +88,11 @@ def oom_kills(root: Path = Path("/")) -> int:
         for folder in cgroup_folders(controller, root):
             if (folder / name).is_file():
                 return int(_key_values(folder / name).get("oom_kill", 0))
+    return machine_oom_kills(root)
+
+
+def machine_oom_kills(root: Path = Path("/")) -> int:
+    """Return how many processes of this machine, ours or not, the kernel has killed for want of memory since boot."""
     return int(_key_values(root / "proc/vmstat").get("oom_kill", 0))
 
 

@@ -1,7 +1,8 @@
 """How the workers of one host divide its memory: each locks a slot and writes into it what it claims.
 
-A lock goes with its process, so a dead worker's part is free at once. Workers under other data folders, and containers,
-are seen only by what they take: what is left of the limit is the second bound.
+A lock goes with its process, so a dead worker's part is free at once; what it wrote stays, and tells whoever takes the
+slot next whether the kernel killed it for want of memory, its parent and its container with it or not. Workers under
+other data folders, and containers, are seen only by what they take: what is left of the limit is the second bound.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from adc_worker.host.memory import machine_oom_kills
+
 # What a worker plans with after the kernel has killed it for memory, as a part of what it planned with before.
 CAUTION_STEP, CAUTION_MIN = 0.7, 0.1  # whatever it is, one image at a time is always planned
+_ENDED = -1  # in place of the kernel's count of kills: this worker said goodbye
+_SLOT_BYTES, _SLOT_FIELDS = 128, 4  # size, busy, caution, kills
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,16 @@ class Claim:
 
 
 class MemoryShare:
-    """This process's slot. `caution` is the part of its memory it plans with."""
+    """This process's slot.
 
-    def __init__(self, folder: Path, caution: float = 1.0) -> None:
-        self.caution = caution
+    Attributes:
+        caution: the part of its memory this worker plans with.
+        after_kill: whether the kernel ended the worker before it: that one said no goodbye, and the count has risen.
+    """
+
+    def __init__(self, folder: Path, oom_kills: Callable[[], int] = machine_oom_kills) -> None:
+        # The machine's count: that of a control group is gone with its container or unit.
+        self._oom_kills = oom_kills
         # The folder may be on a network and the same for several hosts, which share no memory.
         self._slots = folder / f"memory-{socket.gethostname()}"
         self._slots.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -39,11 +51,18 @@ class MemoryShare:
             if _locks(self._fd, fcntl.LOCK_EX):
                 break
             os.close(self._fd)
+        left = os.pread(self._fd, _SLOT_BYTES, 0).split()
+        caution, kills = (float(left[2]), int(left[3])) if len(left) == _SLOT_FIELDS else (1.0, _ENDED)
+        self.after_kill = kills != _ENDED and self._oom_kills() > kills
+        self.caution = max(CAUTION_MIN, caution * CAUTION_STEP) if self.after_kill else caution
         self.claim(0, busy=False)
 
     def claim(self, size_bytes: int, *, busy: bool) -> None:
         """Say how much this worker may use from now on."""
-        os.pwrite(self._fd, b"%20d %d" % (size_bytes, busy), 0)
+        self._write(size_bytes, busy, self._oom_kills())
+
+    def _write(self, size_bytes: int, busy: bool, kills: int) -> None:
+        os.pwrite(self._fd, b"%20d %d %.4f %20d" % (size_bytes, busy, self.caution, kills), 0)
 
     def others(self) -> list[Claim]:
         """Return the claims of all other workers that are alive."""
@@ -51,7 +70,7 @@ class MemoryShare:
         for slot in self._slots.iterdir():
             with slot.open("rb") as file:
                 if slot != self._own and not _locks(file.fileno(), fcntl.LOCK_SH):
-                    size, busy = file.read().split() or (0, 0)
+                    size, busy = file.read().split()[:2] or (0, 0)
                     claims.append(Claim(int(size), bool(int(busy))))
         return claims
 
@@ -60,6 +79,7 @@ class MemoryShare:
         self.caution = min(1.0, self.caution / CAUTION_STEP)
 
     def close(self) -> None:
+        self._write(0, False, _ENDED)
         os.close(self._fd)
 
 

@@ -91,8 +91,7 @@ class BatchFeeder:
         self._changed = threading.Condition()
         self._waiting: dict[_Kind, list[StagedImage]] = {}  # each in the order of staging
         self._ready: deque[DecodedBatch] = deque()
-        self._images_decoding = 0
-        self._batches_ahead = 0  # being decoded or ready
+        self._decoding: set[_Decoding] = set()
         self._in_arena: set[Region] = set()
         self._source_ended = False
         self._paused = False
@@ -100,9 +99,7 @@ class BatchFeeder:
         self._failure: BaseException | None = None
         self._ended = False
         self._resized = False  # for an image that runs alone
-        self.batches_asked = 0
-        self.batches_ready = 0  # of those asked for, how many did not have to be waited for
-        self.last_ready = True
+        self.last_ready = True  # whether the batch taken last did not have to be waited for
         source.listen(self._wake)
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         self._thread.start()
@@ -115,12 +112,6 @@ class BatchFeeder:
     @property
     def decode_pids(self) -> list[int]:
         return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
-
-    @property
-    def waiting(self) -> int:
-        """Staged images that wait for admission."""
-        with self._changed:
-            return sum(map(len, self._waiting.values())) + len(self._source)
 
     def pause(self, paused: bool) -> None:
         """Admit one image at a time and only when nothing else is in the arena, or as the plan says again."""
@@ -169,10 +160,7 @@ class BatchFeeder:
                 raise self._failure
             if not self._ready:
                 return None
-            self.batches_asked += 1
-            self.batches_ready += at_once
             self.last_ready = at_once
-            self._batches_ahead -= 1
             self._changed.notify_all()
             return self._ready.popleft()
 
@@ -184,7 +172,7 @@ class BatchFeeder:
         except BaseException as error:  # noqa: BLE001 (handed to the consumer, who raises it)
             self._fail(error)
         with self._changed:
-            while self._failure is None and self._batches_ahead > len(self._ready):
+            while self._failure is None and self._decoding:
                 self._changed.wait()
             self._ended = True
             self._changed.notify_all()
@@ -203,7 +191,9 @@ class BatchFeeder:
         return None
 
     def _may_admit(self) -> bool:
-        return not self._in_arena if self._paused else self._batches_ahead <= self._plan.prefetch_factor
+        if self._paused:
+            return not self._in_arena
+        return len(self._decoding) + len(self._ready) <= self._plan.prefetch_factor
 
     def _take_staged(self) -> None:
         images, self._source_ended = self._source.take_all()
@@ -217,7 +207,7 @@ class BatchFeeder:
     def _closable_kind(self) -> _Kind | None:
         """Return the kind whose oldest image waited longest, among those whose batch may close now."""
         now = time.monotonic()
-        idle = self._images_decoding < self._engine.workers
+        idle = sum(batch.left for batch in self._decoding) < self._engine.workers
         closable = [
             (images[0].staged_at, kind)
             for kind, images in self._waiting.items()
@@ -270,8 +260,7 @@ class BatchFeeder:
         image_bytes = images[0].header.pixel_bytes
         batch = _Decoding(region, images[0].header.shape, images, [None] * len(images), len(images))
         with self._changed:
-            self._batches_ahead += 1
-            self._images_decoding += len(images)
+            self._decoding.add(batch)
         self._on_admit(images)
         engine = self._engine_for(images[0])
         for row, image in enumerate(images):
@@ -323,7 +312,6 @@ class BatchFeeder:
         error = future.exception()
         batch.outcomes[row] = error if error is not None else future.result()
         with self._changed:
-            self._images_decoding -= 1
             batch.left -= 1
             last = batch.left == 0
             self._changed.notify_all()
@@ -348,7 +336,7 @@ class BatchFeeder:
                 self._fail(outcome)
         if not decoded:
             with self._changed:
-                self._batches_ahead -= 1
+                self._decoding.remove(batch)
             self._release(batch.region)
             return
         ready = DecodedBatch(
@@ -358,6 +346,7 @@ class BatchFeeder:
             partial(self._release, batch.region),
         )
         with self._changed:
+            self._decoding.remove(batch)
             self._ready.append(ready)
             self._changed.notify_all()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.ingest.arena import Arena
-from adc_worker.ingest.decode import DecodeEngine, ThreadEngine
+from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -46,33 +45,8 @@ class JobDataLoader(DataLoader[DecodedBatch]):
         )
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
-        self._feeder = feeder
-        self._arena = arena
-
-    @property
-    def readiness(self) -> float:
-        """Share of the batches asked for that were ready at once."""
-        return self._feeder.batches_ready / max(1, self._feeder.batches_asked)
-
-    @property
-    def last_ready(self) -> bool:
-        """Whether the last batch was."""
-        return self._feeder.last_ready
-
-    @property
-    def waiting(self) -> int:
-        """Staged images that wait for admission."""
-        return self._feeder.waiting
-
-    @property
-    def decode_pids(self) -> list[int]:
-        """The processes that decode for this loader; none where threads do."""
-        return self._feeder.decode_pids
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that decoded pixels take now: what the arena has touched so far."""
-        return self._arena.resident_bytes
+        self.feeder = feeder
+        self.arena = arena
 
     def apply(self, plan: IngestPlan) -> bool:
         """Follow another plan from the next batch on; False when that takes a new loader."""
@@ -80,33 +54,13 @@ class JobDataLoader(DataLoader[DecodedBatch]):
             return False
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
-        self._feeder.apply(plan)
+        self.feeder.apply(plan)
         return True
-
-    def pause(self, paused: bool) -> None:
-        """Admit one image at a time, or as the plan says again."""
-        self._feeder.pause(paused)
-
-    def stop(self) -> None:
-        """Admit nothing more; what is admitted still comes out."""
-        self._feeder.stop()
 
     def close(self) -> None:
         """End every thread of the loader and give its memory back."""
-        self._feeder.close()
-        self._arena.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
-_ENGINES: Mapping[str, Callable[[Arena, int, int], DecodeEngine]] = {
-    "threads": ThreadEngine,
-    "processes": ProcessEngine,
-}
+        self.feeder.close()
+        self.arena.close()
 
 
 def build_dataloader(
@@ -115,12 +69,13 @@ def build_dataloader(
     on_failure: Callable[[StagedImage, ImageError], None],
     on_admit: Callable[[Sequence[StagedImage]], None] = lambda _images: None,
 ) -> JobDataLoader:
-    """Build the loader of a job.
+    """Build the loader of a job; whoever takes it closes it.
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
     """
     arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
-    engine = _ENGINES[plan.decode_engine](arena, plan.decode_workers, plan.scratch_bytes)
+    decode_engine = ThreadEngine if plan.decode_engine == "threads" else ProcessEngine
+    engine = decode_engine(arena, plan.decode_workers, plan.scratch_bytes)
     feeder = BatchFeeder(
         plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
     )

@@ -21,9 +21,6 @@ class StagedQueue:
         self._ended = False
         self._listener: Callable[[], None] | None = None
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def put(self, image: StagedImage, *, urgent: bool = False) -> None:
         """Append an image; an urgent one (on its last delivery) goes to the front, here and in the feeder."""
         with self._changed:

@@ -93,6 +93,21 @@ class DeviceClock:
         self.total_s += begin.elapsed_time(end) / 1000
 
 
+class PeakVram:
+    """Measures how far the memory that tensors take on a GPU rises; 0 elsewhere. Written, not run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start_bytes = torch.cuda.memory_allocated(self._device)
+
+    def growth_bytes(self) -> int:
+        if self._device is None:
+            return 0
+        return max(0, torch.cuda.max_memory_allocated(self._device) - self._start_bytes)
+
+
 class _Copy(NamedTuple):
     span: tuple[int, int]
     images: torch.Tensor

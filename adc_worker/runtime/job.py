@@ -6,10 +6,9 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
@@ -24,6 +23,7 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
+from adc_worker.models.cache import free_bytes
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
@@ -35,14 +35,14 @@ from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.runtime.suspects import StruckOut
 from adc_worker.settings import Settings
-from adc_worker.tuning.governor import Decision, Governor, Observation
+from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
 from adc_worker.tuning.probe_report import ImageProbe
 
 _log = get_logger(__name__)
 
-_BACKPRESSURE_POLL_S = 1.0
+_PAUSE_S = 1.0
 DESCRIPTORS = 65_536  # more than any plan takes, and what most units set
 
 
@@ -68,7 +68,9 @@ class WorkerContext:
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
         """Measure the host, and this worker with the decoders and pixels of a loader."""
-        loaders_pids, loaders_bytes = (loader.decode_pids, loader.resident_bytes) if loader is not None else ([], 0)
+        loaders_pids, loaders_bytes = (
+            (loader.feeder.decode_pids, loader.arena.resident_bytes) if loader is not None else ([], 0)
+        )
         staged_bytes = self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
         return budget.measure(
             anonymous_bytes((*self.pids, *loaders_pids)) + loaders_bytes + staged_bytes,
@@ -76,7 +78,7 @@ class WorkerContext:
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
             staging_in_memory=self.staging.disk.in_memory,
-            vram_free_bytes=torch.cuda.mem_get_info(pipeline.device)[0] if pipeline.device.type == "cuda" else None,
+            vram_free_bytes=free_bytes(pipeline.device, None) if pipeline.device.type == "cuda" else None,
         )
 
 
@@ -122,7 +124,6 @@ def ceilings(settings: Settings) -> Ceilings:
 
 def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory: JobMemory, turn: Turn) -> JobSummary:
     """Work on a job until Antenna has no more tasks of it for us, or its turn is over. The models are loaded."""
-    started = time.monotonic()
     outcomes = JobOutcomes(job_id, context.journal, context.staging, context.poster)
     struck_out = StruckOut(job_id, context.journal, outcomes)
     intake = Intake(
@@ -154,56 +155,41 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
         context.poster.listen(None)
         intake.close()
-    _check_thread("intake", intake.failure)
+    run.check_background()
     worked = intake.fetched - intake.parked
     if worked:
-        run.log_summary(time.monotonic() - started)
+        run.log_summary()
     return JobSummary(worked, intake.error, intake.ended_empty, run.switch_s)
 
 
-def _check_thread(name: str, failure: BaseException | None) -> None:
-    if isinstance(failure, WorkerFault):
-        raise failure
-    if failure is not None:
-        raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
-
-
+@dataclass(slots=True)
 class _JobRun:
-    """The state of one turn of a job."""
+    """One turn of a job, and what people may see of it meanwhile."""
 
-    def __init__(
-        self,
-        job_id: int,
-        pipeline: Pipeline,
-        context: WorkerContext,
-        intake: Intake,
-        outcomes: JobOutcomes,
-        memory: JobMemory,
-        turn: Turn,
-        struck_out: StruckOut,
-    ) -> None:
-        self._log = _log.bind(job_id=job_id, pipeline=pipeline.slug)
-        self._job_id = job_id
-        self._pipeline = pipeline
-        self._context = context
-        self._intake = intake
-        self._outcomes = outcomes
-        self._memory = memory
-        self._turn = turn
-        self._struck_out = struck_out
-        self.switch_s: float | None = None
-        self._started = time.monotonic()
-        self._seen: ImageProbe | None = None
-        self._decision = ""
-        self._used_bytes = self._peak_bytes = 0
-        self._limit_bytes = 0
-        self._inference_s = 0.0
-        self._readiness = 0.0
-        self._started_at = time.time()
+    job_id: int
+    pipeline: Pipeline
+    context: WorkerContext
+    intake: Intake
+    outcomes: JobOutcomes
+    memory: JobMemory
+    turn: Turn
+    struck_out: StruckOut
+    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    switch_s: float | None = None
+    seen: ImageProbe | None = None
+    decision: str = ""
+    used_bytes: int = 0
+    peak_bytes: int = 0
+    limit_bytes: int = 0
+    inference_s: float = 0.0
+    readiness: float = 0.0
+    batches: int = 0
+    ready: int = 0  # of the batches, those that did not have to be waited for
 
     def view(self) -> JobView:
         """Tell how it goes; from any thread."""
-        outcomes, governor, seen = self._outcomes, self._memory.governor, self._seen
+        outcomes, governor, seen = self.outcomes, self.memory.governor, self.seen
         plan = governor.plan if governor is not None else None
         stages: tuple[StageView, ...] = ()
         if plan is not None and seen is not None:
@@ -213,60 +199,61 @@ class _JobRun:
                 StageView(name="inference", s_per_image=seen.inference_s, parallel=1),
             )
         return JobView(
-            id=self._job_id,
-            pipeline=self._pipeline.slug,
-            started_at=self._started_at,
-            tasks=self._intake.fetched,
+            id=self.job_id,
+            pipeline=self.pipeline.slug,
+            started_at=self.started_at,
+            tasks=self.intake.fetched,
             done=outcomes.done,
             failed=dict(outcomes.failed),
             left_to_lease=outcomes.given_up,
             detections=outcomes.detections,
-            in_hand=self._intake.fetched - outcomes.settled,
-            pending=self._intake.pending,
-            readiness=self._readiness,
-            inference_s=self._inference_s,
-            memory_bytes=self._used_bytes,
-            peak_bytes=self._peak_bytes,
+            in_hand=self.intake.fetched - outcomes.settled,
+            pending=self.intake.pending,
+            readiness=self.readiness,
+            inference_s=self.inference_s,
+            memory_bytes=self.used_bytes,
+            peak_bytes=self.peak_bytes,
             stages=stages,
             plan=plan.log_fields() if plan else {},
             why=dict(plan.why) if plan else {},
-            decision=self._decision,
+            decision=self.decision,
         )
 
     def probe_and_feed(self) -> None:
-        host = self._context.host(self._pipeline)
-        self._context.share.claim(host.used_bytes, busy=True)  # from here on the others make room
-        self._limit_bytes, self._peak_bytes = host.limit_bytes, host.used_bytes
-        governor = self._memory.governor
+        """Measure two tasks, unless an earlier turn did, and follow the plan that comes of it."""
+        host, governor = self.context.host(self.pipeline), self.memory.governor
+        self.context.share.claim(host.used_bytes, busy=True)  # from here on the others make room
+        self.limit_bytes, self.peak_bytes = host.limit_bytes, host.used_bytes
+        begun = self.started
         if governor is None:
-            governor = self._memory.governor = self._probe()
-            self._started = time.monotonic()  # a probe is work, and made once
+            governor = self.memory.governor = self._probe()
+            begun = time.monotonic()  # a probe is work, and made once
         if governor is not None:
-            self._intake.apply(IntakeLimits.of(governor.plan))
-            self._follow(governor)
-        if not self._turn.is_stopping():
-            self._struck_out.fail()
+            self.intake.apply(IntakeLimits.of(governor.plan))
+            self._follow(governor, begun)
+        if not self.turn.is_stopping():
+            self.struck_out.fail()
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
         with ThreadPoolExecutor(1, thread_name_prefix="captures") as threads:  # while the first images are on their way
-            captures = threads.submit(listed, self._context.client, self._job_id)
+            captures = threads.submit(listed, self.context.client, self.job_id)
             report = probe(
-                self._intake.staged,
-                self._pipeline,
-                lambda: self._context.host(self._pipeline),
-                self._outcomes,
-                self._context.life,
-                FIRST_INFERENCE_LEASES * self._context.lease.ack_wait_s,
-                self._context.stopping,
+                self.intake.staged,
+                self.pipeline,
+                lambda: self.context.host(self.pipeline),
+                self.outcomes,
+                self.context.life,
+                FIRST_INFERENCE_LEASES * self.context.lease.ack_wait_s,
+                self._wait_for_memory,
                 lambda: known_sizes(captures.result()),
             )
         if report is None:
             return None
-        host, lease = self._context.host(self._pipeline), self._context.lease
-        governor = Governor(self._context.policy, report, host, lease)
+        host, lease = self.context.host(self.pipeline), self.context.lease
+        governor = Governor(self.context.policy, report, host, lease)
         if governor.plan.descriptors > host.descriptors:
-            self._log.warning(
+            _log.warning(
                 "few_descriptors",
                 note=f"this process may open {host.descriptors} files and may need {governor.plan.descriptors}:"
                 f" set LimitNOFILE={DESCRIPTORS} in its systemd unit, or minfds={DESCRIPTORS} in supervisord.conf",
@@ -274,96 +261,82 @@ class _JobRun:
         self._log_plan(governor.plan, inputs={"report": asdict(report), "host": asdict(host), "lease": asdict(lease)})
         return governor
 
-    def _follow(self, governor: Governor) -> None:
+    def _follow(self, governor: Governor, begun: float) -> None:
         """Build a loader for the governor's plan, and another whenever that takes another."""
-        outcomes, loaded = self._outcomes, None
-        while governor.plan is not loaded and not (loaded and self._turn.is_stopping()):
+        loaded = None
+        while governor.plan is not loaded and not (loaded and self.turn.is_stopping()):
             loaded = governor.plan
-            self._context.share.claim(loaded.peak_bytes, busy=True)
-            with build_dataloader(loaded, self._intake.staged, outcomes.fail_staged, outcomes.begin) as loader:
-                loaded = self._feed(loader, governor)
-                self._readiness = loader.readiness
+            self.context.share.claim(loaded.peak_bytes, busy=True)
+            staged, outcomes = self.intake.staged, self.outcomes
+            with closing(build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin)) as loader:
+                loaded = self._feed(loader, governor, begun)
 
-    def _log_plan(self, plan: IngestPlan, **more: Any) -> None:
-        self._intake.apply(IntakeLimits.of(plan))
-        self._log.info("plan", **plan.log_fields(), why=dict(plan.why), **more)
-
-    def _feed(self, loader: JobDataLoader, governor: Governor) -> IngestPlan:
+    def _feed(self, loader: JobDataLoader, governor: Governor, begun: float) -> IngestPlan:
         """Infer what the loader brings; return its last plan, which is not the governor's when that takes another."""
-        last_at = time.monotonic()
+        last_at, context = time.monotonic(), self.context
         for batch in loader:
-            if self._context.flushing.is_set():
+            if context.flushing.is_set():
                 break
             if self.switch_s is None:
-                self.switch_s = time.monotonic() - self._started
+                self.switch_s = time.monotonic() - begun
             measured_s = governor.inference_s * len(batch.staged)
-            limit_s = max(INFERENCE_LEASES * self._context.lease.ack_wait_s, INFERENCE_FACTOR * measured_s)
-            with batch, self._context.life.inference(limit_s):
-                stats = infer_and_keep(self._pipeline, batch.images, batch.staged, batch.reports, self._outcomes)
+            limit_s = max(INFERENCE_LEASES * context.lease.ack_wait_s, INFERENCE_FACTOR * measured_s)
+            with batch, context.life.inference(limit_s):
+                stats = infer_and_keep(self.pipeline, batch.images, batch.staged, batch.reports, self.outcomes)
                 image, images = measured_image(batch.staged, batch.reports, stats), len(batch.staged)
             now = time.monotonic()
-            observed = self._observation(loader, image, images, now - last_at, governor)
+            observed = Observation(
+                image=image,
+                images=images,
+                batch_s=now - last_at,
+                ready=loader.feeder.last_ready,
+                host=context.host(self.pipeline, loader),
+                arena_bytes=loader.arena.resident_bytes,
+                stalled_percent=stalled_percent(),
+                in_force=loader.plan is governor.plan,
+            )
             last_at = now
-            self._context.life.status(f"job {self._job_id}: {self._outcomes.done} images done")
-            self._struck_out.fail_once_others_succeed()
-            decision = governor.observe(observed)
-            loader.pause(decision.paused)
-            if decision.plan is not loader.plan and observed.in_force:
-                self._log_plan(decision.plan)
-                if loader.apply(decision.plan):
-                    self._context.share.claim(decision.plan.peak_bytes, busy=True)
-                else:
-                    loader.stop()
-            self._inference_s += stats.inference_s
-            self._intake.pace(images / max(stats.inference_s, 1e-6))
-            self._peak_bytes = max(self._peak_bytes, observed.host.used_bytes)
-            self._seen, self._used_bytes, self._readiness = image, observed.host.used_bytes, governor.readiness
-            self._decision = f"{decision.action}: {decision.reason}"
-            self._log_batch(loader, stats, observed, decision, governor.readiness)
-            self._check_background()
+            context.life.status(f"job {self.job_id}: {self.outcomes.done} images done")
+            self.struck_out.fail_once_others_succeed()
+            self.intake.pace(images / max(stats.inference_s, 1e-6))
+            self._govern(loader, governor, observed, stats)
+            self.check_background()
             self._wait_for_room()
-            if self._turn.is_stopping():
-                self._intake.stop()
-                loader.stop()
-            if self._turn.breaks_off():  # what is decoded stays on disk, too: no later batch is waited for
+            if self.turn.is_stopping():
+                self.intake.stop()
+                loader.feeder.stop()
+            if self.turn.breaks_off():  # what is decoded stays on disk, too: no later batch is waited for
                 break
         return loader.plan
 
-    def _observation(
-        self, loader: JobDataLoader, image: ImageProbe, images: int, batch_s: float, governor: Governor
-    ) -> Observation:
-        return Observation(
-            image=image,
-            images=images,
-            batch_s=batch_s,
-            ready=loader.last_ready,
-            waiting=loader.waiting,
-            host=self._context.host(self._pipeline, loader),
-            arena_bytes=loader.resident_bytes,
-            stalled_percent=stalled_percent(),
-            in_force=loader.plan is governor.plan,
-        )
-
-    def _log_batch(
-        self,
-        loader: JobDataLoader,
-        stats: InferenceStats,
-        observed: Observation,
-        decision: Decision,
-        readiness: float,
-    ) -> None:
-        """Write all that the decision was made from, so that it can be made again."""
-        plan = loader.plan
-        self._log.info(
+    def _govern(self, loader: JobDataLoader, governor: Governor, observed: Observation, stats: InferenceStats) -> None:
+        """Do what the governor decides, and write all that it was decided from, so that it can be decided again."""
+        decision = governor.observe(observed)
+        loader.feeder.pause(decision.paused)
+        if decision.plan is not loader.plan and observed.in_force:
+            self._log_plan(decision.plan)
+            if loader.apply(decision.plan):
+                self.context.share.claim(decision.plan.peak_bytes, busy=True)
+            else:
+                loader.feeder.stop()
+        self.seen, self.used_bytes, self.readiness = observed.image, observed.host.used_bytes, governor.readiness
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self.inference_s += stats.inference_s
+        self.batches += 1
+        self.ready += observed.ready
+        self.decision = f"{decision.action}: {decision.reason}"
+        _log.info(
             "batch",
+            job_id=self.job_id,
+            pipeline=self.pipeline.slug,
             images=observed.images,
             inference_s=round(stats.inference_s, 4),
             keep_s=round(stats.keep_s, 4),
             detections=stats.detections,
-            readiness=round(readiness, 3),
-            memory_bytes=observed.host.used_bytes,
-            predicted_bytes=plan.peak_bytes,
-            plan=plan.log_fields(),
+            readiness=round(governor.readiness, 3),
+            memory_bytes=self.used_bytes,
+            predicted_bytes=loader.plan.peak_bytes,
+            plan=loader.plan.log_fields(),
             budget_bytes=decision.budget_bytes,
             pressure=round(decision.pressure, 3),
             action=decision.action,
@@ -372,23 +345,43 @@ class _JobRun:
             observed=asdict(observed),
         )
 
-    def _check_background(self) -> None:
-        _check_thread("intake", self._intake.failure)
-        _check_thread("poster", self._context.poster.failure)
+    def _log_plan(self, plan: IngestPlan, **more: Any) -> None:
+        self.intake.apply(IntakeLimits.of(plan))
+        _log.info(
+            "plan", job_id=self.job_id, pipeline=self.pipeline.slug, **plan.log_fields(), why=dict(plan.why), **more
+        )
+
+    def check_background(self) -> None:
+        """Raise WorkerFault when a thread that a job needs has died."""
+        for name, failure in (("intake", self.intake.failure), ("poster", self.context.poster.failure)):
+            if isinstance(failure, WorkerFault):
+                raise failure
+            if failure is not None:
+                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
     def _wait_for_room(self) -> None:
         """Pause while too many results wait for Antenna, or the next ones could not be kept."""
-        journal = self._context.journal
-        while (journal.fault or journal.is_full()) and not self._context.stopping.wait(_BACKPRESSURE_POLL_S):
-            self._intake.moved()  # not by us: Antenna or the disk is waited for
-            self._check_background()
+        while (self.context.journal.fault or self.context.journal.is_full()) and not self.turn.is_stopping():
+            self._pause()
 
-    def log_summary(self, wall_s: float) -> None:
-        outcomes, governor = self._outcomes, self._memory.governor
-        plan = governor.plan if governor is not None else None
-        self._log.info(
+    def _wait_for_memory(self) -> bool:
+        """Pause while others hold the memory; False when it is another job's turn, or time to stop."""
+        self._pause()
+        return not self.turn.fetches_no_more(0.0)
+
+    def _pause(self) -> None:
+        self.intake.moved()  # not by us: Antenna, the disk or another worker is waited for
+        self.check_background()
+        self.context.stopping.wait(_PAUSE_S)
+
+    def log_summary(self) -> None:
+        outcomes, governor = self.outcomes, self.memory.governor
+        plan, wall_s = governor.plan if governor is not None else None, time.monotonic() - self.started
+        _log.info(
             "job_summary",
-            tasks=self._intake.fetched,
+            job_id=self.job_id,
+            pipeline=self.pipeline.slug,
+            tasks=self.intake.fetched,
             done=outcomes.done,
             failed=dict(outcomes.failed),
             left_to_lease=outcomes.given_up,
@@ -396,10 +389,10 @@ class _JobRun:
             detections=outcomes.detections,
             wall_s=round(wall_s, 3),
             images_per_s=round(outcomes.done / wall_s, 3),
-            inference_share=round(self._inference_s / wall_s, 3),
-            readiness=round(self._readiness, 3),
-            peak_memory_bytes=self._peak_bytes,
-            memory_limit_bytes=self._limit_bytes,
+            inference_share=round(self.inference_s / wall_s, 3),
+            readiness=round(self.ready / max(1, self.batches), 3),
+            peak_memory_bytes=self.peak_bytes,
+            memory_limit_bytes=self.limit_bytes,
             predicted_peak_bytes=plan.peak_bytes if plan else None,
             binds=plan.binds if plan else None,
             pid=os.getpid(),

@@ -17,7 +17,6 @@ class WorkerOptions:
     project: int | None = None
     exit_when_idle: bool = False
     env_file: str | None = None
-    caution: float = 1.0  # part of its memory a child plans with, after its predecessors were killed for memory
     log_format: LogFormat = "json"
 
     @property

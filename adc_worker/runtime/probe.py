@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 
@@ -19,6 +18,7 @@ from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.log import get_logger
+from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import Outcomes
@@ -27,7 +27,6 @@ from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, sp
 
 PROBE_IMAGES = 2
 ALIKE = 1.5  # two probes whose pixels differ by more do not tell what the others are
-_MEMORY_POLL_S = 0.5
 _log = get_logger(__name__)
 
 
@@ -52,47 +51,56 @@ def probe(
     outcomes: Outcomes,
     life: SignsOfLife,
     limit_s: float,
-    stopping: threading.Event,
+    wait: Callable[[], bool],
     sizes: Callable[[], Sequence[Sighting]] = list,
 ) -> ProbeReport | None:
     """Measure up to two images that can be decoded, one at a time and `limit_s` at most; None when the job has none.
 
-    An image that fails has its outcome and another takes its place. One for which others on this host leave no memory
-    waits for it. What is staged by then tells its size and how long a download takes over open connections; `sizes`
-    returns those that Antenna lists.
+    An image that fails, or whose lease is over, has its outcome and another takes its place. One for which others on
+    this host leave no memory waits for it, as long as `wait`, which lets a moment pass, says so. What is staged by then
+    tells its size and how long a download takes over open connections; `sizes` returns those that Antenna lists.
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
-    inference_peak_bytes = 0
+    inference_peak_bytes = vram_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
-            if not _wait_for_memory(image, measure, stopping):
+            if not _wait_for_memory(image, measure, wait):
                 source.put_back([image])
                 return None
+            if not source.still_wanted(image):
+                continue
             with life.inference(limit_s):
+                vram = PeakVram(pipeline.device)
                 measured, peak_bytes = _measure(image, pipeline, outcomes)
         except ImageError as error:
             outcomes.fail_staged(image, error)
             continue
         probes.append(measured)
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
+        vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
     pixels, known = [one.tensor_bytes for one in probes], sizes()
     uncertain = not known and (len(probes) < PROBE_IMAGES or max(pixels) > ALIKE * min(pixels))
-    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, uncertain)
+    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain)
     return report.with_sighted([*map(_sighting, source.waiting()), *known])
 
 
 def _sighting(image: StagedImage) -> Sighting:
-    header = image.header
+    header, download = image.header, image.download
     return Sighting(
-        header.width_px, header.height_px, header.compressed_bytes, header.scratch_bytes, image.download.total_s
+        header.width_px,
+        header.height_px,
+        header.compressed_bytes,
+        header.scratch_bytes,
+        download.first_byte_s,
+        download.total_s,
     )
 
 
-def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stopping: threading.Event) -> bool:
-    """Wait until the image fits beside what others hold; False when stopping comes first."""
+def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> bool:
+    """Wait until the image fits beside what others hold; False when that is not to be waited for any more."""
     needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
     while True:
         host = measure()
@@ -105,7 +113,7 @@ def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], stop
             note = "others on this host hold the rest: stop one of them, or raise its memory limit"
             _log.warning("waiting_for_memory", needed_bytes=needed, available_bytes=host.available_bytes, note=note)
             said = True
-        if stopping.wait(_MEMORY_POLL_S):
+        if not wait():
             return False
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -19,8 +19,6 @@ import psutil
 
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
-from adc_worker.host.memory import oom_kills
-from adc_worker.host.share import CAUTION_MIN, CAUTION_STEP
 from adc_worker.log import get_logger
 from adc_worker.runtime.notify import notify, watchdog_period_s
 from adc_worker.runtime.options import WorkerOptions
@@ -75,8 +73,6 @@ class _Child:
     silent_until: float = float("inf")  # monotonic seconds; past that it hangs
     overdue: int = 0  # how often that was found
     died: tuple[int, str] | None = None  # the process before, if its death was of its own making
-    oom_kills: int = 0  # the kernel's count when it was started
-    caution: float = 1.0
 
 
 @dataclass(slots=True)
@@ -161,8 +157,7 @@ class Supervisor:
             environment["CUDA_VISIBLE_DEVICES"] = child.gpu
         child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(signs_write, True)
-        options, child.oom_kills = replace(self._options, caution=child.caution), oom_kills()
-        arguments = [options.to_json(), str(signs_write), json.dumps(child.died)]
+        arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]
         child.process = subprocess.Popen(
             [sys.executable, "-m", "adc_worker.runtime.worker", *arguments],
             stdin=subprocess.PIPE,  # commands, and a lifeline: it closes when this process is gone
@@ -260,9 +255,6 @@ class Supervisor:
         elif code == ExitCode.RECYCLE:
             child.restart_at = time.monotonic()
         else:
-            if code == -signal.SIGKILL and oom_kills() > child.oom_kills:
-                child.caution = max(CAUTION_MIN, child.caution * CAUTION_STEP)
-                _log.warning("child_killed_for_memory", pid=process.pid, plans_with=round(child.caution, 3))
             if time.monotonic() - child.started_at > STEADY_S:
                 child.backoff_s = RESTART_FIRST_S
             child.restart_at = time.monotonic() + child.backoff_s

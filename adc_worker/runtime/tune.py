@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -151,13 +150,13 @@ def tune(config: Settings, target: str) -> Tuning:
 
         host = measure()
         _stage_listed(captures, staging, queue)
-        source = f"{len(queue)} of {len(captures)} photographs that Antenna listed; no task was taken"
-        if not len(queue):
+        source = f"{len(queue.waiting())} of {len(captures)} photographs that Antenna listed; no task was taken"
+        if not queue.waiting():
             sink = stack.enter_context(_tasks(client, images, config, job.id, queue))
-            source = f"{len(queue)} tasks, worked off and posted: Antenna lists no photograph that could be had"
+            source = f"{len(queue.waiting())} tasks, worked off and posted: Antenna lists no photograph to be had"
         queue.end()
-        limit_s = config.antenna_ack_wait_seconds
-        report = probe(queue, pipeline, measure, sink, SignsOfLife(), limit_s, Event(), lambda: known_sizes(captures))
+        known, limit_s = known_sizes(captures), config.antenna_ack_wait_seconds
+        report = probe(queue, pipeline, measure, sink, SignsOfLife(), limit_s, lambda: True, lambda: known)
     if report is None:
         raise ConfigurationError(f"{target}: no image of job {job.id} could be measured; try another job")
     lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
@@ -172,7 +171,7 @@ def _stage_listed(captures: Sequence[Capture], staging: StagingArea, queue: Stag
     apart = max(1, len(captures) // PROBE_IMAGES)
     candidates = [one for first in range(min(apart, ATTEMPTS)) for one in captures[first::apart]]
     for number, one in enumerate(candidates):
-        if len(queue) == PROBE_IMAGES:
+        if len(queue.waiting()) == PROBE_IMAGES:
             return
         with suppress(ImageError, LinkError):
             task = Task(image_id=one.id, image_url=one.url, reply_subject="none")

@@ -37,6 +37,7 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
+from adc_worker.models.cache import set_apart
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
@@ -208,12 +209,10 @@ class WorkerLoop:
                 "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
             )
             return None
-        gc.unfreeze()  # what an evicted model leaves can go
-        gc.collect()
-        gc.freeze()  # models and libraries stay: without this a collection after each job takes 0.1 s
-        _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
         if not self._specs[slug].cached:
             self._loaded[slug] = pipeline
+            set_apart()
+            _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
         return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
@@ -249,8 +248,10 @@ def run(
     with (
         ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2) as images,
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
-        closing(MemoryShare(config.user_data_path, options.caution)) as share,
+        closing(MemoryShare(config.user_data_path)) as share,
     ):
+        if share.after_kill:
+            _log.warning("predecessor_killed_for_memory", plans_with=share.caution)
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         suspects = journal.accuse(died, oom_kills())
         expired, swept = journal.drop_expired(), staging.sweep(journal.unfinished_ids)

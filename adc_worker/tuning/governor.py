@@ -28,14 +28,19 @@ GROWTH, SHRINKAGE, LINK_CHANGE = 1.25, 1 / 1.5, 3.0
 LARGER_BATCHES, SMALLER_BATCHES = 2, 20
 FIRST_BATCHES = 4  # stand in for a probe that says little about its job
 READY_ENOUGH, GAIN = 0.95, 1.03
-SETTLE_BATCHES = 5  # after a change, before memory that came back is used
+# A step plans downloads and decodes to be so many times slower, which asks for more of these; the more often that was
+# in vain, the slower.
+STEP, STEPS = 1.5, ("download_concurrency", "decode_workers", "prefetch_factor", "batch_size")
 WINDOW_BATCHES = 20  # over which rates and readiness are compared
-PATIENCE_MAX_BATCHES = 640
+# Before anything grows its last change is this old: a worker that starts beside this one takes memory for its libraries
+# first, and for a job some seconds later (RESULTS.md, "The governor").
+SETTLE_S = 5.0
+PATIENCE_MAX = 32  # times as long, after changes that were in vain
 DISTURBED = 1.25  # inference this much slower than the probe's, which ran without decoders beside it
 # Some process waited for memory this share of the time: no growth. At 60 % systemd-oomd begins to kill.
 STALLED_PERCENT, STALLED_STOP_PERCENT = 10.0, 60.0
-# While memory goes on falling batch by batch, a shrink plans for what it will be this many batches later.
-FALLING_BATCHES, AHEAD_BATCHES = 3, 20
+# Memory that fell with each of the last batches is planned to go on falling, for as long as a process takes to load.
+FALLING_BATCHES, AHEAD_S = 4, 10.0
 
 Action = Literal["hold", "shrink", "grow", "step", "undo", "replan", "pause", "resume"]
 
@@ -49,7 +54,6 @@ class Observation:
         images: how many it had.
         batch_s: seconds since the batch before it.
         ready: whether it was ready when it was asked for.
-        waiting: staged images that wait for admission.
         host: memory, limit and cores at its end; `used_bytes` with the arena.
         arena_bytes: what of the arena is resident.
         stalled_percent: time in which some process waited for memory.
@@ -60,7 +64,6 @@ class Observation:
     images: int
     batch_s: float
     ready: bool
-    waiting: int
     host: HostBudget
     arena_bytes: int
     stalled_percent: float
@@ -86,23 +89,34 @@ class Decision:
     budget_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What was before a step, and has to be beaten."""
+
+    plan: IngestPlan
+    slack: float
+    images_per_s: float
+
+
 class Governor:
     """Holds the plan of one job. Feed it every batch."""
 
     def __init__(self, policy: IngestPolicy, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> None:
+        self.plan = policy.plan(report, host, lease)
         self._policy = policy
         self._report = report
         self._lease = lease
+        self._slack = 1.0  # times slower than measured, that downloads and decodes are planned to be
         self._seen: deque[ImageProbe] = deque(maxlen=SMALLER_BATCHES)
         self._recent: deque[Observation] = deque(maxlen=WINDOW_BATCHES)  # since the last change took effect
+        self._available: deque[tuple[float, int]] = deque(maxlen=FALLING_BATCHES)  # (seconds, bytes)
         self._unexplained: deque[int] = deque([0], maxlen=WINDOW_BATCHES)
-        self._available: deque[int] = deque(maxlen=FALLING_BATCHES + 1)
-        self._since_change = 0
-        # Batches between a change and the next one upwards; they double when that was in vain.
-        self._patience: dict[Action, int] = {"grow": SETTLE_BATCHES, "step": WINDOW_BATCHES}
-        self._grew_last = self._paused = self._engine_tried = False
-        self._trial: tuple[IngestPlan, float] | None = None  # the plan before a step, and its images per second
-        self._follow(policy.plan(report, host, lease), self._room_bytes(host))
+        self._planned_room_bytes = self._room_bytes(host)
+        self._last_change: Action = "hold"
+        self._since_change, self._since_change_s = 0, 0.0
+        self._patience: dict[Action, int] = {"grow": 1, "step": 1}  # doubles when that was in vain
+        self._trial: _Trial | None = None
+        self._paused = self._engine_tried = False
 
     @property
     def readiness(self) -> float:
@@ -118,7 +132,7 @@ class Governor:
         """Take one batch's observation; return the decision. One change at a time: none before the last is in force."""
         host = self._as_if_idle(seen)
         room_bytes = self._room_bytes(host)
-        self._available.append(host.available_bytes)
+        self._available.append((seen.batch_s, host.available_bytes))
         pressure = (seen.host.used_bytes - self._base_bytes) / max(1, room_bytes)
         action: Action = "hold"
         reason = "the last change takes effect with the next loader"
@@ -126,6 +140,7 @@ class Governor:
             self._recent.append(seen)
             self._seen.append(seen.image)
             self._since_change += 1
+            self._since_change_s += seen.batch_s
             action, reason = self._change(seen, host, pressure)
             # A smaller plan takes another loader, and the old one admits nothing more: that is the stop above 0.90.
             paused = action != "shrink" and self._pauses(pressure, seen.stalled_percent)
@@ -145,7 +160,7 @@ class Governor:
     def _as_if_idle(self, seen: Observation) -> HostBudget:
         """Note memory that no plan accounts for; return the host with what ingest holds counted as available."""
         if seen.in_force:
-            planned_bytes = self.plan.peak_bytes - self.plan.arena_bytes - self._planned_base_bytes
+            planned_bytes = self.plan.peak_bytes - self.plan.arena_bytes - self.plan.base_bytes
             beside_bytes = seen.host.used_bytes - seen.arena_bytes - self._report.base_bytes
             self._unexplained.append(max(0, beside_bytes - planned_bytes))
         held_bytes = max(0, seen.host.used_bytes - self._base_bytes)
@@ -154,120 +169,121 @@ class Governor:
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
             resized = self._report.uncertain or report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
-            self._report = report
+            self._report, self._slack = report, 1.0
             self._seen.clear()
-            plan = self._made(host)
+            plan = self._made(host, self._slack)
             # A link that is ten times slower and still fast enough changes nothing.
             if resized or plan.download_concurrency != self.plan.download_concurrency:
-                self._follow(plan, self._room_bytes(host))
                 size_mb = report.tensor_bytes_per_image / 1e6
-                return "replan", f"{size_mb:.0f} MB and {report.download_s:.2f} s an image now"
+                self._planned_room_bytes = self._room_bytes(host)
+                return self._take("replan", plan, f"{size_mb:.0f} MB and {report.download_s:.2f} s an image now")
         if pressure > SHRINK_ABOVE:
             return self._shrink(host)
         if self._trial is not None:
-            return self._judge(*self._trial)
+            return self._judge(self._trial)
         if pressure >= GROW_BELOW:
             return "hold", "in its range"
         if seen.stalled_percent > STALLED_PERCENT:
             return "hold", f"processes waited for memory {seen.stalled_percent:.0f} % of the time"
-        return self._grow(host) or self._step(host) or ("hold", "nothing to grow with")
+        return self._grow(replace(host, available_bytes=min(size_bytes for _seconds, size_bytes in self._available)))
 
     def _drifted(self) -> ProbeReport | None:
         """Return the report to plan with when images or link have changed for good."""
-        report, seen = self._report, self._seen
+        report, seen, downloads_at_once = self._report, self._seen, self.plan.download_concurrency
         if report.uncertain and len(seen) == FIRST_BATCHES:
-            return report.measured_by(tuple(seen))
+            return report.measured_by(tuple(seen), downloads_at_once)
         if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
-            return report.for_images_like(seen[-1])
+            return report.for_images_like(seen[-1], downloads_at_once)
         downloads = [one for one in seen if one.download_s > 0]  # the rest were on disk from an earlier run
         if _changed([one.download_s / report.download_s for one in downloads], LINK_CHANGE, 1 / LINK_CHANGE):
-            return report.for_link_like(downloads[-1])
+            return report.for_link_like(downloads[-1], downloads_at_once)
         return None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
-        fall_bytes = min((before - after for before, after in pairwise(self._available)), default=0)
-        room_bytes = max(0, self._room_bytes(host) - AHEAD_BATCHES * max(0, fall_bytes))
-        target = replace(host, available_bytes=min(host.available_bytes, int(SHRINK_TO / AIM * room_bytes)))
-        smaller = self._made(target)
+        falls = [(before - after) / seconds for (_, before), (seconds, after) in pairwise(self._available)]
+        falling = max(0.0, min(falls)) if len(falls) == FALLING_BATCHES - 1 else 0.0  # bytes/s
+        room_bytes = max(0, self._room_bytes(host) - int(AHEAD_S * falling))
+        smaller = self._made(replace(host, available_bytes=int(SHRINK_TO / AIM * room_bytes)), self._slack)
         if smaller.arena_bytes > 0.95 * self.plan.arena_bytes:
             return "hold", "there is no smaller plan"
-        if self._grew_last:
-            self._lose_patience("grow")
-        self._follow(smaller, room_bytes)
-        return "shrink", f"above {SHRINK_ABOVE}, to {SHRINK_TO} of {room_bytes / 1e6:.0f} MB"
+        self._lose_patience()
+        self._planned_room_bytes = room_bytes
+        return self._take("shrink", smaller, f"above {SHRINK_ABOVE}, to {SHRINK_TO} of {room_bytes / 1e6:.0f} MB")
 
-    def _grow(self, host: HostBudget) -> tuple[Action, str] | None:
-        """Use memory that came back since the plan was made, if the GPU waits."""
-        planned_bytes = self._planned_room_bytes
+    def _grow(self, host: HostBudget) -> tuple[Action, str]:
+        """Use memory that came back, or else try something beyond the policy's plan."""
         room_bytes = self._room_bytes(host)
-        if self._since_change < self._patience["grow"] or room_bytes <= GROWTH * planned_bytes:
-            return None
-        plan = self._made(host)
-        if plan.arena_bytes <= self.plan.arena_bytes or self.readiness >= READY_ENOUGH:
-            return None
-        self._follow(plan, room_bytes, grew=True)
-        return "grow", f"{room_bytes / 1e6:.0f} MB for ingest instead of {planned_bytes / 1e6:.0f} MB"
-
-    def _step(self, host: HostBudget) -> tuple[Action, str] | None:
-        """Try something beyond the policy's plan; it has to prove itself."""
-        if self._policy.fixed or self._since_change < self._patience["step"]:
-            return None
-        if self._disturbed():
+        ready = f"{self.readiness:.0%} of the batches were ready"
+        hungry = self.readiness < READY_ENOUGH
+        plan = self._made(host, self._slack)
+        returned = room_bytes > GROWTH * self._planned_room_bytes and plan.arena_bytes > self.plan.arena_bytes
+        # Batches that memory keeps small are the GPU's loss, ready or not.
+        if returned and (hungry or self.plan.binds == "memory"):
+            if not self._has_settled("grow"):
+                return "hold", "memory that came back is used when it stays"
+            reason = f"{room_bytes / 1e6:.0f} MB for ingest instead of {self._planned_room_bytes / 1e6:.0f} MB"
+            self._planned_room_bytes = room_bytes
+            return self._take("grow", plan, reason)
+        if not self._has_settled("step"):
+            return "hold", "the last change settles"
+        if self._is_disturbed():
             self._engine_tried = True
-            plan, reason = in_processes(self.plan), "inference is slower beside decode threads: decode processes"
-        elif self.readiness < READY_ENOUGH:
-            link_short = median(one.waiting for one in self._recent) < self.plan.batch_size
-            larger = self._policy.larger(self.plan, host, link_short=link_short)
-            plan, reason = larger or self.plan, f"only {self.readiness:.0%} of the batches were ready"
-        else:
-            return "hold", f"{self.readiness:.0%} of the batches were ready"
-        if plan is self.plan or plan.peak_bytes - self._planned_base_bytes > AIM * self._room_bytes(host):
-            return None
-        trial = (self.plan, self._images_per_s())
-        self._take(plan, grew=True)
-        self._trial = trial
-        return "step", reason
+            return self._try(in_processes(self.plan), self._slack, "decode threads slow inference: decode processes")
+        slack = STEP * self._patience["step"] * self._slack
+        plan = self._made(host, slack)
+        if hungry and any(getattr(plan, name) > getattr(self.plan, name) for name in STEPS):
+            return self._try(plan, slack, ready)
+        return "hold", f"{ready}; nothing to grow with"
 
-    def _disturbed(self) -> bool:
-        """Whether a GPU's inference is slower beside decode threads than the probe's was without."""
-        if not self._recent[-1].host.gpu or self._engine_tried or len(self._recent) < WINDOW_BATCHES:
+    def _has_settled(self, action: Action) -> bool:
+        """Tell whether the last change is old enough for one upwards: the gate of every growth."""
+        patience = self._patience[action]
+        return self._since_change >= patience * WINDOW_BATCHES and self._since_change_s >= patience * SETTLE_S
+
+    def _is_disturbed(self) -> bool:
+        """Tell whether a GPU's inference is slower beside decode threads than the probe's was without."""
+        if not self._recent[-1].host.gpu or self._engine_tried:
             return False
         return median(one.image.inference_s for one in self._recent) > DISTURBED * self._report.inference_s
 
-    def _judge(self, before: IngestPlan, images_per_s: float) -> tuple[Action, str]:
+    def _try(self, plan: IngestPlan, slack: float, reason: str) -> tuple[Action, str]:
+        """Go beyond what the policy planned; it has to prove itself."""
+        trial = _Trial(self.plan, self._slack, self._images_per_s())
+        taken = self._take("step", plan, reason)
+        self._slack, self._trial = slack, trial
+        return taken
+
+    def _judge(self, trial: _Trial) -> tuple[Action, str]:
         if len(self._recent) < WINDOW_BATCHES:
             return "hold", f"a step is on trial for {WINDOW_BATCHES} batches"
         self._trial = None
-        compared = f"{self._images_per_s():.2f} images/s after {images_per_s:.2f}"
-        if self._images_per_s() >= GAIN * images_per_s:
+        compared = f"{self._images_per_s():.2f} images/s after {trial.images_per_s:.2f}"
+        if self._images_per_s() >= GAIN * trial.images_per_s:
             return "hold", f"the step stays: {compared}"
-        self._lose_patience("step")
-        self._take(before)
-        return "undo", compared
+        self._lose_patience()
+        self._slack = trial.slack
+        return self._take("undo", trial.plan, compared)
 
-    def _lose_patience(self, action: Action) -> None:
-        self._patience[action] = min(PATIENCE_MAX_BATCHES, 2 * self._patience[action])
+    def _lose_patience(self) -> None:
+        """Note that the last growth was in vain, if the last change was one."""
+        if self._last_change in self._patience:
+            self._patience[self._last_change] = min(PATIENCE_MAX, 2 * self._patience[self._last_change])
 
     def _images_per_s(self) -> float:
         return sum(one.images for one in self._recent) / sum(one.batch_s for one in self._recent)
 
-    def _made(self, host: HostBudget) -> IngestPlan:
-        report = replace(self._report, base_bytes=self._base_bytes)
+    def _made(self, host: HostBudget, slack: float) -> IngestPlan:
+        report = replace(self._report.slower(slack), base_bytes=self._base_bytes)
         plan = self._policy.plan(report, host, self._lease)
         return plan if self.plan.decode_engine == "threads" else in_processes(plan)
 
-    def _follow(self, plan: IngestPlan, room_bytes: int, *, grew: bool = False) -> None:
-        """Take a plan of the policy's, made for so much memory for ingest."""
-        self._planned_base_bytes = self._base_bytes
-        self._planned_room_bytes = room_bytes
-        self._take(plan, grew=grew)
-
-    def _take(self, plan: IngestPlan, *, grew: bool = False) -> None:
+    def _take(self, action: Action, plan: IngestPlan, reason: str) -> tuple[Action, str]:
         self.plan = plan
-        self._grew_last = grew
+        self._last_change = action
         self._trial = None
-        self._since_change = 0
+        self._since_change, self._since_change_s = 0, 0.0
         self._recent.clear()
+        return action, reason
 
     def _pauses(self, pressure: float, stalled_percent: float) -> bool:
         if pressure > STOP_ABOVE or stalled_percent > STALLED_STOP_PERCENT:

@@ -29,6 +29,7 @@ class IngestPlan:
         fetch_size: most tasks per fetch.
         held_limit: most tasks leased at once.
         batch_wait_s: how long the oldest image of a batch waits for company.
+        base_bytes: memory of the process tree that ingest has no part in.
         peak_bytes: predicted peak memory of the whole process tree.
         images_per_s: predicted rate.
         binds: what limits that rate: "link", "decode", "inference", "memory" or "lease".
@@ -49,6 +50,7 @@ class IngestPlan:
     fetch_size: int
     held_limit: int
     batch_wait_s: float
+    base_bytes: int
     peak_bytes: int
     images_per_s: float
     binds: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from adc_worker.antenna.leases import LeaseTerms
@@ -52,44 +52,11 @@ class Ceilings:
     images_per_call: int = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Rates:
-    """Images per second that each stage can reach alone."""
-
-    link: float
-    decode: float
-    inference: float
-
-    @property
-    def slowest(self) -> float:
-        return min(self.link, self.decode, self.inference)
-
-    @property
-    def binds(self) -> str:
-        return min((self.link, "link"), (self.decode, "decode"), (self.inference, "inference"))[1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """How memory is shared between running decodes and the images of batches with all they need."""
-
-    decode_workers: int
-    scratch_bytes: int
-    images_bytes: int
-    hard_bytes: int  # the same up to the hard limit, for one image at a time
-    staged_bytes: int  # compressed images, where those are in memory
-
-
 class IngestPolicy:
     """Plans how a job is fed. The same inputs always give the same plan."""
 
     def __init__(self, ceilings: Ceilings | None = None) -> None:
         self._ceilings = ceilings or Ceilings()
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the operator's values are taken as they are."""
-        return self._ceilings.mode == "fixed"
 
     def budget_bytes(self, base_bytes: int, host: HostBudget) -> int:
         """Return the memory of which plans leave a fifth of ingest's part: so they reach the soft cap and no more."""
@@ -98,35 +65,62 @@ class IngestPolicy:
 
     def plan(self, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> IngestPlan:
         """Return the plan for a job that looks like `report` on a machine like `host`."""
-        why: dict[str, str] = {}
-        room = self._room(report, host, self._wanted_workers(report, host, why), why)
-        workers = room.decode_workers
-        downloads_most = self._downloads_most()
-        rates = _Rates(downloads_most / report.download_s, workers / max(report.decode_s, 1e-6), 1 / report.inference_s)
-        rate = rates.slowest
-        held = lease.held_limit(rate)
-        why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {lease.ack_wait_s:.0f} s of lease = {held}"
-        wanted = self._wanted_batch(report, why)
-        batch = self._fit_batch(report, room, wanted, max(1, held // 2), why)
-        prefetch = self._prefetch(report, room, wanted, why)
-        arena = self._arena(report, room, batch, prefetch, why)
-        batch_bytes = self._batch_bytes(report, arena, why)
-        downloads = self._downloads(report, rate, downloads_most, why)
-        staged = self._staged_ahead(report, host, rate, downloads, batch, held, why)
-        fetch = self._fetch_size(rate, staged, why)
-        working_set = self._working_set(report, batch)
-        reserve = _reserve(report) + room.staged_bytes
-        peak = report.base_bytes + arena + room.scratch_bytes + working_set + reserve
+        room_bytes = AIM * (self.budget_bytes(report.base_bytes, host) - report.base_bytes)
+        return _Arithmetic(self._ceilings, report, host, lease, int(room_bytes)).plan()
+
+
+@dataclass(slots=True)
+class _Arithmetic:
+    """That of one plan: what fixes a field says why."""
+
+    ceilings: Ceilings
+    report: ProbeReport
+    host: HostBudget
+    lease: LeaseTerms
+    room_bytes: int  # what a plan may take beside the base
+    why: dict[str, str] = field(default_factory=dict)
+
+    def plan(self) -> IngestPlan:
+        report, host, why = self.report, self.host, self.why
+        staged_bytes = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
+        reserve = RESERVE_BYTES * (2 if report.uncertain else 1) + staged_bytes
+        workers, scratch, images_bytes = self._share_memory(self._wanted_workers(), self.room_bytes - reserve)
+        downloads_most = self._operators(DOWNLOADS_MAX, self.ceilings.downloads, FIXED_DOWNLOADS)
+        rates = {
+            # What the probe's downloads brought: they may have shared the link.
+            "link": min(downloads_most / report.download_s, report.downloads / max(report.transfer_s, 1e-6)),
+            "decode": workers / max(report.decode_s, 1e-6),
+            "inference": 1 / report.inference_s,
+        }
+        slowest = min(rates, key=lambda stage: rates[stage])
+        rate = rates[slowest]
+        # What the link may turn out to give: connections share it or not, and only having them tells.
+        hoped = min(downloads_most / report.download_s, rates["decode"], rates["inference"])
+        held = self.lease.held_limit(rate)
+        why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {self.lease.ack_wait_s:.0f} s of lease = {held}"
+        wanted = self._wanted_batch()
+        batch = self._batch(images_bytes, wanted, max(1, held // 2))
+        prefetch = self._prefetch(images_bytes - self._working_set(wanted), wanted, workers)
+        arena = self._arena(images_bytes - self._working_set(batch), batch, prefetch)
+        batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
+        why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(batch_bytes)}"
+        downloads = self._downloads(hoped, downloads_most)
+        staged = self._staged_ahead(hoped, downloads, batch, held)
+        working_set = self._working_set(batch)
+        peak = report.base_bytes + arena + scratch + working_set + reserve
         why["peak_bytes"] = (
-            f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(room.scratch_bytes)}"
+            f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(scratch)}"
             f" + inference {_mb(working_set)} + reserve {_mb(reserve)} = {_mb(peak)}"
         )
-        binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else rates.binds
+        binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else slowest
         why["images_per_s"] = (
-            f"link {rates.link:.1f} ({downloads_most} downloads of {report.download_s:.2f} s), "
-            f"decode {rates.decode:.1f} ({workers} x {report.decode_s:.3f} s), "
-            f"inference {rates.inference:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
+            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s, {report.downloads} of "
+            f"{report.transfer_s:.2f} s may share it), "
+            f"decode {rates['decode']:.1f} ({workers} x {report.decode_s:.3f} s), "
+            f"inference {rates['inference']:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
         )
+        # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
+        solo = host.limit_bytes - report.base_bytes - reserve - scratch - self._working_set(1)
         return IngestPlan(
             batch_size=batch,
             batch_bytes=batch_bytes,
@@ -134,184 +128,145 @@ class IngestPolicy:
             decode_workers=workers,
             decode_engine="threads",
             arena_bytes=arena,
-            scratch_bytes=room.scratch_bytes,
-            solo_bytes=max(arena, room.hard_bytes),
-            pin_memory=self._pin_memory(host, why),
+            scratch_bytes=scratch,
+            solo_bytes=max(arena, solo),
+            pin_memory=self._pin_memory(),
             download_concurrency=downloads,
             staged_ahead=staged,
-            fetch_size=fetch,
+            fetch_size=self._fetch_size(hoped, staged),
             held_limit=held,
             batch_wait_s=batch * report.inference_s,
+            base_bytes=report.base_bytes,
             peak_bytes=peak,
             images_per_s=rate,
             binds=binds,
             why=why,
         )
 
-    def larger(self, plan: IngestPlan, host: HostBudget, *, link_short: bool) -> IngestPlan | None:
-        """Return a plan with one step more of what the GPU seems to wait for; None when there is no such step."""
-        more: dict[str, int] = {}
-        if link_short and plan.download_concurrency < self._downloads_most():
-            more["download_concurrency"] = min(2 * plan.download_concurrency, self._downloads_most())
-            more["staged_ahead"] = min(plan.held_limit, plan.staged_ahead + plan.download_concurrency)
-        elif not link_short and plan.decode_workers < _at_most(host.cores, self._ceilings.decode_workers):
-            more["decode_workers"] = plan.decode_workers + 1
-            more["scratch_bytes"] = plan.scratch_bytes // plan.decode_workers * more["decode_workers"]
-        elif (
-            not link_short
-            and plan.binds == "inference"
-            and plan.prefetch_factor < _at_most(PREFETCH_MAX, self._ceilings.prefetch_factor)
-        ):
-            more["prefetch_factor"] = plan.prefetch_factor + 1
-            more["arena_bytes"] = plan.arena_bytes + plan.batch_bytes
-        else:
-            return None
-        added_bytes = sum(more[name] - getattr(plan, name) for name in more if name.endswith("_bytes"))
-        why = {name: f"{value} in place of {getattr(plan, name)}: the GPU waited" for name, value in more.items()}
-        return replace(plan, why={**plan.why, **why}, peak_bytes=plan.peak_bytes + added_bytes, **more)  # type: ignore[arg-type]
+    @property
+    def _fixed(self) -> bool:
+        return self.ceilings.mode == "fixed"
 
-    def _wanted_workers(self, report: ProbeReport, host: HostBudget, why: dict[str, str]) -> int:
-        if self.fixed:
-            workers = _at_most(self._ceilings.fixed_decode_workers, self._ceilings.decode_workers)
-            why["decode_workers"] = f"AMI_NUM_WORKERS or its old default: {workers}"
+    def _operators(self, computed: int, ceiling: int | None, old_default: int) -> int:
+        """Return the computed value within the operator's ceiling; in fixed mode that itself, or its old default."""
+        return (ceiling or old_default) if self._fixed else _at_most(computed, ceiling)
+
+    def _wanted_workers(self) -> int:
+        report, cores = self.report, self.host.cores
+        if self._fixed:
+            workers = _at_most(self.ceilings.fixed_decode_workers, self.ceilings.decode_workers)
+            self.why["decode_workers"] = f"AMI_NUM_WORKERS or its old default: {workers}"
             return workers
         needed = math.ceil(DECODE_HEADROOM * report.decode_s / report.inference_s)
-        workers = _at_most(max(1, min(needed, host.cores)), self._ceilings.decode_workers)
-        why["decode_workers"] = (
+        workers = _at_most(max(1, min(needed, cores)), self.ceilings.decode_workers)
+        self.why["decode_workers"] = (
             f"{DECODE_HEADROOM} x decode {report.decode_s:.3f} s / inference {report.inference_s:.3f} s = {needed}, "
-            f"{host.cores} cores: {workers}"
+            f"{cores} cores: {workers}"
         )
         return workers
 
-    def _downloads_most(self) -> int:
-        if self.fixed:
-            return self._ceilings.downloads or FIXED_DOWNLOADS
-        return _at_most(DOWNLOADS_MAX, self._ceilings.downloads)
+    def _share_memory(self, wanted_workers: int, left: int) -> tuple[int, int, int]:
+        """Return decode workers, their scratch, and what is left for the images of batches with all they need.
 
-    def _room(self, report: ProbeReport, host: HostBudget, wanted_workers: int, why: dict[str, str]) -> _Room:
-        """Share memory between decodes and images; in proportion where it is scarce, so that more takes none away."""
-        scratch, image = report.decode_scratch_bytes + report.compressed_bytes, self._bytes_per_image(report)
-        staged = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
-        taken = report.base_bytes + _reserve(report) + staged
-        soft = int(AIM * (self.budget_bytes(report.base_bytes, host) - report.base_bytes)) + report.base_bytes - taken
-        hard = host.limit_bytes - taken  # what is available passes; an image that is refused is refused for good
-        workers = max(1, min(wanted_workers, soft // (scratch + image)))
-        left = min(soft - scratch, max(soft * image // (scratch + image), soft - wanted_workers * scratch))
-        why["decode_workers"] += f"; {_mb(max(0, soft))} holds {max(0, soft // (scratch + image))}"
-        solo = hard - workers * scratch - self._working_set(report, 1)
-        return _Room(workers, workers * scratch, left, solo, staged)
+        In proportion where memory is scarce, so that more takes none away.
+        """
+        one, image = self.report.decode_scratch_bytes + self.report.compressed_bytes, self._bytes_per_image
+        workers = max(1, min(wanted_workers, left // (one + image)))
+        self.why["decode_workers"] += f"; {_mb(max(0, left))} holds {max(0, left // (one + image))}"
+        return workers, workers * one, min(left - one, max(left * image // (one + image), left - wanted_workers * one))
 
-    def _working_set(self, report: ProbeReport, batch: int) -> int:
-        return report.inference_peak_bytes * min(self._ceilings.images_per_call, batch)
+    @property
+    def _place(self) -> int:
+        """An image's bytes in the arena: whole pages."""
+        return -(-self.report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
 
-    def _bytes_per_image(self, report: ProbeReport) -> int:
-        """Return what an image more in a batch costs: its place in each batch of the arena, and inference."""
-        return BATCHES_IN_ARENA * _place(report) + report.inference_peak_bytes
+    @property
+    def _bytes_per_image(self) -> int:
+        """What an image more in a batch costs: its place in each batch of the arena, and inference."""
+        return BATCHES_IN_ARENA * self._place + self.report.inference_peak_bytes
 
-    def _wanted_batch(self, report: ProbeReport, why: dict[str, str]) -> int:
-        if self.fixed:
-            why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
-            return self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
-        ratio = report.download_inference_ratio
+    def _working_set(self, batch: int) -> int:
+        return self.report.inference_peak_bytes * min(self.ceilings.images_per_call, batch)
+
+    def _wanted_batch(self) -> int:
+        if self._fixed:
+            self.why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
+            return self.ceilings.tasks_per_fetch or BATCH_SIZE_MAX
+        ratio, image_bytes = self.report.download_inference_ratio, self.report.tensor_bytes_per_image
         asked = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio)))
-        holds = max(1, BATCH_BYTES_CAP // report.tensor_bytes_per_image)
-        why["batch_size"] = (
-            f"download:inference {ratio:.2f} asks for {asked}; {_mb(report.tensor_bytes_per_image)} an image: "
+        holds = max(1, BATCH_BYTES_CAP // image_bytes)
+        self.why["batch_size"] = (
+            f"download:inference {ratio:.2f} asks for {asked}; {_mb(image_bytes)} an image: "
             f"{_mb(BATCH_BYTES_CAP)} a batch holds {holds}"
         )
         return min(asked, holds)
 
-    def _fit_batch(self, report: ProbeReport, room: _Room, wanted: int, lease: int, why: dict[str, str]) -> int:
-        fits = max(1, room.images_bytes // self._bytes_per_image(report))
+    def _batch(self, images_bytes: int, wanted: int, lease: int) -> int:
+        fits = max(1, images_bytes // self._bytes_per_image)
+        gpu, per_image = "", self.report.vram_peak_bytes
+        if per_image and self.host.vram_free_bytes < per_image * self.ceilings.images_per_call:  # else calls bound it
+            fits = min(fits, max(1, self.host.vram_free_bytes // per_image))
+            gpu = f" with {_mb(per_image)} of the GPU's {_mb(self.host.vram_free_bytes)} each"
         batch = min(wanted, lease, fits)
-        why["batch_size"] += (
-            f"; {_mb(max(0, room.images_bytes))} for images, {BATCHES_IN_ARENA} batches and inference holds"
-            f" {fits}, half the lease {lease}: {batch}"
+        self.why["batch_size"] += (
+            f"; {_mb(max(0, images_bytes))} for images, {BATCHES_IN_ARENA} batches and inference holds"
+            f" {fits}{gpu}, half the lease {lease}: {batch}"
         )
         return batch
 
-    def _batch_bytes(self, report: ProbeReport, arena_bytes: int, why: dict[str, str]) -> int:
-        value = max(report.tensor_bytes_per_image, arena_bytes // BATCHES_IN_ARENA)
-        why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(value)}"
-        return value
-
-    def _prefetch(self, report: ProbeReport, room: _Room, wanted_batch: int, why: dict[str, str]) -> int:
+    def _prefetch(self, pixels_bytes: int, wanted_batch: int, workers: int) -> int:
         """Return the batches decoded ahead: more than one only where memory holds the batches that were wanted."""
-        ratio = report.download_inference_ratio
-        wanted = min(PREFETCH_MAX, max(1, math.ceil(ratio)))
-        cap = self._pixels(report, room, wanted_batch)
-        if self.fixed:
-            wanted = self._ceilings.prefetch_factor or FIXED_PREFETCH
-        else:
-            cap = min(ARENA_BYTES_CAP, cap)
-        fits = max(1, cap // (wanted_batch * _place(report)) - (BATCHES_IN_ARENA - 1))
-        prefetch = _at_most(min(wanted, fits), self._ceilings.prefetch_factor)
-        why["prefetch_factor"] = f"download:inference {ratio:.2f} asks for {wanted}, {_mb(max(0, cap))} holds {fits}"
-        return prefetch
+        ratio = self.report.download_inference_ratio
+        # That many and one are decoded or ready at a time: every worker needs an image.
+        busy = max(1, min(PREFETCH_MAX, math.ceil(workers / wanted_batch) - 1))
+        computed = max(busy, min(PREFETCH_MAX, math.ceil(ratio)))
+        wanted = self._operators(computed, self.ceilings.prefetch_factor, FIXED_PREFETCH)
+        needed = (busy + BATCHES_IN_ARENA - 1) * wanted_batch * self._place if busy > 1 else 0
+        cap = pixels_bytes if self._fixed else min(max(ARENA_BYTES_CAP, needed), pixels_bytes)
+        fits = max(1, cap // (wanted_batch * self._place) - (BATCHES_IN_ARENA - 1))
+        self.why["prefetch_factor"] = (
+            f"download:inference {ratio:.2f} and {workers} decode workers ask for {wanted}, "
+            f"{_mb(max(0, cap))} holds {fits}"
+        )
+        return min(wanted, fits)
 
-    def _arena(self, report: ProbeReport, room: _Room, batch: int, prefetch: int, why: dict[str, str]) -> int:
-        batch_bytes = batch * _place(report)
+    def _arena(self, pixels_bytes: int, batch: int, prefetch: int) -> int:
+        batch_bytes = batch * self._place
         wanted = (prefetch + BATCHES_IN_ARENA - 1) * batch_bytes
-        left = self._pixels(report, room, batch)
-        arena = max(_place(report), min(wanted, left))
-        why["arena_bytes"] = (
+        self.why["arena_bytes"] = (
             f"({prefetch} ready + 1 inferred + 1 decoding) x {_mb(batch_bytes)} = {_mb(wanted)}, "
-            f"{_mb(max(0, left))} left for it"
+            f"{_mb(max(0, pixels_bytes))} left for it"
         )
-        return arena
+        return max(self._place, min(wanted, pixels_bytes))
 
-    def _pixels(self, report: ProbeReport, room: _Room, batch: int) -> int:
-        return room.images_bytes - self._working_set(report, batch)
-
-    def _downloads(self, report: ProbeReport, rate: float, most: int, why: dict[str, str]) -> int:
-        busy = DOWNLOAD_HEADROOM * rate * report.download_s
-        downloads = most if self.fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
-        why["download_concurrency"] = (
-            f"{rate:.2f} images/s x {report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
+    def _downloads(self, rate: float, most: int) -> int:
+        busy = DOWNLOAD_HEADROOM * rate * self.report.download_s
+        self.why["download_concurrency"] = (
+            f"{rate:.2f} images/s x {self.report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
         )
-        return downloads
+        return most if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
 
-    def _staged_ahead(
-        self, report: ProbeReport, host: HostBudget, rate: float, downloads: int, batch: int, held: int,
-        why: dict[str, str],
-    ) -> int:  # fmt: skip
+    def _staged_ahead(self, rate: float, downloads: int, batch: int, held: int) -> int:
         wanted = downloads + 2 * batch + math.ceil(rate * FETCH_COVER_S)
-        fits = max(1, host.staging_bytes // report.compressed_bytes)
-        staged = max(1, min(wanted, held, fits))
-        why["staged_ahead"] = (
+        fits = max(1, self.host.staging_bytes // self.report.compressed_bytes)
+        self.why["staged_ahead"] = (
             f"{downloads} downloading + 2 batches of {batch} + {FETCH_COVER_S:.0f} s of fetching = {wanted}; "
-            f"lease allows {held}, {'memory' if host.staging_in_memory else 'disk'} {fits}"
+            f"lease allows {held}, {'memory' if self.host.staging_in_memory else 'disk'} {fits}"
         )
-        return staged
+        return max(1, min(wanted, held, fits))
 
-    def _fetch_size(self, rate: float, staged: int, why: dict[str, str]) -> int:
-        wanted = min(TASKS_PER_FETCH_MAX, max(1, math.ceil(rate * FETCH_COVER_S)))
-        if self.fixed:
-            wanted = self._ceilings.tasks_per_fetch or BATCH_SIZE_MAX
-        fetch = _at_most(min(wanted, staged), self._ceilings.tasks_per_fetch)
-        why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
-        return fetch
+    def _fetch_size(self, rate: float, staged: int) -> int:
+        computed = min(TASKS_PER_FETCH_MAX, max(1, math.ceil(rate * FETCH_COVER_S)))
+        wanted = self._operators(computed, self.ceilings.tasks_per_fetch, BATCH_SIZE_MAX)
+        self.why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
+        return min(wanted, staged)
 
-    def _pin_memory(self, host: HostBudget, why: dict[str, str]) -> bool:
-        permitted = self._ceilings.pin_memory if not self.fixed else self._ceilings.pin_memory is not False
-        why["pin_memory"] = (
-            "no GPU"
-            if not host.gpu
-            else "permitted"
-            if permitted
-            else "off until a measurement on a GPU says otherwise"
-        )
-        return bool(host.gpu and permitted)
-
-
-def _place(report: ProbeReport) -> int:
-    """Return an image's bytes in the arena: whole pages."""
-    return -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
-
-
-def _reserve(report: ProbeReport) -> int:
-    """Return what is left unplanned: twice as much where the probe says little about the job."""
-    return RESERVE_BYTES * (2 if report.uncertain else 1)
+    def _pin_memory(self) -> bool:
+        allowed = self.ceilings.pin_memory
+        permitted = allowed is not False if self._fixed else bool(allowed)
+        reason = "permitted" if permitted else "off until a measurement on a GPU says otherwise"
+        self.why["pin_memory"] = reason if self.host.gpu else "no GPU"
+        return self.host.gpu and permitted
 
 
 def in_processes(plan: IngestPlan) -> IngestPlan:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
+PROBE_DOWNLOADS = 4
 PIXEL_BYTES = 3  # uint8 RGB, the form in which images wait and travel
 
 
@@ -37,6 +38,7 @@ class Sighting:
     height_px: int
     compressed_bytes: int = 0
     decode_scratch_bytes: int = 0
+    first_byte_s: float = 0.0
     download_s: float = 0.0
 
 
@@ -54,13 +56,17 @@ class ProbeReport:
         images: one or two probes, in the order they were inferred; then what was sighted, with the last one's times.
         base_bytes: memory of the process tree after the models were loaded.
         inference_peak_bytes: growth of the process's memory while inferring one image.
+        vram_peak_bytes: the same of the GPU's memory; 0 on the CPU.
         uncertain: whether one image alone, or two that differ, stand for the job: plans leave a wider margin.
+        downloads: how many there were at once, so how many may have shared the link.
     """
 
     images: tuple[ImageProbe, ...]
     base_bytes: int
     inference_peak_bytes: int
+    vram_peak_bytes: int = 0
     uncertain: bool = False
+    downloads: int = PROBE_DOWNLOADS
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -77,30 +83,45 @@ class ProbeReport:
                 height_px=seen.height_px,
                 compressed_bytes=seen.compressed_bytes or int(scale * measured.compressed_bytes),
                 decode_scratch_bytes=seen.decode_scratch_bytes or int(scale * measured.decode_scratch_bytes),
+                first_byte_s=seen.first_byte_s,
                 download_s=seen.download_s,
                 decode_s=scale * measured.decode_s,
             )
             images.append(more)
         report = replace(self, images=tuple(images))
         larger = report.tensor_bytes_per_image / self.tensor_bytes_per_image
-        return replace(report, inference_peak_bytes=int(larger * self.inference_peak_bytes))
+        inference, vram = (int(larger * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
+        return replace(report, inference_peak_bytes=inference, vram_peak_bytes=vram)
 
-    def measured_by(self, batches: Sequence[ImageProbe]) -> ProbeReport:
+    def measured_by(self, batches: Sequence[ImageProbe], downloads: int) -> ProbeReport:
         """Return the report with the times and the largest size of the first batches, each of them a mean image."""
         largest = max(batches, key=lambda one: one.tensor_bytes)
-        decode_s, inference_s = (median(getattr(one, name) for one in batches) for name in ("decode_s", "inference_s"))
-        downloads = [one.download_s for one in batches if one.download_s > 0] or [self.download_s]
-        seen = replace(largest, decode_s=decode_s, inference_s=inference_s, download_s=median(downloads))
-        return self.for_images_like(seen)
+        linked = [one for one in batches if one.download_s > 0] or self.images
+        seen = replace(
+            largest,
+            decode_s=median(one.decode_s for one in batches),
+            inference_s=median(one.inference_s for one in batches),
+            download_s=median(one.download_s for one in linked),
+            first_byte_s=median(one.first_byte_s for one in linked),
+        )
+        return self.for_images_like(seen, downloads)
 
-    def for_images_like(self, seen: ImageProbe) -> ProbeReport:
+    def for_images_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
         """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
         scale = seen.tensor_bytes / self.tensor_bytes_per_image
-        return ProbeReport((seen,), self.base_bytes, int(self.inference_peak_bytes * scale))
+        inference, vram = (int(scale * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
+        return ProbeReport((seen,), self.base_bytes, inference, vram, downloads=downloads)
 
-    def for_link_like(self, seen: ImageProbe) -> ProbeReport:
-        """Return the report of a job whose downloads take what `seen` took."""
+    def for_link_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
+        """Return the report of a job whose downloads, so many at once, take what `seen` took."""
         images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
+        return replace(self, images=tuple(images), downloads=downloads)
+
+    def slower(self, factor: float) -> ProbeReport:
+        """Return the report of a job whose downloads and decodes take `factor` times as long."""
+        images = (
+            replace(one, download_s=factor * one.download_s, decode_s=factor * one.decode_s) for one in self.images
+        )
         return replace(self, images=tuple(images))
 
     @property
@@ -121,6 +142,11 @@ class ProbeReport:
         """
         measured = [image.download_s for image in self.images if image.download_s > 0]
         return median(measured) if measured else self.inference_s
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds of the usual download after its first byte."""
+        return median([one.download_s - one.first_byte_s for one in self.images if one.download_s > 0] or [0.0])
 
     @property
     def decode_s(self) -> float:

@@ -32,7 +32,7 @@ class DecodeInProcesses(IngestPolicy):
 
 
 class Changed(IngestPolicy):
-    """The usual plan with the fields of a file, from which the governor takes no step; the usual one where it is {}."""
+    """The usual plan with the fields of a file, so that no step changes them; the usual one where it is {}."""
 
     def __init__(self, usual: Ceilings, file: Path) -> None:
         super().__init__(usual)
@@ -47,9 +47,6 @@ class Changed(IngestPolicy):
         scratch_bytes = changes["decode_workers"] * (report.decode_scratch_bytes + report.compressed_bytes)
         arena_bytes = (changes["prefetch_factor"] + BATCHES_IN_ARENA - 1) * batch_bytes
         return replace(made, **changes, batch_bytes=batch_bytes, arena_bytes=arena_bytes, scratch_bytes=scratch_bytes)  # type: ignore[arg-type]
-
-    def larger(self, plan: IngestPlan, host: HostBudget, *, link_short: bool) -> IngestPlan | None:
-        return None if self._changes() else super().larger(plan, host, link_short=link_short)
 
     def _changes(self) -> dict[str, int]:
         changes: dict[str, int] = json.loads(self._file.read_text())

@@ -92,29 +92,23 @@ def draw_governed(
     start_s = samples.held[0][0]
     figure, (memory, rate) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    memory.plot(*_series(samples.held, start_s), color=HELD, lw=1.2, label="all in the limit")
-    memory.axhline(limit_bytes / 1e9, color=LIMIT, lw=1.5)
+    memory.plot(*_series(samples.held, start_s), color=HELD, lw=1.2, label="all under the limit")
+    memory.axhline(limit_bytes / 1e9, color=LIMIT, lw=1.5, label="limit")
     for number, batches in enumerate(workers):
         for name, color in (("budget_bytes", PREDICTED), ("memory_bytes", OUT)):
             points = [(batch["at_s"], batch[name]) for batch in batches]
-            label = {"budget_bytes": "a worker's budget", "memory_bytes": "its use, measured"}[name]
+            label = {"budget_bytes": "each worker's budget", "memory_bytes": "its use, measured"}[name]
             memory.plot(*_series(points, start_s), color=color, lw=1.2, label=label if number == 0 else None)
         for batch in batches:
             if batch["action"] != "hold":
-                at = (batch["at_s"] - start_s, batch["memory_bytes"] / 1e9)
-                memory.annotate(
-                    batch["action"],
-                    at,
-                    xytext=(0, 12),
-                    textcoords="offset points",
-                    rotation=90,
-                    fontsize=8,
-                    ha="center",
-                    arrowprops={"arrowstyle": "-", "color": MUTED},
+                at_s = batch["at_s"] - start_s
+                memory.axvline(at_s, color=MUTED, lw=0.8, ls=":")
+                memory.text(
+                    at_s, limit_bytes / 1e9, batch["action"], rotation=90, fontsize=8, ha="right", va="top", color=INK
                 )
     memory.set_ylabel("GB")
-    memory.set_ylim(0, limit_bytes / 1e9 * 1.12)
-    memory.legend(loc="upper left", frameon=False, fontsize=8)
+    memory.set_ylim(0, limit_bytes / 1e9 * 1.05)
+    memory.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=8, borderaxespad=0.2)
     _draw_rate(rate, workers[0], start_s, None)
     rate.set_xlabel("seconds since the start of the first worker")
     for axes in (memory, rate):

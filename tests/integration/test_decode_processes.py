@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,7 @@ def test_a_job_comes_out_complete_while_its_decoders_are_killed(tmp_path: Path, 
     plan = ingest_plan(decode_engine="processes", decode_workers=2, batch_size=3)
     seen: list[int] = []
     kills = 0
-    with build_dataloader(plan, source, on_failure) as loader:
+    with closing(build_dataloader(plan, source, on_failure)) as loader:
         for batch in loader:
             with batch:
                 for row, image in zip(batch.images, batch.staged, strict=True):
@@ -327,7 +327,7 @@ def test_a_job_comes_out_complete_while_its_decoders_are_killed(tmp_path: Path, 
                 del row
             if chance.random() < 0.5:
                 with suppress(ProcessLookupError):  # it may have been found dead, and replaced, just now
-                    os.kill(chance.choice(loader.decode_pids), signal.SIGKILL)
+                    os.kill(chance.choice(loader.feeder.decode_pids), signal.SIGKILL)
                     kills += 1
     assert sorted(seen) == list(range(len(files)))
     assert failures == []

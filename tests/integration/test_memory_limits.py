@@ -105,17 +105,21 @@ def test_a_worker_that_arrives_in_the_others_peak_kills_neither(
             assert replayed(plan, batches, policy) == []
 
 
-def test_after_a_kernel_kill_the_next_child_plans_with_less_until_a_job_went_well(
+def test_after_a_kernel_kill_the_next_worker_plans_with_less_until_a_job_went_well(
     server: DevServer, large: Path, tmp_path: Path, limited: Callable[[int], MemoryCgroup]
 ) -> None:
-    """The kill costs no image; the second job is planned with everything again."""
+    """Also when the parent dies with it. The kill costs no image; the second job is planned with everything again."""
     group = limited(1 * GB)
     jobs = [server.add_job("greedy", [large] * 6) for _ in range(2)]
     env = environment(server, tmp_path / "data", GREEDY | {"GREEDY_MARKER": str(tmp_path / "once")})
+    with worker(env, "--exit-when-idle", within=group.within) as killed:
+        killed.wait_for("child_ended")
+        killed.process.kill()  # a second before it would start another child
+        killed.wait()
+        assert group.oom_kills() == 1
     with worker(env, "--exit-when-idle", within=group.within) as running:
         assert running.wait() == ExitCode.OK
-        assert group.oom_kills() == 1
-    assert running.events("child_killed_for_memory")[0]["plans_with"] == CAUTION_STEP
+    assert running.events("predecessor_killed_for_memory")[0]["plans_with"] == CAUTION_STEP
     assert [plan["inputs"]["host"]["caution"] for plan in running.events("plan")] == [CAUTION_STEP, 1.0]
     for job_id in jobs:
         wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS")  # type: ignore[misc]

@@ -38,7 +38,7 @@ class Governed:
     def observation(self, *, hog_bytes: int = 0, leak_bytes: int = 0, **changes: Any) -> Observation:
         """Return a usual batch: four images in 0.8 s, everything ready, beside others that hold `hog_bytes`."""
         plan = self.governor.plan
-        used_bytes = plan.peak_bytes - self.governor._planned_base_bytes + BASE + leak_bytes
+        used_bytes = plan.peak_bytes - plan.base_bytes + BASE + leak_bytes
         machine = host(
             limit_bytes=self.limit_bytes,
             available_bytes=max(0, self.limit_bytes - used_bytes - hog_bytes),
@@ -50,7 +50,6 @@ class Governed:
             images=4,
             batch_s=0.8,
             ready=True,
-            waiting=40,
             host=replace(machine, used_bytes=used_bytes),
             arena_bytes=plan.arena_bytes,
             stalled_percent=0.0,

@@ -21,6 +21,7 @@ _PLAN: dict[str, Any] = {
     "fetch_size": 1,
     "held_limit": 1,
     "batch_wait_s": 1e6,
+    "base_bytes": 0,
     "peak_bytes": 0,
     "images_per_s": 1.0,
     "binds": "decode",

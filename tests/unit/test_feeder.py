@@ -212,7 +212,6 @@ def test_a_pause_admits_one_image_at_a_time_and_only_into_an_empty_arena(feed: M
     one.use(batch)
     one.settle()
     assert one.engine.numbers == [0, 1]
-    assert one.feeder.waiting == 5
     one.feeder.pause(False)
     one.settle()
     assert one.engine.numbers == list(range(7))
@@ -565,7 +564,7 @@ def test_closing_gives_back_what_was_not_admitted_in_the_order_of_staging(feed: 
     one.put(5, shape=LONG_SHAPE)
     one.put_image(staged(8, Path("8.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True)
     one.settle()
-    assert len(one.source) == 0
+    assert one.source.take_all()[0] == []
     one.feeder.stop()
     one.engine.succeed_all()
     assert one.drain() == [[1], [2]]
@@ -692,13 +691,12 @@ def test_readiness_counts_the_batches_that_were_there_when_asked_for(feed: MakeF
         wait_until(lambda: len(one.feeder._changed._waiters) == 2)  # type: ignore[attr-defined]
         one.engine.succeed_all()
         one.use(asked.result(PATIENCE_S))
+    assert not one.feeder.last_ready
     one.put(2)
     one.settle()
     one.engine.succeed_all()
     one.use(one.next())
-    one.source.end()
-    assert one.next() is None
-    assert (one.feeder.batches_ready, one.feeder.batches_asked) == (1, 2)
+    assert one.feeder.last_ready
 
 
 def test_a_suspect_is_decoded_elsewhere_and_alone(feed: MakeFeed) -> None:

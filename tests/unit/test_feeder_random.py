@@ -170,7 +170,9 @@ class FeederMachine(RuleBasedStateMachine):
         feed = self._feed()
         assert feed.arena.used_bytes <= feed.arena.size_bytes
         assert feed.arena.size_bytes <= max(feed.plan.arena_bytes, feed.plan.solo_bytes)
-        assert feed.feeder._batches_ahead <= max(plan.prefetch_factor for plan in self.plans) + 1
+        assert (
+            len(feed.feeder._decoding) + len(feed.feeder._ready) <= max(plan.prefetch_factor for plan in self.plans) + 1
+        )
         hungry = any(decode.header.scratch_bytes > feed.plan.scratch_bytes for decode in feed.engine.running)
         if feed.arena.size_bytes != feed.plan.arena_bytes or hungry:
             assert feed.arena.size_bytes == feed.arena.used_bytes
@@ -394,13 +396,13 @@ def test_loaders_that_are_rebuilt_in_the_middle_bring_every_image_exactly_once(
                 decode_workers=data.draw(st.integers(1, 3), label="workers"),
                 batch_wait_s=data.draw(st.sampled_from([0.0, 1e6]), label="wait"),
             )
-            with build_dataloader(plan, source, on_failure) as loader:
+            with closing(build_dataloader(plan, source, on_failure)) as loader:
                 if batches == 0:
-                    loader.stop()
+                    loader.feeder.stop()
                 for count, batch in enumerate(loader, start=1):
                     with batch:
                         used += [image.id for image in batch.staged]
                     if count == batches:
-                        loader.stop()
+                        loader.feeder.stop()
     assert sorted(used + failed) == list(range(len(kinds)))
     assert all(kinds[number] == library.broken for number in failed)

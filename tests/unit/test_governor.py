@@ -7,19 +7,22 @@ from dataclasses import replace
 import pytest
 
 from adc_worker.tuning.governor import (
-    AHEAD_BATCHES,
+    AHEAD_S,
+    FALLING_BATCHES,
     GROWTH,
     LARGER_BATCHES,
-    SETTLE_BATCHES,
+    SETTLE_S,
     SMALLER_BATCHES,
     WINDOW_BATCHES,
 )
+from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings
 from adc_worker.tuning.probe_report import ImageProbe
 from tests.support.fakes import GB, MB, image_probe
 from tests.support.governed import BASE, Governed
 
 FIXED = Ceilings(mode="fixed", tasks_per_fetch=24, fixed_decode_workers=2)  # fills what memory it gets
+FEW = Ceilings(mode="fixed", tasks_per_fetch=4, fixed_decode_workers=2)  # fills it with batches that stay as large
 
 
 def _of_size(size: float) -> ImageProbe:
@@ -55,9 +58,10 @@ def test_memory_that_others_take_shrinks_the_plan_once() -> None:
 def test_memory_that_goes_on_falling_is_planned_for_at_once() -> None:
     """One change on the way down, however long it takes, and one up to what is left in the end."""
     job = Governed(ceilings=FIXED)
-    actions = [action for step in range(AHEAD_BATCHES) for action in job.actions(1, hog_bytes=step * 80 * MB)]
+    ramp = [step * 80 * MB for step in range(int(AHEAD_S / 0.5))]
+    actions = [action for hog_bytes in ramp for action in job.actions(1, hog_bytes=hog_bytes, batch_s=0.5)]
     assert actions == ["shrink"]
-    assert job.actions(20, hog_bytes=1600 * MB, ready=False) in ([], ["grow"])
+    assert job.actions(WINDOW_BATCHES, hog_bytes=ramp[-1]) in ([], ["grow"])
 
 
 def test_memory_that_comes_back_is_used_again() -> None:
@@ -71,22 +75,42 @@ def test_memory_that_comes_back_is_used_again() -> None:
 
 def test_memory_that_comes_back_is_left_alone_while_the_gpu_does_not_wait() -> None:
     """No growth beyond a readiness of 0.95."""
-    job = Governed(ceilings=FIXED)
+    job = Governed(ceilings=FEW)
     job.batches(20, hog_bytes=1200 * MB)
+    assert job.governor.plan.batch_size == FEW.tasks_per_fetch
     assert job.actions(100, ready=True) == []
+    assert job.actions(20, ready=False)[:1] == ["grow"]
+
+
+def test_batches_that_memory_kept_small_grow_with_it_though_they_are_always_ready() -> None:
+    """Once, after the memory has been there for a while, and to the plan from before."""
+    job = Governed(2 * GB)
+    before = job.governor.plan
+    assert job.actions(20, hog_bytes=650 * MB) == ["shrink"]
+    assert job.governor.plan.batch_size < before.batch_size
+    assert job.actions(FALLING_BATCHES - 1, batch_s=SETTLE_S) == []
+    assert job.actions(100) == ["grow"]
+    assert job.governor.plan.arena_bytes == before.arena_bytes
+
+
+def test_memory_that_comes_and_goes_changes_nothing() -> None:
+    """A shrunk plan waits for what stays."""
+    job = Governed(ceilings=FIXED)
+    job.batches(50, hog_bytes=1600 * MB)
+    assert [job.actions(1, hog_bytes=gone * MB) for gone in [0, 1600] * 50] == [[]] * 100
 
 
 def test_growth_that_was_in_vain_is_tried_ever_less_often() -> None:
     """A hog that comes back as soon as there is room costs a change twice as seldom each time."""
     job = Governed(ceilings=FIXED)
-    job.batches(SETTLE_BATCHES + 1, hog_bytes=1200 * MB)
+    job.batches(1, hog_bytes=1200 * MB)
     waits = []
     for _ in range(4):
         waited = 1
         while job.actions(1, ready=False) != ["grow"]:
             waited += 1
         waits.append(waited)
-        assert job.actions(SETTLE_BATCHES, hog_bytes=1200 * MB) == ["shrink"]
+        assert job.actions(1, hog_bytes=1200 * MB) == ["shrink"]
     assert waits[1:] == sorted(waits[1:])
     assert waits[-1] >= 4 * waits[0]
 
@@ -152,9 +176,21 @@ def test_a_step_that_does_not_help_is_undone_and_tried_half_as_often() -> None:
     assert job.actions(1, ready=False) == ["step"]
 
 
-def test_a_step_that_helps_stays() -> None:
-    """Half as fast again."""
+def test_a_step_after_one_in_vain_goes_further() -> None:
+    """The third asks for a decode worker more, where the first asked for a download more."""
     job = Governed()
+    before = job.governor.plan
+    plans: list[IngestPlan] = []
+    while len(plans) < 3:
+        (decision,) = job.batches(1, ready=False)
+        plans += [decision.plan] if decision.action == "step" else []
+    assert [plan.decode_workers - before.decode_workers for plan in plans] == [0, 1, 1]
+    assert plans[0].download_concurrency > before.download_concurrency
+
+
+def test_a_step_that_helps_stays() -> None:
+    """Half as fast again, and the next one goes on from there."""
+    job = Governed(probe=replace(image_probe(), decode_s=0.10))
     before = job.governor.plan
     assert job.actions(WINDOW_BATCHES + 1, ready=False) == ["step"]
     stepped = job.governor.plan
@@ -164,12 +200,11 @@ def test_a_step_that_helps_stays() -> None:
 
 
 def test_a_short_link_gets_more_downloads() -> None:
-    """Where nothing is staged, decoders are not what the GPU waits for."""
-    job = Governed()
+    """Measured faster than it is."""
+    job = Governed(probe=image_probe(download_s=1.0))
     before = job.governor.plan
-    job.batches(WINDOW_BATCHES + 1, ready=False, waiting=0)
-    assert job.governor.plan.download_concurrency > before.download_concurrency
-    assert job.governor.plan.decode_workers == before.decode_workers
+    assert job.actions(WINDOW_BATCHES, ready=False) == ["step"]
+    assert job.governor.plan.download_concurrency == pytest.approx(1.5 * before.download_concurrency, abs=1)
 
 
 def test_the_operators_ceilings_bind_steps_too() -> None:

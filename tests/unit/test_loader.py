@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class Job:
 @contextmanager
 def _job(folder: Path, files: list[bytes], **changes: float) -> Iterator[Job]:
     job = Job(folder, files, ingest_plan(**changes))
-    with job.loader:
+    with closing(job.loader):
         yield job
 
 
@@ -82,7 +82,7 @@ def test_its_batches_are_the_images_as_pillow_sees_them(tmp_path: Path) -> None:
 def test_torch_hands_out_the_arena_itself(tmp_path: Path) -> None:
     """No batch is copied on its way through the DataLoader."""
     with _job(tmp_path, [jpeg(), jpeg(seed=1)], batch_size=1) as job:
-        block = job.loader._arena._mapped().memory
+        block = job.loader.arena._mapped().memory
         for batch in job.loader:
             with batch:
                 offset = batch.images.data_ptr() - block.ctypes.data
@@ -120,8 +120,8 @@ def test_every_job_has_a_loader_of_its_own(tmp_path: Path) -> None:
     """Nothing of one job's memory or threads is in the next one's."""
     with _job(tmp_path, [jpeg()]) as first, _job(tmp_path, [jpeg()]) as second:
         assert first.loader is not second.loader
-        assert first.loader._arena is not second.loader._arena
-        assert first.loader._feeder is not second.loader._feeder
+        assert first.loader.arena is not second.loader.arena
+        assert first.loader.feeder is not second.loader.feeder
 
 
 def test_stopping_ends_the_iteration(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_stopping_ends_the_iteration(tmp_path: Path) -> None:
         for batch in job.loader:
             with batch:
                 seen += len(batch.staged)
-            job.loader.stop()
+            job.loader.feeder.stop()
         assert 1 <= seen <= 1 + job.loader.plan.prefetch_factor + 2
 
 
@@ -160,16 +160,6 @@ def test_a_consumer_that_fails_in_a_batch_leaves_nothing_either(tmp_path: Path) 
 
     with pytest.raises(ZeroDivisionError):
         use(tmp_path)
-
-
-def test_readiness_is_a_share(tmp_path: Path) -> None:
-    """Between nothing and all, also before the first batch."""
-    with _job(tmp_path, [jpeg(), jpeg()], batch_size=1) as job:
-        assert job.loader.readiness == 0
-        for batch in job.loader:
-            with batch:
-                pass
-        assert 0 <= job.loader.readiness <= 1
 
 
 def test_jobs_without_an_image_end_at_once(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +12,18 @@ import torch
 
 from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaClient
 from adc_worker.antenna.wire import Capture
-from adc_worker.errors import ImageError
+from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staged_queue import StagedQueue
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.models.simulated import Simulated
 from adc_worker.runtime.outcomes import ImageResult
-from adc_worker.runtime.probe import known_sizes, listed, probe
+from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.tuning.probe_report import ProbeReport, Sighting
-from tests.support.fakes import host
-from tests.support.images import bare_jpeg_header, jpeg, staged, written
+from tests.support.fakes import GB, MB, host
+from tests.support.images import bare_jpeg_header, header, jpeg, staged, written
 
 
 class Sink:
@@ -56,9 +56,7 @@ class Probed:
             self.queue.put(staged(number, path, read_header(path, 1 << 40)))
         self.queue.end()
         pipeline = Pipeline("simulated", Simulated(0.0), torch.device("cpu"))
-        self.report = probe(
-            self.queue, pipeline, host, self.sink, SignsOfLife(), 60.0, threading.Event(), lambda: sizes
-        )
+        self.report = probe(self.queue, pipeline, host, self.sink, SignsOfLife(), 60.0, lambda: True, lambda: sizes)
 
     @property
     def measured(self) -> ProbeReport:
@@ -145,3 +143,26 @@ def test_a_list_that_cannot_be_had_is_done_without(answer: httpx.Response) -> No
 def test_captures_of_unknown_size_tell_nothing() -> None:
     """Width and height may be null."""
     assert known_sizes([Capture(id="1", url="http://x"), Capture(id="2", url="http://x", width=5)]) == []
+
+
+LARGE = staged(1, Path("large.jpg"), header(8000, 6000))  # 144 MB decoded
+
+
+def test_an_image_waits_until_the_others_have_made_room() -> None:
+    """However often that has to be looked at."""
+    left, turns = deque([10, 20, 140, 1000]), deque([True] * 3)
+    assert _wait_for_memory(LARGE, lambda: host(available_bytes=left.popleft() * MB), turns.popleft)
+    assert (len(left), len(turns)) == (0, 0)
+
+
+def test_the_wait_ends_with_the_turn() -> None:
+    """The image is taken up again when it is the job's turn again."""
+    turns = deque([True, True, False])
+    assert not _wait_for_memory(LARGE, lambda: host(available_bytes=10 * MB), turns.popleft)
+    assert not turns
+
+
+def test_what_never_fits_is_not_waited_for() -> None:
+    """An image that exceeds the worker's part of the limit, whoever else holds what."""
+    with pytest.raises(ImageTooLarge, match="this worker has 100000000"):
+        _wait_for_memory(LARGE, lambda: host(limit_bytes=1 * GB + 100 * MB), lambda: True)

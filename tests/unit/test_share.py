@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from adc_worker.host.budget import HostBudget, measure
+from adc_worker.host.memory import machine_oom_kills
 from adc_worker.host.share import CAUTION_STEP, Claim, MemoryShare
 from tests.support.fakes import GB, MB
 from tests.support.waiting import wait_until
@@ -86,12 +87,37 @@ def test_looking_at_others_takes_no_slot_from_them(tmp_path: Path, stack: ExitSt
         assert {claim.size_bytes for claim in share.others()} == {0, MB, 2 * MB, 3 * MB} - {number % 4 * MB}
 
 
-def test_caution_goes_with_every_job_that_ends_well(tmp_path: Path, stack: ExitStack) -> None:
-    """Up to the whole and no further."""
-    share = stack.enter_context(closing(MemoryShare(tmp_path, caution=CAUTION_STEP**2)))
-    assert _budget(share).caution == pytest.approx(CAUTION_STEP**2)
-    share.recover()
+def _kill_a_holder(folder: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), "1"], stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        holder.kill()
+
+
+def test_who_follows_one_that_the_kernel_killed_plans_with_less(tmp_path: Path, stack: ExitStack) -> None:
+    """Whatever became of its parent: the slot remembers. Each job that ends well gives some back, also to the next."""
+    kills = machine_oom_kills()
+    for kill in (1, 2):
+        _kill_a_holder(tmp_path)
+        with closing(MemoryShare(tmp_path, lambda kill=kill: kills + kill)) as share:  # type: ignore[misc]
+            assert share.after_kill
+            assert _budget(share).caution == pytest.approx(CAUTION_STEP)
+            share.recover()
+            share.recover()
+            assert share.caution == 1.0
+    _kill_a_holder(tmp_path)
+    with closing(MemoryShare(tmp_path, lambda: kills + 1)):
+        pass
+    share = stack.enter_context(closing(MemoryShare(tmp_path, lambda: kills + 2)))
+    assert not share.after_kill
     assert share.caution == pytest.approx(CAUTION_STEP)
-    share.recover()
-    share.recover()
-    assert share.caution == 1.0
+
+
+def test_a_worker_that_ended_otherwise_leaves_no_caution(tmp_path: Path, stack: ExitStack) -> None:
+    """Killed while the kernel killed nobody, or ended well while it killed others."""
+    _kill_a_holder(tmp_path)
+    with closing(MemoryShare(tmp_path)) as share:
+        assert not share.after_kill
+    share = stack.enter_context(closing(MemoryShare(tmp_path, lambda: machine_oom_kills() + 1)))
+    assert (share.after_kill, share.caution) == (False, 1.0)

@@ -12,7 +12,7 @@ from adc_worker.tuning.probe_report import ProbeReport, Sighting, spread
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 USUAL = report(image_probe(decode_s=0.05, download_s=0.2))
-LARGE = Sighting(8192, 4320, 20 * MB, 15 * MB, 0.9)  # four times the pixels
+LARGE = Sighting(8192, 4320, 20 * MB, 15 * MB, 0.1, 0.9)  # four times the pixels
 
 
 def test_what_is_staged_behind_the_probe_is_planned_with_by_its_size() -> None:
