@@ -145,8 +145,8 @@ class ProbeReport:
 
     @property
     def transfer_s(self) -> float:
-        """Seconds of the usual download after its first byte."""
-        return median([one.download_s - one.first_byte_s for one in self.images if one.download_s > 0] or [0.0])
+        """Seconds that the mean download takes after its first byte: large images make a link's rate."""
+        return fmean([one.download_s - one.first_byte_s for one in self.images if one.download_s > 0] or [0.0])
 
     @property
     def decode_s(self) -> float:
