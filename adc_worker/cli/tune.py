@@ -87,7 +87,9 @@ def write_env(file: Path, values: dict[str, str]) -> None:
     """Set variables in an env file: in their places, or at its end; every other character stays as it is."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for name, value in values.items():
-        assignment = re.compile(rf"^(\s*(?:export\s+)?{name}\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s#]*)", re.MULTILINE)
+        assignment = re.compile(
+            rf"^([ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*)(\"[^\"]*\"|'[^']*'|[^\s#]*)", re.MULTILINE
+        )
         text, found = assignment.subn(rf"\g<1>{value}", text)
         if not found:
             text += ("" if not text or text.endswith("\n") else "\n") + f"{name}={value}\n"

@@ -16,7 +16,7 @@ import torch
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import Capture, Task
-from adc_worker.errors import ConfigurationError, ImageError, LinkError
+from adc_worker.errors import ConfigurationError, ImageError, LinkError, StagingFull
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import anonymous_bytes
@@ -135,8 +135,8 @@ def tune(config: Settings, target: str) -> Tuning:
         sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
         pipeline = registry.load(specs[job.pipeline_slug], device, sizes)
         staging = StagingArea(Path(folder), images, config.image_max_pixels, config.staging_max_bytes)
-        captures, queue, outcomes = listed(client, job.id), StagedQueue(), _Unposted()
-        sink: Outcomes = outcomes
+        captures, queue = listed(client, job.id), StagedQueue()
+        sink: Outcomes = _Unposted()
 
         def measure() -> HostBudget:
             return budget.measure(
@@ -173,7 +173,7 @@ def _stage_listed(captures: Sequence[Capture], staging: StagingArea, queue: Stag
     for number, one in enumerate(candidates):
         if len(queue.waiting()) == PROBE_IMAGES:
             return
-        with suppress(ImageError, LinkError):
+        with suppress(ImageError, LinkError, StagingFull):
             task = Task(image_id=one.id, image_url=one.url, reply_subject="none")
             queue.put(staging.stage(number, task, lambda: False))
 
@@ -193,7 +193,7 @@ def _tasks(
                     queue.put(staging.stage(held.id, held.task, lambda: False))
                 except ImageError as error:
                     outcomes.fail(held.id, held.task, error)
-                except LinkError as error:
+                except (LinkError, StagingFull) as error:
                     outcomes.give_up(held.id, held.task, str(error))
             yield outcomes
         finally:

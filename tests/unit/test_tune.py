@@ -15,6 +15,8 @@ export AMI_ANTENNA_API_BATCH_SIZE = 24   # too many?
 AMI_ANTENNA_API_AUTH_TOKEN="secret # not a comment"
 
 #AMI_NUM_WORKERS=4
+AMI_ANTENNA_API_DATALOADER_NUM_WORKERS=
+AMI_USER_DATA_PATH=/data
 AMI_LOG_FORMAT='json'
 """
 
@@ -25,7 +27,11 @@ def test_an_env_file_keeps_its_comments_and_its_order(tmp_path: Path) -> None:
     file.write_text(BEFORE)
     file.chmod(0o600)
     write_env(file, {"AMI_ANTENNA_API_BATCH_SIZE": "7", "AMI_NUM_WORKERS": "2", "AMI_LOG_FORMAT": "console"})
-    assert file.read_text() == (BEFORE.replace("= 24 ", "= 7 ").replace("'json'", "console") + "AMI_NUM_WORKERS=2\n")
+    write_env(file, {"AMI_ANTENNA_API_DATALOADER_NUM_WORKERS": "3"})
+    assert file.read_text() == (
+        BEFORE.replace("= 24 ", "= 7 ").replace("NUM_WORKERS=\n", "NUM_WORKERS=3\n").replace("'json'", "console")
+        + "AMI_NUM_WORKERS=2\n"
+    )
     assert file.stat().st_mode & 0o777 == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == [".env"]
 
