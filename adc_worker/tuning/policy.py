@@ -87,15 +87,13 @@ class _Arithmetic:
         workers, scratch, images_bytes = self._share_memory(self._wanted_workers(), self.room_bytes - reserve)
         downloads_most = self._operators(DOWNLOADS_MAX, self.ceilings.downloads, FIXED_DOWNLOADS)
         rates = {
-            # What the probe's downloads brought: they may have shared the link.
+            # What the probe's downloads brought: they may have shared the link, and only trying more of them tells.
             "link": min(downloads_most / report.download_s, report.downloads / max(report.transfer_s, 1e-6)),
             "decode": workers / max(report.decode_s, 1e-6),
             "inference": 1 / report.inference_s,
         }
         slowest = min(rates, key=lambda stage: rates[stage])
         rate = rates[slowest]
-        # What the link may turn out to give: connections share it or not, and only having them tells.
-        hoped = min(downloads_most / report.download_s, rates["decode"], rates["inference"])
         held = self.lease.held_limit(rate)
         why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {self.lease.ack_wait_s:.0f} s of lease = {held}"
         wanted = self._wanted_batch()
@@ -104,8 +102,8 @@ class _Arithmetic:
         arena = self._arena(images_bytes - self._working_set(batch), batch, prefetch)
         batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
         why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(batch_bytes)}"
-        downloads = self._downloads(hoped, downloads_most)
-        staged = self._staged_ahead(hoped, downloads, batch, held)
+        downloads = self._downloads(rate, downloads_most)
+        staged = self._staged_ahead(rate, downloads, batch, held)
         working_set = self._working_set(batch)
         peak = report.base_bytes + arena + scratch + working_set + reserve
         why["peak_bytes"] = (
@@ -133,7 +131,7 @@ class _Arithmetic:
             pin_memory=self._pin_memory(),
             download_concurrency=downloads,
             staged_ahead=staged,
-            fetch_size=self._fetch_size(hoped, staged),
+            fetch_size=self._fetch_size(rate, staged),
             held_limit=held,
             batch_wait_s=batch * report.inference_s,
             base_bytes=report.base_bytes,

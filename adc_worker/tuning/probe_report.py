@@ -118,10 +118,12 @@ class ProbeReport:
         return replace(self, images=tuple(images), downloads=downloads)
 
     def slower(self, factor: float) -> ProbeReport:
-        """Return the report of a job whose downloads and decodes take `factor` times as long."""
-        images = (
-            replace(one, download_s=factor * one.download_s, decode_s=factor * one.decode_s) for one in self.images
-        )
+        """Return that of a job whose decodes take `factor` times as long; and downloads, by a later first byte."""
+        images = []
+        for one in self.images:
+            more_s = (factor - 1) * one.download_s
+            waiting_s, decode_s = one.first_byte_s + more_s, factor * one.decode_s
+            images.append(replace(one, decode_s=decode_s, first_byte_s=waiting_s, download_s=one.download_s + more_s))
         return replace(self, images=tuple(images))
 
     @property
