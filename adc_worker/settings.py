@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, ByteSize, Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from adc_worker.errors import ConfigurationError
@@ -21,18 +20,54 @@ from adc_worker.redaction import redact
 
 ENV_PREFIX = "AMI_"
 Effect = Literal["required", "sets", "limits", "none"]
+_GROUPS = {  # by their first variable
+    "antenna_api_base_url": "antenna",
+    "user_data_path": "paths",
+    "memory_soft_cap": "memory",
+    "ingest_mode": "ingest",
+    "localization_batch_size": "models",
+    "worker_instances": "worker",
+    "image_base_path": "unused",
+}
 
 
 def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.port == 0:
+        raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
+    return value.rstrip("/")
+
+
+def _nats_url(value: SecretStr) -> SecretStr:
+    parts = urlsplit(value.get_secret_value())
+    if parts.scheme not in {"nats", "tls"} or not parts.hostname:
+        raise ValueError("must be a nats:// or tls:// URL such as nats://nats.example.org:4222")
+    return value
+
+
+def _address(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{'127.0.0.1:' if text.isdecimal() else ''}{text}")
+    if not parts.hostname or parts.port is None:  # asking for a port above 65535 raises ValueError, too
+        raise ValueError("must be a port, or an address and a port such as 0.0.0.0:9100")
+    return parts.hostname, parts.port
+
+
+def _status_port(value: str) -> str:
+    _address(value)
+    return value
+
+
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]  # no shell has read .env
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
 Networks = Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_commas)]
 
 
-def _setting(default: Any, sentence: str, effect: Effect = "sets", group: str = "worker", **bounds: Any) -> Any:
-    return Field(default, description=sentence, json_schema_extra={"effect": effect, "group": group}, **bounds)
+def _setting(default: Any, sentence: str, effect: Effect = "sets", **bounds: Any) -> Any:
+    return Field(default, description=sentence, json_schema_extra={"effect": effect}, **bounds)
 
 
 def _default_user_data_path() -> Path:
@@ -47,96 +82,86 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
-    antenna_api_base_url: str = _setting(
-        "http://localhost:8000/api/v2", "Antenna's API, with its version.", "required", "antenna"
+    antenna_api_base_url: Annotated[str, AfterValidator(_http_url)] = _setting(
+        "http://localhost:8000/api/v2", "Antenna's API, with its version.", "required"
     )
     antenna_api_auth_token: SecretStr = _setting(
-        SecretStr(""), "The token of this worker's user in Antenna.", "required", "antenna"
+        SecretStr(""), "The token of this worker's user in Antenna.", "required"
     )
-    antenna_api_auth_token_file: Path | None = _setting(
-        None, "A file that holds the token, for container secrets.", group="antenna"
+    antenna_api_auth_token_file: SecretStr | None = _setting(  # a path, but somebody may put the token itself there
+        None, "A file that holds the token, for container secrets."
     )
     antenna_service_name: str = _setting(
         "AMI Data Companion",
         "Name that `ami worker register` gives this service; {hostname} stands for the host's.",
-        group="antenna",
     )
     antenna_idle_sleep_seconds: float = _setting(
-        5.0, "Seconds between polls while there is no work.", group="antenna", ge=0.1, le=60
+        5.0,
+        "Seconds between polls while there is no work; after minutes without, up to six times as long.",
+        ge=0.1,
+        le=60,
     )
-    antenna_max_pending_posts: int = _setting(5, "Result posts under way at once.", group="antenna", ge=1, le=64)
-    antenna_max_post_bytes: ByteSize = _setting(
-        ByteSize(8_000_000), "Bytes of the largest result post.", group="antenna", ge=10_000
-    )
+    antenna_max_pending_posts: int = _setting(5, "Result posts under way at once.", ge=1, le=64)
+    antenna_max_post_bytes: ByteSize = _setting(ByteSize(8_000_000), "Bytes of the largest result post.", ge=10_000)
     antenna_ack_wait_seconds: float = _setting(
-        300.0, "Seconds Antenna waits for a result before it delivers the task again.", group="antenna", ge=1
+        300.0, "Seconds Antenna waits for a result before it delivers the task again.", ge=1
     )
-    antenna_max_deliver: int = _setting(2, "Deliveries Antenna gives a task.", group="antenna", ge=1)
+    antenna_max_deliver: int = _setting(2, "Deliveries Antenna gives a task.", ge=1)
     antenna_job_slice_seconds: float = _setting(
-        120.0, "Longest stretch on one job while others wait, in seconds.", group="antenna", ge=1
+        120.0, "Longest stretch on one job while others wait, in seconds.", ge=1
     )
-    antenna_nats_url: SecretStr | None = _setting(  # it may carry a password
-        None, "NATS, where it can be reached, to extend leases and hand tasks back.", group="antenna"
+    antenna_nats_url: Annotated[SecretStr, AfterValidator(_nats_url)] | None = _setting(  # it may carry a password
+        None, "NATS, where it can be reached, to extend leases and hand tasks back."
     )
 
-    user_data_path: Path = _setting(
-        _default_user_data_path(), "Folder of the journal, staged images and model weights.", group="paths"
+    user_data_path: Folder = _setting(
+        _default_user_data_path(), "Folder of the journal, staged images and model weights."
     )
     database_url: str | None = _setting(
         None,
         "Relocates the journal when it is a sqlite:/// URL; any other value has no effect.",
-        group="paths",
         repr=False,  # today's holds a password
     )
-    staging_path: Path | None = _setting(
-        None, "Folder for compressed images; by default under AMI_USER_DATA_PATH.", group="paths"
-    )
+    staging_path: Folder | None = _setting(None, "Folder for compressed images; by default under AMI_USER_DATA_PATH.")
     staging_max_bytes: ByteSize | None = _setting(
-        None, "Bytes of compressed images kept on disk; computed by default.", "limits", "paths", ge=1_000_000
+        None, "Bytes of compressed images kept on disk; computed by default.", "limits", ge=1_000_000
     )
 
-    memory_soft_cap: float = _setting(
-        0.7, "Share of the memory limit the worker plans with.", "limits", "memory", gt=0, le=0.95
-    )
+    memory_soft_cap: float = _setting(0.7, "Share of the memory limit the worker plans with.", "limits", gt=0, le=0.95)
     memory_limit_bytes: ByteSize | None = _setting(
-        None, "A memory limit in bytes below what the host gives.", "limits", "memory", ge=100_000_000
+        None, "A memory limit in bytes below what the host gives.", "limits", ge=100_000_000
     )
     image_max_bytes: ByteSize = _setting(
-        ByteSize(256_000_000), "Bytes of the largest compressed image accepted.", "limits", "memory", ge=1000
+        ByteSize(256_000_000), "Bytes of the largest compressed image accepted.", "limits", ge=1000
     )
-    image_max_pixels: int = _setting(400_000_000, "Pixels of the largest image accepted.", "limits", "memory", ge=1)
+    image_max_pixels: int = _setting(400_000_000, "Pixels of the largest image accepted.", "limits", ge=1)
 
     ingest_mode: Literal["auto", "fixed"] = _setting(
         "auto", "auto computes a plan per job; fixed takes the ingest variables, or their old defaults, as they are.",
-        group="ingest",
     )  # fmt: skip
     antenna_api_batch_size: int | None = _setting(
-        None, "Ceiling on tasks per fetch; in fixed mode also images per batch.", "limits", "ingest", ge=1
+        None, "Ceiling on tasks per fetch; in fixed mode also images per batch.", "limits", ge=1
     )
     antenna_api_dataloader_prefetch_factor: int | None = _setting(
-        None, "Ceiling on batches decoded ahead.", "limits", "ingest", ge=1
+        None, "Ceiling on batches decoded ahead.", "limits", ge=1
     )
     antenna_api_dataloader_pin_memory: bool | None = _setting(
-        None, "false forbids pinned memory, true permits it.", "limits", "ingest"
+        None, "false forbids pinned memory, true permits it.", "limits"
     )
     antenna_api_dataloader_download_threads: int | None = _setting(
-        None, "Ceiling on downloads at once.", "limits", "ingest", ge=1
+        None, "Ceiling on downloads at once.", "limits", ge=1
     )
-    antenna_api_dataloader_num_workers: int | None = _setting(
-        None, "Ceiling on decode workers.", "limits", "ingest", ge=1
-    )
+    antenna_api_dataloader_num_workers: int | None = _setting(None, "Ceiling on decode workers.", "limits", ge=1)
     num_workers: int | None = _setting(
-        None, "Decode workers in fixed mode (default 4); reported and not used in auto mode.", "limits", "ingest", ge=0
+        None, "Decode workers in fixed mode (default 4); reported and not used in auto mode.", "limits", ge=0
     )
 
-    localization_batch_size: int = _setting(8, "Images per detector call, as a ceiling.", "limits", "models", ge=1)
-    classification_batch_size: int = _setting(20, "Crops per classifier call, as a ceiling.", "limits", "models", ge=1)
+    localization_batch_size: int = _setting(8, "Images per detector call, as a ceiling.", "limits", ge=1)
+    classification_batch_size: int = _setting(20, "Crops per classifier call, as a ceiling.", "limits", ge=1)
     extra_pipelines: Names = _setting(
-        (), "Functions that return more pipelines, as package.module:function, comma-separated.", group="models"
+        (), "Functions that return more pipelines, as package.module:function, comma-separated."
     )
-    simulated_seconds_per_image: float = _setting(
-        0.04, "The simulated pipeline's inference time in seconds.", group="models", ge=0
-    )
+    simulated_seconds_per_image: float = _setting(0.04, "The simulated pipeline's inference time in seconds.", ge=0)
 
     worker_instances: int | None = _setting(None, "Worker processes; by default one per GPU.", ge=1, le=64)
     worker_max_jobs: int | None = _setting(
@@ -152,45 +177,17 @@ class Settings(BaseSettings):
     image_allowed_hosts: Names = _setting((), "Host names images may come from at private addresses, comma-separated.")
     log_format: Literal["console", "json"] | None = _setting(None, "console or json; by default by terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe log line written.")
-    status_port: str | None = _setting(
+    status_port: Annotated[str, AfterValidator(_status_port)] | None = _setting(
         None, "Port of the status page and metrics on 127.0.0.1; host:port or [::1]:port listens elsewhere."
     )
 
     # Of today's worker; accepted with any value so that its .env starts this one.
-    image_base_path: Any = _setting(None, "Folder of local image workflows.", "none", "unused")
-    localization_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
-    binary_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
-    species_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
-    feature_extractor: Any = _setting(None, "Antenna's job names the pipeline.", "none", "unused")
-    classification_threshold: Any = _setting(None, "Antenna stores every score.", "none", "unused")
-
-    @field_validator("antenna_api_base_url")
-    @classmethod
-    def _is_http_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.port == 0:
-            raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
-        return value.rstrip("/")
-
-    @field_validator("antenna_nats_url")
-    @classmethod
-    def _is_nats_url(cls, value: SecretStr | None) -> SecretStr | None:
-        parts = urlsplit(value.get_secret_value() if value else "nats://unset")
-        if parts.scheme not in {"nats", "tls"} or not parts.hostname:
-            raise ValueError("must be a nats:// or tls:// URL such as nats://nats.example.org:4222")
-        return value
-
-    @field_validator("user_data_path", "staging_path", "antenna_api_auth_token_file")
-    @classmethod
-    def _knows_the_home_folder(cls, value: Path | None) -> Path | None:
-        return value and value.expanduser()  # no shell has read .env
-
-    @field_validator("status_port")
-    @classmethod
-    def _is_an_address(cls, value: str | None) -> str | None:
-        if value is not None:
-            _address(value)
-        return value
+    image_base_path: Any = _setting(None, "Folder of local image workflows.", "none")
+    localization_model: Any = _setting(None, "Antenna's job names the pipeline.", "none")
+    binary_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none")
+    species_classification_model: Any = _setting(None, "Antenna's job names the pipeline.", "none")
+    feature_extractor: Any = _setting(None, "Antenna's job names the pipeline.", "none")
+    classification_threshold: Any = _setting(None, "Antenna stores every score.", "none")
 
     @property
     def status_address(self) -> tuple[str, int] | None:
@@ -211,11 +208,13 @@ class Settings(BaseSettings):
         if file is not None:
             name = f"{name}_FILE"
             try:
-                token = file.read_text(encoding="utf-8", errors="replace").strip()
+                path = Path(file.get_secret_value()).expanduser()
+                token = path.read_text(encoding="utf-8", errors="replace").strip()
             except OSError as error:
-                raise ConfigurationError(f"{name}: cannot read {error.filename}: {error.strerror}") from error
+                problem = f"{name}: cannot read the file it names: {error.strerror}; it takes a path, not the token"
+                raise ConfigurationError(problem) from None
             if not token:
-                raise ConfigurationError(f"{name}: {file} is empty")
+                raise ConfigurationError(f"{name}: the file it names is empty")
         if not token:
             raise ConfigurationError(f"{name} is not set: copy the token of the worker's user from Antenna into .env")
         if (
@@ -241,24 +240,15 @@ class Settings(BaseSettings):
         return self.staging_path or self.user_data_path / "staging"
 
 
-def _address(text: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{'127.0.0.1:' if text.isdecimal() else ''}{text}")
-    if not parts.hostname or parts.port is None:  # asking for a port above 65535 raises ValueError, too
-        raise ValueError("must be a port, or an address and a port such as 0.0.0.0:9100")
-    return parts.hostname, parts.port
-
-
 def variable(field_name: str) -> str:
     """Return the environment name of a field."""
     return f"{ENV_PREFIX}{field_name}".upper()
 
 
-def field_meta(info: FieldInfo) -> Mapping[str, str]:
-    """Return a field's `effect` and `group`."""
-    extra = info.json_schema_extra
-    if not isinstance(extra, dict):
-        raise TypeError(f"{info} was not made by _setting()")
-    return {key: str(value) for key, value in extra.items()}
+def effect_of(name: str) -> str:
+    """Return what a field's variable does to a worker."""
+    extra = Settings.model_fields[name].json_schema_extra
+    return str(extra["effect"]) if isinstance(extra, dict) else ""
 
 
 def load(env_file: Path | None = None) -> Settings:
@@ -289,8 +279,7 @@ def warnings_for(settings: Settings, env_file: Path | None = None) -> list[str]:
             hint = f"; did you mean {close[0]}?" if close else ""
             sentences.append(f"{name} is not a setting of this worker{hint}")
             continue
-        effect = field_meta(Settings.model_fields[names[name]])["effect"]
-        if effect == "none":
+        if effect_of(names[name]) == "none":
             sentences.append(f"{name} has no effect on a worker")
         elif name == "AMI_NUM_WORKERS" and settings.ingest_mode == "auto":
             sentences.append("AMI_NUM_WORKERS is not used in auto mode: decode workers are computed")
@@ -303,8 +292,8 @@ def limits_set(settings: Settings) -> dict[str, Any]:
     """Return the ingest ceilings that are set, by variable name."""
     return {
         variable(name): getattr(settings, name)
-        for name, info in Settings.model_fields.items()
-        if field_meta(info)["effect"] == "limits" and name in settings.model_fields_set
+        for name in Settings.model_fields
+        if effect_of(name) == "limits" and name in settings.model_fields_set
     }
 
 
@@ -319,20 +308,10 @@ def _names_set(env_file: Path | None) -> set[str]:
 def env_example() -> str:
     """Return the text of .env.example: every variable, only URL and token uncommented."""
     lines = ["# Settings of the worker. The first two are all it needs; everything else is computed."]
-    groups: dict[str, list[str]] = {}
     for name, info in Settings.model_fields.items():
-        meta = field_meta(info)
-        groups.setdefault(meta["group"], []).extend(_example_lines(name, info, meta["effect"]))
-    for group, entries in groups.items():
-        lines += ["", f"# --- {group}", *entries]
+        lines += ["", f"# --- {_GROUPS[name]}"] if name in _GROUPS else []
+        note = {"none": " No effect on a worker.", "limits": " A limit."}.get(effect_of(name), "")
+        shown = "~/.local/share/adc-worker" if name == "user_data_path" else str(info.default or "")
+        comment = "" if effect_of(name) == "required" else "#"
+        lines += [f"# {info.description}{note}", f"{comment}{variable(name)}={shown}"]
     return "\n".join(lines) + "\n"
-
-
-def _example_lines(name: str, info: FieldInfo, effect: str) -> list[str]:
-    default = info.default.get_secret_value() if isinstance(info.default, SecretStr) else info.default
-    shown = "" if default is None or default == () else str(default).lower() if default is True else str(default)
-    if name == "user_data_path":
-        shown = "~/.local/share/adc-worker"
-    note = {"none": " No effect on a worker.", "limits": " A limit."}
-    comment = "" if effect == "required" else "#"
-    return [f"# {info.description}{note.get(effect, '')}", f"{comment}{variable(name)}={shown}"]

@@ -39,10 +39,9 @@ import urllib3
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adc_worker.devserver.sheets import LARGE, TYPICAL, write_sheets
-from adc_worker.ingest import page_cache
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.decode import decode
-from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient
+from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient, drop_pages, write_back
 from adc_worker.ingest.header import read_header
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.hardware import caption
@@ -320,7 +319,7 @@ def _keep(_fd: int, _written: int) -> None:
 
 
 def _write_back(fd: int, written: int) -> None:
-    page_cache.write_back(fd, written - WINDOW_BYTES, written)
+    write_back(fd, written - WINDOW_BYTES, written)
 
 
 def _drop(fd: int, written: int) -> None:
@@ -343,7 +342,7 @@ def _nothing_at_end(_fd: int) -> None:
 
 WRITERS: dict[str, tuple[Callable[[int, int], None], Callable[[int], None]]] = {
     "write": (_keep, _nothing_at_end),
-    "ours: write, page_cache.write_back per 8 MiB, page_cache.drop at the end": (_write_back, page_cache.drop),
+    "ours: write, sync_file_range per 8 MiB, drop_pages at the end": (_write_back, drop_pages),
     "write, fadvise(DONTNEED) per 8 MiB and at the end": (_drop, _drop_at_end),
     "write, fdatasync + DONTNEED at the end": (_keep, _sync_and_drop_at_end),
     "write, fadvise per 8 MiB, fdatasync + DONTNEED at the end": (_drop, _sync_and_drop_at_end),

@@ -75,12 +75,12 @@ class AntennaClient:
         return _read(wire.parse_jobs, self._send("GET", "/jobs/", params=params))
 
     def job(self, job_id: int) -> wire.JobState:
-        return _read(wire.JobState.model_validate_json, self._send("GET", f"/jobs/{job_id}/"))
+        return _read(wire.parse_job, self._send("GET", f"/jobs/{job_id}/"))
 
     def captures(self, job_id: int) -> list[wire.Capture]:
         """List some of a job's photographs, from all over its collection; none where Antenna names no collection."""
         about = self._send("GET", f"/jobs/{job_id}/", timeout=CAPTURES_TIMEOUT_S)
-        job = _read(wire.JobState.model_validate_json, about)
+        job = _read(wire.parse_job, about)
         if job.project is None or job.source_image_collection is None:
             return []
         params = {"project_id": job.project.id, "collections": job.source_image_collection.id, "offset": 0}

@@ -9,16 +9,24 @@ from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
 
-_FIELDS = 9  # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>
+# $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>, named as Antenna does
+# (contract). Strict, because what matches is also published to; numbers are such as SQLite can store.
+_SUBJECT = re.compile(
+    r"\$JS\.ACK\.job_(\d{1,18})\.job-\1-consumer\.(\d{1,18})\.(\d{1,18})\.\d{1,18}\.([1-8]?\d{1,18})\.(\d{1,18})",
+    re.ASCII,
+)
 
 # Share of ack_wait that held tasks may fill: the other half covers a batch that takes twice as long as measured
 # and the server's own queue (design, "Leases").
 HORIZON_SHARE = 0.5
 ACK_WAIT_MIN_S = 1.0  # the smallest that AMI_ANTENNA_ACK_WAIT_SECONDS takes, too
+# A shorter ack_wait, learnt from redeliveries, is in force for an hour at 300 s and then put to the test again: a true
+# one costs a few second deliveries an hour, a mistake does not last as long as the process.
+CORRECTION_LEASES = 12
 ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed (contract)
-# Shares of ack_wait: between two looks at a job, the same while only the saves hold fetching up, the window that the
-# rate is taken from, and how long a result may wait to be saved before the server counts as the slower one.
-LOOK_SHARE, LOOK_SHARE_BLOCKED, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 20, 1 / 150, 1 / 5, 1 / 10
+# Shares of ack_wait: between two looks at a job while the saves hold fetching up, the window that the rate is taken
+# from, and how long a result may wait to be saved before the server counts as the slower one.
+LOOK_SHARE, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 150, 1 / 5, 1 / 10
 EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
 
 
@@ -47,14 +55,8 @@ def job_of(subject: str) -> int | None:
 
 def parse_reply_subject(subject: str) -> Delivery | None:
     """Read a reply subject; None for a form we do not know, which stays opaque."""
-    parts = subject.split(".")
-    if len(parts) != _FIELDS or parts[:2] != ["$JS", "ACK"]:
-        return None
-    try:
-        count, stream_seq, _consumer_seq, timestamp_ns, pending = map(int, parts[4:])
-    except ValueError:
-        return None
-    return Delivery(count, stream_seq, timestamp_ns, pending)
+    found = _SUBJECT.fullmatch(subject)
+    return Delivery(*map(int, found.groups()[1:])) if found else None
 
 
 def same_message(subject: str, other: str) -> bool:
@@ -74,15 +76,22 @@ class LeaseTerms:
 
     Attributes:
         renewed_at: Unix seconds at which every lease held then began anew; 0 where nothing can extend them.
+        configured_s: the ack_wait to go back to.
+        corrected_at: Unix seconds of the last correction of ack_wait; 0 when none is in force.
+        early_s: age of the last lease that ended before ack_wait; 0 when there was none.
     """
 
     ack_wait_s: float = 300.0
     max_deliver: int = 2
     renewed_at: float = 0.0
+    configured_s: float = 0.0
+    corrected_at: float = 0.0
+    early_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ack_wait_s <= 0 or self.max_deliver < 1:
             raise ValueError(f"a lease needs ack_wait_s > 0 and max_deliver >= 1, not {self}")
+        self.configured_s = self.configured_s or self.ack_wait_s
 
     def held_limit(self, images_per_s: float) -> int:
         """Return how many tasks may be held at `images_per_s`: rate x 0.5 x ack_wait, at least one."""
@@ -99,57 +108,64 @@ class LeaseTerms:
 
     def learn(self, subject: str, held_since: float | None, now: float) -> None:
         """Take in a delivery at `now`; `held_since`: we hold the task by the delivery before it, fetched then."""
+        if self.corrected_at and now - self.corrected_at > CORRECTION_LEASES * self.configured_s:
+            _log.info("ack_wait_restored", was_s=self.ack_wait_s, now_s=self.configured_s)
+            self.ack_wait_s, self.corrected_at, self.early_s = self.configured_s, 0.0, 0.0
         delivery = parse_reply_subject(subject)
         if delivery is None or delivery.count == 1:
             return
         if delivery.count > self.max_deliver:
             _log.warning("max_deliver_corrected", was=self.max_deliver, seen=delivery.count)
             self.max_deliver = delivery.count
-        if held_since is not None and now - max(held_since, self.renewed_at) < self.ack_wait_s:
-            seen_s = max(ACK_WAIT_MIN_S, now - max(held_since, self.renewed_at))
+        if held_since is not None:
+            self._learn_from_age(now - max(held_since, self.renewed_at), now)
+
+    def _learn_from_age(self, age_s: float, now: float) -> None:
+        """Correct ack_wait when two leases ended early, to the longer: one alone may have been handed back."""
+        if age_s >= self.ack_wait_s:
+            return
+        seen_s, proven = max(ACK_WAIT_MIN_S, age_s, self.early_s), self.early_s > 0
+        self.early_s = max(ACK_WAIT_MIN_S, age_s)
+        if proven and seen_s < self.ack_wait_s:
             _log.warning("ack_wait_corrected", was_s=self.ack_wait_s, seen_s=round(seen_s, 3))
-            self.ack_wait_s = min(self.ack_wait_s, seen_s)
+            self.ack_wait_s, self.corrected_at = seen_s, now
 
 
 class SaveWatch:
-    """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (contract)."""
+    """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (contract).
 
-    def __init__(self) -> None:
+    The counters are those of the job: what peers post is counted, too, so that the rate of a job that several workers
+    share is known as a whole, and what waits of ours is known as too little.
+    """
+
+    def __init__(self, accepted: int = 0) -> None:
         self.per_s = ASSUMED_SAVES_PER_S
         self._at: float | None = None  # of the last look
         self._moved_at = 0.0  # when the counters were last seen to rise
-        self._unsaved = self._accepted = self._saved = 0
-        self._since = (0.0, 0)  # when a stretch began, and what was saved by then
-        self._busy = False  # all through the stretch something waited to be saved
+        self._accepted, self._saved, self._unsaved = accepted, 0, 0
+        self._since = (0.0, 0)  # when the stretch began that the rate comes from, and what was saved by then
 
     def unsaved(self, accepted: int) -> int:
         """Return how many results wait to be saved, as far as known, when `accepted` were taken so far."""
-        return self._unsaved + accepted - self._accepted
+        return max(0, self._unsaved + accepted - self._accepted)
 
-    def is_due(self, lease: LeaseTerms, now: float, *, blocked: bool) -> bool:
-        """Whether to look at the job again: rarely, but soon where only the saves hold fetching up."""
-        wait_s = lease.ack_wait_s * (LOOK_SHARE_BLOCKED if blocked else LOOK_SHARE)
-        return self._at is None or now - self._at >= wait_s
+    def is_due(self, lease: LeaseTerms, now: float) -> bool:
+        """Whether it is long enough since the last look."""
+        return self._at is None or now - self._at >= LOOK_SHARE * lease.ack_wait_s
 
     def look(self, lease: LeaseTerms, now: float, accepted: int, saved: int) -> None:
         """Take in how many of our results were `accepted` so far, and how many of the job are `saved` by `now`."""
-        if self._at is None:
-            self._since, self._busy = (now, saved), True
         self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
-        if self._unsaved == 0 and self._at is not None and now > self._at:  # what was accepted since then is saved
-            self.per_s = max(self.per_s, (accepted - self._accepted) / (now - self._at))
-        if saved > self._saved or self._at is None:
+        if self._at is None:
+            self._since, self._moved_at = (now, saved), now
+        elif saved > self._saved:
             self._moved_at = now
-        elif now - self._moved_at > lease.ack_wait_s:
-            self._unsaved = 0  # lost at Antenna, or counted before: what is to come back is delivered again by now
+        elif saved < self._saved or now - self._moved_at > lease.ack_wait_s:
+            self._unsaved = 0  # the job was restarted; or lost at Antenna, and delivered again by now
         self._at, self._accepted, self._saved = now, accepted, saved
-        self._busy = self._busy and self._unsaved > 0
         span_s, count = now - self._since[0], saved - self._since[1]
-        if count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s:
+        if span_s <= 0 or (count < EVIDENCE_RESULTS and span_s < SAVE_WINDOW_SHARE * lease.ack_wait_s):
             return
-        rate = count / span_s if span_s > 0 else 0.0
-        if count >= EVIDENCE_RESULTS and self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate:
-            self.per_s = max(self.per_s, GROWTH * rate)  # it keeps up: what it could do is not known yet
-        elif self._busy:
-            self.per_s = rate
-        self._since, self._busy = (now, saved), self._unsaved > 0
+        rate, self._since = max(0, count) / span_s, (now, saved)
+        keeps_up = self._unsaved <= SAVE_LAG_SHARE * lease.ack_wait_s * rate  # what it could do is not known then
+        self.per_s = max(self.per_s, GROWTH * rate) if keeps_up else rate

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
@@ -26,15 +26,21 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class LeaseKeeper:
-    """A thread with an event loop of its own that extends every lease held, for as long as NATS can be reached."""
+    """A thread with an event loop of its own that extends every lease held, for as long as NATS can be reached.
 
-    def __init__(self, url: str, lease: LeaseTerms, held: Callable[[], Sequence[str]]) -> None:
+    A lease is held until Antenna has saved the result: its acknowledgement comes last. `held` returns the leases of
+    tasks without an accepted result; `unsaved` looks at Antenna for those accepted and not saved, and may take long.
+    """
+
+    def __init__(
+        self, url: str, lease: LeaseTerms, held: Callable[[], Sequence[str]], unsaved: Callable[[], Sequence[str]]
+    ) -> None:
         parts = urlsplit(url)
         self.failure: BaseException | None = None
         self._url = url
         self._shown = f"{parts.hostname}:{parts.port or 4222}"  # the URL may carry a password
         self._lease = lease
-        self._held = held
+        self._held, self._unsaved = held, unsaved
         self._nats = Client()
         self._warned = False
         self._loop = asyncio.new_event_loop()
@@ -67,10 +73,12 @@ class LeaseKeeper:
         closing = asyncio.create_task(self._closing.wait())
         try:
             while not closing.done():
+                pause_s, started = self._lease.ack_wait_s / RENEWALS_PER_LEASE, time.time()
                 if await self._publish(await asyncio.to_thread(self._held), IN_PROGRESS):
-                    pause_s = self._lease.ack_wait_s / RENEWALS_PER_LEASE
+                    self._lease.renewed_at = started
+                    await self._publish(await asyncio.to_thread(self._unsaved), IN_PROGRESS)
                 else:
-                    pause_s = min(RECONNECT_S, self._lease.ack_wait_s / RENEWALS_PER_LEASE)
+                    pause_s = min(RECONNECT_S, pause_s)
                 await asyncio.wait({closing, connecting} if not connecting.done() else {closing}, timeout=pause_s)
                 if connecting.done():
                     connecting.result()
@@ -91,19 +99,19 @@ class LeaseKeeper:
         await self._on_connected()
 
     async def _publish(self, subjects: Sequence[str], what: bytes) -> bool:
-        """Publish to every subject; only what is flushed has reached the server."""
+        """Publish to every subject that is an acknowledgement's; only what is flushed has reached the server.
+
+        A subject is Antenna's word: one of another form could lead anywhere, or break the protocol.
+        """
         if not self._nats.is_connected:
             return False
-        started = time.time()
         try:
-            for subject in subjects:
+            for subject in filter(parse_reply_subject, subjects):
                 await self._nats.publish(subject, what)
             await self._nats.flush(FLUSH_TIMEOUT_S)
         except (NatsError, OSError) as error:
             await self._on_error(error)
             return False
-        if what == IN_PROGRESS:
-            self._lease.renewed_at = started
         _log.debug("leases_renewed" if what == IN_PROGRESS else "tasks_handed_back", tasks=len(subjects))
         return True
 

@@ -6,6 +6,7 @@ one that cannot be answered, for want of an image id or a reply subject, is logg
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -23,6 +24,14 @@ _Entry = TypeVar("_Entry", bound=BaseModel)
 
 SERVED_STATES = frozenset({"STARTED", "RETRY"})
 FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+_DIGITS_MAX = 20  # what a 64-bit number has at most
+
+
+_Text = Annotated[str, Field(min_length=1)]  # by its length pydantic also sees half a surrogate pair, and refuses that
+
+
+def _url(value: Any) -> str:
+    return value if isinstance(value, str) and value == value.encode(errors="ignore").decode() else ""
 
 
 class _Wire(BaseModel):
@@ -33,16 +42,16 @@ class _Wire(BaseModel):
 class Task(_Wire):
     """One image to process. `reply_subject` is the lease it came with."""
 
-    image_id: str = Field(min_length=1)
-    image_url: Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else "")] = ""
-    reply_subject: str = Field(min_length=1)
+    image_id: _Text
+    image_url: Annotated[str, BeforeValidator(_url)] = ""
+    reply_subject: _Text
 
 
 class JobRef(_Wire):
     """A row of the job list."""
 
     id: int = Field(ge=0, lt=1 << 63)  # what the journal can store
-    pipeline_slug: str
+    pipeline_slug: _Text
 
 
 class _Pipeline(_Wire):
@@ -116,29 +125,42 @@ class Capture(_Wire):
     size: int | None = None
 
 
-class _Page(_Wire):
+class _Lists(_Wire):
     count: int = 0
     results: list[Any] = Field(default_factory=list)
-
-
-class _Tasks(_Wire):
     tasks: list[Any] = Field(default_factory=list)
 
 
 def parse_tasks(body: bytes) -> list[Task]:
     """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
-    tasks = [task for entry in _Tasks.model_validate_json(body).tasks if (task := _entry(Task, entry)) is not None]
+    tasks = [task for entry in _Lists.model_validate(_load(body)).tasks if (task := _entry(Task, entry)) is not None]
     return list(dict.fromkeys(tasks))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
     """Read the job list; a malformed row is logged and skipped."""
-    return [job for entry in _Page.model_validate_json(body).results if (job := _entry(JobRef, entry)) is not None]
+    return [job for entry in _Lists.model_validate(_load(body)).results if (job := _entry(JobRef, entry)) is not None]
+
+
+def parse_job(body: bytes) -> JobState:
+    """Read a job's detail."""
+    return JobState.model_validate(_load(body))
+
+
+def _load(body: bytes) -> Any:
+    """Read JSON so that bytes which are no text, and numbers without end, cost only the entry that has them."""
+    try:
+        return json.loads(
+            body.decode(errors="surrogateescape"),
+            parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS_MAX else digits,
+        )
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
 
 
 def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
     """Read a page of captures, and how many there are in all; a malformed row is logged and skipped."""
-    page = _Page.model_validate_json(body)
+    page = _Lists.model_validate(_load(body))
     return page.count, [one for entry in page.results if (one := _entry(Capture, entry)) is not None]
 
 
@@ -148,14 +170,6 @@ def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:
     except ValidationError as error:
         _log.warning("antenna_entry_malformed", problem=str(error.errors()[0]["msg"]), field=error.errors()[0]["loc"])
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class AlgorithmRef:
-    """How a result names the algorithm that produced it; must equal what was registered."""
-
-    name: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +187,6 @@ class Algorithm:
     labels_uri: str | None = None
     taxon_rank: str | None = None  # of all labels
 
-    @property
-    def ref(self) -> AlgorithmRef:
-        return AlgorithmRef(self.name, self.key)
-
 
 @dataclass(frozen=True, slots=True)
 class Classification:
@@ -185,7 +195,7 @@ class Classification:
     label: str
     scores: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     terminal: bool
 
 
@@ -194,7 +204,7 @@ class Detection:
     """One box in whole pixels of the image as stored, x1 < x2 and y1 < y2."""
 
     box_px: tuple[int, int, int, int]
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     classifications: Sequence[Classification] = ()
 
 
@@ -267,8 +277,9 @@ def result_post(entries: Sequence[PostEntry], fields: Mapping[str, Any] | None =
     return size_bytes + sum(entry.size_bytes for entry in entries), parts()
 
 
-def _algorithm(ref: AlgorithmRef) -> dict[str, str]:
-    return {"name": ref.name, "key": ref.key}
+def _algorithm(one: Algorithm) -> dict[str, str]:
+    """How a result names the algorithm that produced it; must equal what was registered."""
+    return {"name": one.name, "key": one.key}
 
 
 def _detection(task: Task, detection: Detection, timestamp: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adc_worker.devserver.server import DevServer
-    from adc_worker.devserver.state import JobView
+    from adc_worker.devserver.state import Job
 
 PIPELINE = "light_sheet_blobs"
 SEED = 2026
@@ -220,7 +220,7 @@ def _doing(news: _WorkerNews) -> str:
     return "probed, planned" if news.plan else "starting the worker"
 
 
-def _wait_until_saved(server: DevServer, job_id: int) -> JobView:
+def _wait_until_saved(server: DevServer, job_id: int) -> Job:
     deadline = time.monotonic() + SAVED_WITHIN_S
     job = server.job(job_id)
     while job.processed < job.total and time.monotonic() < deadline:
@@ -229,7 +229,7 @@ def _wait_until_saved(server: DevServer, job_id: int) -> JobView:
     return job
 
 
-def _write_contact_sheet(job: JobView, files: list[Path], path: Path) -> None:
+def _write_contact_sheet(job: Job, files: list[Path], path: Path) -> None:
     from adc_worker.cli.contact_sheet import ContactItem, write_contact_sheet  # noqa: PLC0415
 
     items = []
@@ -250,7 +250,7 @@ def _box(bbox: dict[str, float]) -> tuple[int, int, int, int]:
     return int(bbox["x1"]), int(bbox["y1"]), int(bbox["x2"]), int(bbox["y2"])
 
 
-def _report(job: JobView, news: _WorkerNews, sheet: Path, console: Console) -> int:
+def _report(job: Job, news: _WorkerNews, sheet: Path, console: Console) -> int:
     """Print what came of the job; return how many images were lost."""
     from rich.table import Table  # noqa: PLC0415
 

@@ -13,9 +13,9 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -24,10 +24,13 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
-from adc_worker.errors import ConfigurationError, ExitCode
+from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.host import budget, memory
 from adc_worker.ingest.disk_budget import is_memory
 from adc_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from adc_worker.models.weights import WeightStore  # imports torch
 
 TIMEOUT_S = 10.0
 CLOCK_TOLERANCE_S = (
@@ -38,6 +41,8 @@ DISK_MIN_BYTES = 2_000_000_000  # what staging leaves free whatever happens (ing
 MEMORY_MIN_BYTES = 1_500_000_000
 DESCRIPTORS_MIN = 4096  # today's worker needed about 1000 at work; sockets, staged files and GPU drivers add theirs
 NATS_PORT = 4222
+
+ModelFiles = Iterable[tuple[str, str, "WeightStore"]]  # the pipelines a file is of, its URL, its store
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,14 @@ class Finding:
     fix: str = ""
 
 
-def findings(config: Settings) -> Iterator[Finding]:
+def findings(config: Settings, model_files: ModelFiles) -> Iterator[Finding]:
     """Check everything, slowest last."""
     yield from _memory(config)
     yield from _disk(config)
     yield from _descriptors()
     yield from _gpus()
     yield from _way_out()
+    yield from _models(config, model_files)
     yield from _nats(config)
     yield from _antenna(config)
 
@@ -119,6 +125,17 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("problem", "GPU", f"nvidia-smi: {listed.stdout.strip()}", "restart the driver or the host")
         return
     yield Finding("ok", "GPU", "; ".join(listed.stdout.strip().splitlines()))
+
+
+def _models(config: Settings, model_files: ModelFiles) -> Iterator[Finding]:
+    try:
+        here = [store.find(url) is not None for _slugs, url, store in model_files]
+    except (ConfigurationError, WorkerFault) as error:  # both say what to do
+        yield Finding("problem", "models", str(error))
+        return
+    text = f"{sum(here)} of {len(here)} files of Antenna's pipelines are here ({config.models_path})"
+    fix = "nothing, a worker fetches what a job needs; before the first job: `ami models fetch [SLUG]...`"
+    yield Finding("ok", "models", text) if all(here) else Finding("note", "models", text, fix)
 
 
 def _way_out() -> Iterator[Finding]:
@@ -211,14 +228,14 @@ def _permission(client: httpx.Client, jobs: list[dict[str, int]]) -> Iterator[Fi
         yield Finding("problem", "token", f"a fetch of no tasks: {answer.status_code} {answer.text[:100]}", fix)
 
 
-def doctor_command(config: Settings, warnings: list[str], *, as_json: bool) -> ExitCode:
+def doctor_command(config: Settings, warnings: list[str], model_files: ModelFiles, *, as_json: bool) -> ExitCode:
     """Print every finding as it is made; OK when none is a problem."""
     found = [Finding("note", "settings", sentence, "remove the line") for sentence in warnings]
     console = Console()
     for one in found if not as_json else ():
         _show(console, one)
     with console.status("looking") if not as_json else console.capture():
-        for one in findings(config):
+        for one in findings(config, model_files):
             found.append(one)
             if not as_json:
                 _show(console, one)

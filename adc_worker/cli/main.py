@@ -238,7 +238,8 @@ def doctor(as_json: bool, env_file: Path | None) -> None:
     from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
 
     config = settings.load(env_file)
-    sys.exit(doctor_command(config, settings.warnings_for(config, env_file), as_json=as_json))
+    warnings = settings.warnings_for(config, env_file)
+    sys.exit(doctor_command(config, warnings, _model_files(config, ()), as_json=as_json))
 
 
 @cli.command("settings")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,25 +16,21 @@ from pydantic import ValidationError
 
 from adc_worker.devserver import bodies
 from adc_worker.devserver.bodies import CaptureQuery, Query
-from adc_worker.devserver.images import ImageHost
 from adc_worker.devserver.state import FINAL, PROJECT, PROJECT_ID, Capture, Desk, Job, now
 
 T = TypeVar("T")
 
 PAGE_SIZE = 40
 SUPERUSER, MEMBER, OUTSIDER, ANONYMOUS = "superuser", "member", "outsider", "anonymous"
-LOSE_ANSWER = 0  # in place of a status: do what was asked, then close the connection without an answer
 
 
 @dataclass(slots=True)
 class Api:
-    """The routes. `roles` says whose token is whose; requests and faults go by "METHOD route", as "POST tasks"."""
+    """The routes. `roles` says whose token is whose; requests are counted by "METHOD route", as "POST tasks"."""
 
     desk: Desk
-    images: ImageHost
     roles: dict[str, str]
     requests: Counter[str] = field(default_factory=Counter)
-    faults: defaultdict[str, deque[int]] = field(default_factory=lambda: defaultdict(deque))
 
     def build(self, max_body_bytes: int) -> web.Application:
         add_slash = normalize_path_middleware(merge_slashes=False, redirect_class=web.HTTPMovedPermanently)
@@ -58,23 +54,16 @@ class Api:
 
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Counts the request, plays the faults planned for it, and words refusals as JSON."""
+        """Counts the request and words refusals as JSON."""
         resource = request.match_info.route.resource
-        route = f"{request.method} {resource.name if resource else 'unknown'}"
-        self.requests[route] += 1
-        fault = self.faults[route].popleft() if self.faults[route] else None
-        if fault:
-            return web.Response(status=fault, text="<html>fault of the desk</html>", content_type="text/html")
+        self.requests[f"{request.method} {resource.name if resource else 'unknown'}"] += 1
         try:
             self._role(request)  # a wrong token is refused everywhere
-            response = await handler(request)
+            return await handler(request)
         except ValidationError as error:
-            response = web.json_response(bodies.problems(error), status=400)
+            return web.json_response(bodies.problems(error), status=400)
         except web.HTTPClientError as error:
-            response = web.json_response({"detail": error.text}, status=error.status)
-        if fault == LOSE_ANSWER and request.transport is not None:
-            request.transport.abort()
-        return response
+            return web.json_response({"detail": error.text}, status=error.status)
 
     def _role(self, request: web.Request) -> str:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -165,7 +154,10 @@ class Api:
         return [capture for capture in captures if query.collections in {None, capture.collection}]
 
     async def _show_image(self, request: web.Request) -> web.StreamResponse:
-        return await self.images.serve(request, self._named(request, self.desk.captures))
+        capture = self._named(request, self.desk.captures)
+        if capture.file is None or capture.size_bytes is None:
+            raise web.HTTPNotFound(text="no such image")
+        return web.FileResponse(capture.file)
 
 
 def _wanted(job: Job, query: Query) -> bool:

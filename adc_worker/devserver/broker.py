@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nats
 import orjson
@@ -88,17 +89,6 @@ class NatsServer:
         raise RuntimeError(f"nats-server did not start: {log.read_text()[-2000:] if log.exists() else 'no log'}")
 
 
-@dataclass(frozen=True, slots=True)
-class ConsumerState:
-    """What JetStream counts for one job."""
-
-    num_pending: int  # never delivered yet
-    num_ack_pending: int  # out with workers
-    num_redelivered: int
-    delivered: int  # deliveries in all, redeliveries included
-    ack_floor: int  # every stream sequence up to here is acknowledged
-
-
 @dataclass(slots=True)
 class Broker:
     """One NATS connection, used inside one event loop; the terms are those of every job's consumer."""
@@ -150,14 +140,12 @@ class Broker:
                 await self._nats.publish(reply_subject, b"+ACK")
                 await self._nats.flush()
 
-    async def state(self, job_id: int) -> ConsumerState | None:
+    async def state(self, job_id: int) -> dict[str, Any] | None:
+        """What JetStream says of a job's consumer; None where there is none."""
         stream, consumer, _ = _names(job_id)
         reply = await self._nats.request(f"$JS.API.CONSUMER.INFO.{stream}.{consumer}")
-        info = orjson.loads(reply.data)
-        if "error" in info:
-            return None
-        counts = (info["num_pending"], info["num_ack_pending"], info["num_redelivered"])
-        return ConsumerState(*counts, info["delivered"]["consumer_seq"], info["ack_floor"]["stream_seq"])
+        info: dict[str, Any] = orjson.loads(reply.data)
+        return None if "error" in info else info
 
     async def delete(self, job_id: int) -> None:
         """Remove the job's stream and, with it, its consumer; none there is fine, and so is a lost connection."""

@@ -16,11 +16,10 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-from adc_worker.devserver.app import LOSE_ANSWER, MEMBER, OUTSIDER, SUPERUSER, Api
+from adc_worker.devserver.app import MEMBER, OUTSIDER, SUPERUSER, Api
 from adc_worker.devserver.bodies import Algorithm, Mode, Pipeline
-from adc_worker.devserver.broker import Broker, ConsumerState, NatsServer
-from adc_worker.devserver.images import ImageFault, ImageHost
-from adc_worker.devserver.state import PROJECT_ID, Capture, Desk, JobView
+from adc_worker.devserver.broker import Broker, NatsServer
+from adc_worker.devserver.state import PROJECT_ID, Capture, Desk, Job
 
 T = TypeVar("T")
 
@@ -44,8 +43,6 @@ class DevServer:
     keep_streams: bool = False  # of finished jobs, for a look at their consumers
     race_at_end: bool = False  # finished jobs stay STARTED until one of their results is posted again
     image_dir: Path = field(default_factory=Path.cwd)  # where image files given by relative path are
-    image_latency_s: float = 0.0  # before each image
-    image_bytes_per_s: float | None = None  # of each connection
     max_body_bytes: int = 100_000_000
     projects: int = 1
     project_id: ClassVar[int] = PROJECT_ID
@@ -55,7 +52,7 @@ class DevServer:
         self._broker = Broker(self.ack_wait_s, self.max_deliver, self.nats_timeout_s)
         self._desk = Desk(self._broker, self.save_delay_s, self.keep_streams, self.race_at_end, self.projects)
         roles = {self.token: SUPERUSER, self.member_token: MEMBER, self.outsider_token: OUTSIDER}
-        self._api = Api(self._desk, ImageHost(self.image_latency_s, self.image_bytes_per_s), roles)
+        self._api = Api(self._desk, roles)
 
     def __enter__(self) -> Self:
         # The loop is made here, and told to stop before it is waited for: an interrupt may come at any moment.
@@ -111,11 +108,15 @@ class DevServer:
         captures = [self._capture(collection, image) for image in images]
         return self._wait_for(self._desk.add_job(pipeline, captures, dispatch_mode))
 
-    def job(self, job_id: int) -> JobView:
-        return self._call(self._desk.jobs[job_id].view)
+    def job(self, job_id: int) -> Job:
+        """Return a job as it is at this moment: a copy, of what goes on changing."""
+        return self._call(self._desk.jobs[job_id].snapshot)
 
-    def consumer_info(self, job_id: int) -> ConsumerState | None:
-        """None when the job has no stream: finished (see `keep_streams`), cancelled or not started."""
+    def consumer_info(self, job_id: int) -> dict[str, Any] | None:
+        """Return what JetStream counts, such as `num_ack_pending`; None for a job without a stream.
+
+        It has none when it is finished (see `keep_streams`), cancelled or not started.
+        """
         return self._wait_for(self._broker.state(job_id))
 
     def cancel(self, job_id: int) -> None:
@@ -132,17 +133,6 @@ class DevServer:
     def pipeline(self, slug: str) -> dict[str, Any]:
         """Return what is registered under a slug."""
         return self._call(self._desk.pipelines[slug].model_dump)
-
-    def fail_next(self, route: str, status: int, *, times: int = 1) -> None:
-        """Answer the next requests for a route, such as "POST tasks", with an HTML page of this status."""
-        self._api.faults[route].extend([status] * times)
-
-    def lose_next_answer(self, route: str, *, times: int = 1) -> None:
-        """Do what the next requests ask, then close their connections without an answer."""
-        self.fail_next(route, LOSE_ANSWER, times=times)
-
-    def fail_image(self, file_name: str, fault: ImageFault) -> None:
-        self._api.images.faults[file_name] = fault
 
     def kill_nats(self, *, wipe: bool = False) -> None:
         """As kill -9 does; the store stays, unless it is to be wiped."""

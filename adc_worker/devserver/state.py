@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import count
@@ -62,10 +62,13 @@ def _pixels(file: Path) -> tuple[int | None, int | None]:
 
 
 @dataclass(slots=True, kw_only=True)
-class JobView:
-    """One moment of a job. Image ids are strings, as in tasks; seconds are `time.monotonic`."""
+class Job:
+    """Image ids are strings, as in tasks; seconds are `time.monotonic`."""
 
     id: int
+    pipeline: Pipeline
+    collection: int
+    dispatch_mode: Mode
     status: str = "CREATED"
     image_ids: list[str]  # in the order given to `add_job`
     processed_ids: set[str] = field(default_factory=set)  # counted, or about to be: failed and refused ones included
@@ -77,6 +80,8 @@ class JobView:
     posts: Counter[str] = field(default_factory=Counter)  # how often each image was posted
     first_saved_s: float | None = None
     last_saved_s: float | None = None
+    updated_at: str = field(default_factory=now)
+    started_at: str | None = None
 
     @property
     def total(self) -> int:
@@ -89,15 +94,6 @@ class JobView:
     @property
     def failed(self) -> int:
         return len(self.errors)
-
-
-@dataclass(slots=True, kw_only=True)
-class Job(JobView):
-    pipeline: Pipeline
-    collection: int
-    dispatch_mode: Mode
-    updated_at: str = field(default_factory=now)
-    started_at: str | None = None
 
     @property
     def counted(self) -> int:
@@ -132,8 +128,8 @@ class Job(JobView):
             kept.clear()
         self.first_saved_s = self.last_saved_s = None
 
-    def view(self) -> JobView:
-        return JobView(**{shown.name: copy(getattr(self, shown.name)) for shown in fields(JobView)})
+    def snapshot(self) -> Job:
+        return replace(self, **{one.name: copy(getattr(self, one.name)) for one in fields(self)})
 
     def to_json(self) -> dict[str, Any]:
         share = self.counted / max(1, self.total)

@@ -62,16 +62,10 @@ def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _hierarchy, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
+            own = Path(path.lstrip("/"))
             for base in mounts:
                 # A namespaced path may not exist below the mount: then the mount is ours.
-                yield from _up_to(base, base / path.lstrip("/"))
-
-
-def _up_to(base: Path, folder: Path) -> Iterator[Path]:
-    while folder != base:
-        yield folder
-        folder = folder.parent
-    yield base
+                yield from (base / group for group in (own, *own.parents))
 
 
 def _number_in(file: Path) -> int | None:

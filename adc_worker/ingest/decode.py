@@ -20,6 +20,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile
 
+from adc_worker.errors import ImageTooLarge
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.header import FORMATS, ImageHeader, stored_size, unreadable
 
@@ -47,7 +48,7 @@ class DecodeEngine(Protocol):
         ...
 
     def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
-        """Decode `path` into `target`; the future raises ImageUnreadable when that fails."""
+        """Decode `path` into `target`; the future raises ImageError when that fails."""
         ...
 
     def close(self) -> None: ...
@@ -57,14 +58,14 @@ class ScratchLedger:
     """Bounds the decoders' own memory: a decode starts when its share fits, or when it is alone."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._used_bytes = 0
         self._changed = threading.Condition()
 
     @contextmanager
     def charge(self, size_bytes: int) -> Iterator[None]:
         with self._changed:
-            while self._used_bytes and self._used_bytes + size_bytes > self._limit_bytes:
+            while self._used_bytes and self._used_bytes + size_bytes > self.limit_bytes:
                 self._changed.wait()
             self._used_bytes += size_bytes
         try:
@@ -86,14 +87,21 @@ class ThreadEngine:
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
-        return self._executor.submit(self._decode, path, header, target)
+        return self._executor.submit(self._decode_charged, path, header, target)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
+    def _decode_charged(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
+        try:
+            with self._ledger.charge(header.scratch_bytes):
+                return self._decode(path, header, target)
+        except ImageTooLarge:  # for its decoder's memory: perhaps it was the others' beside it
+            with self._ledger.charge(self._ledger.limit_bytes):
+                return self._decode(path, header, target)
+
     def _decode(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
-        with self._ledger.charge(header.scratch_bytes):
-            return decode(path, header, self._arena.view(target, header.shape))
+        return decode(path, header, self._arena.view(target, header.shape))
 
 
 def decode(path: Path, header: ImageHeader, out: npt.NDArray[np.uint8]) -> DecodeReport:
@@ -101,6 +109,7 @@ def decode(path: Path, header: ImageHeader, out: npt.NDArray[np.uint8]) -> Decod
 
     Raises:
         ImageUnreadable: the file cannot be decoded, or is not what its header said.
+        ImageTooLarge: the decoder found no memory.
     """
     started = time.perf_counter()
     with unreadable(f"cannot be decoded as {header.format}"):

@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from adc_worker.errors import ImageUnreadable, WorkerFault
+from adc_worker.errors import ImageTooLarge, ImageUnreadable, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.arena import Arena, Region
-from adc_worker.ingest.decode import DecodeReport, ScratchLedger
+from adc_worker.ingest.decode import DecodeReport, ThreadEngine
 from adc_worker.ingest.decode_worker import MESSAGE_BYTES
 from adc_worker.ingest.header import ImageHeader
 from adc_worker.log import get_logger
@@ -58,7 +57,7 @@ class DecodeProcess:
         return self._process.pid
 
     def decode(self, arena: Arena, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
-        """Decode in the process; raises DecoderDied, or ImageUnreadable with the decoder's words."""
+        """Decode in the process; raises DecoderDied, or ImageError with the decoder's words."""
         task = {"path": str(path), "header": asdict(header), "offset": target.offset}
         try:
             if self._arena_generation != arena.generation:
@@ -73,7 +72,7 @@ class DecodeProcess:
             raise DecoderDied(self._process.wait())
         told = json.loads(answer)
         if "error" in told:
-            raise ImageUnreadable(told["error"])
+            raise (ImageTooLarge if told["too_large"] else ImageUnreadable)(told["error"])
         return DecodeReport(**told)
 
     def close(self) -> None:
@@ -82,67 +81,53 @@ class DecodeProcess:
         self._process.wait()
 
 
-class ProcessEngine:
-    """Decode processes, and one more that waits: a process that dies is replaced without waiting for a start."""
+class ProcessEngine(ThreadEngine):
+    """Threads that each have a process decode for them; one more waits, to replace a process that dies at once."""
 
     def __init__(self, arena: Arena, workers: int, scratch_bytes: int) -> None:
-        self.workers = workers
-        self._arena = arena
-        self._ledger = ScratchLedger(scratch_bytes)
+        super().__init__(arena, workers, scratch_bytes)
         self._idle: queue.SimpleQueue[DecodeProcess] = queue.SimpleQueue()
-        self._processes: set[DecodeProcess] = set()
         for _ in range(workers + 1):
             self._idle.put(self._start())
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in tuple(self._processes)]
-
-    def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
-        return self._executor.submit(self._decode, path, header, target)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        super().close()
         while not self._idle.empty():
             self._idle.get().close()
-        self._processes.clear()
+        self.pids.clear()
 
     def _start(self) -> DecodeProcess:
         process = DecodeProcess()
-        self._processes.add(process)
+        self.pids.append(process.pid)
         return process
 
     def _decode(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
-        with self._ledger.charge(header.scratch_bytes):
-            strikes = kills = 0
-            while True:
-                process, oom_kills_before = self._idle.get(), oom_kills()
-                try:
-                    report = process.decode(self._arena, path, header, target)
-                except DecoderDied as died:
-                    process.close()
-                    self._processes.discard(process)
-                    process = self._start()
-                    if (
-                        died.exit_code >= 0
-                    ):  # an exception, told on stderr; as in a decode thread it is ours, not the image's
-                        raise WorkerFault(str(died)) from None
-                    # Beside other decodes, whose memory it was says nothing.
-                    if died.exit_code in _OWN_DEATHS or (self.workers == 1 and oom_kills() > oom_kills_before):
-                        strikes += 1
-                    else:
-                        kills += 1
-                    _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes, kills=kills)
-                    if kills == KILLS_MAX:
-                        raise WorkerFault(
-                            f"decode processes were killed {KILLS_MAX} times at one image, and not for want of memory:"
-                            " find out what kills processes on this machine"
-                        ) from None
-                    if strikes == STRIKES:
-                        name = signal.Signals(-died.exit_code).name
-                        raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None
+        strikes = kills = 0
+        while True:
+            process, oom_kills_before = self._idle.get(), oom_kills()
+            try:
+                return process.decode(self._arena, path, header, target)
+            except DecoderDied as died:
+                process.close()
+                self.pids.remove(process.pid)
+                process = self._start()
+                if (
+                    died.exit_code >= 0
+                ):  # an exception, told on stderr; as in a decode thread it is ours, not the image's
+                    raise WorkerFault(str(died)) from None
+                # Beside other decodes, whose memory it was says nothing.
+                if died.exit_code in _OWN_DEATHS or (self.workers == 1 and oom_kills() > oom_kills_before):
+                    strikes += 1
                 else:
-                    return report
-                finally:
-                    self._idle.put(process)  # at the end: the one that waited is next
+                    kills += 1
+                _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes, kills=kills)
+                if kills == KILLS_MAX:
+                    raise WorkerFault(
+                        f"decode processes were killed {KILLS_MAX} times at one image, and not for want of memory:"
+                        " find out what kills processes on this machine"
+                    ) from None
+                if strikes == STRIKES:
+                    name = signal.Signals(-died.exit_code).name
+                    raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None
+            finally:
+                self._idle.put(process)  # at the end: the one that waited is next

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from adc_worker.errors import ImageUnreadable
+from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.header import ImageHeader
 
@@ -47,8 +47,8 @@ def _answer(task: dict[str, Any], arena: mmap.mmap) -> dict[str, Any]:
     out = np.frombuffer(arena, np.uint8, count=header.pixel_bytes, offset=task["offset"]).reshape(header.shape)
     try:
         report = decode(Path(task["path"]), header, out)
-    except ImageUnreadable as error:
-        return {"error": str(error)}
+    except ImageError as error:
+        return {"error": str(error), "too_large": isinstance(error, ImageTooLarge)}
     return {"decode_s": report.decode_s, "truncated": report.truncated}
 
 

@@ -5,12 +5,14 @@ urllib3 rather than httpx because reading large blocks costs a fraction of the C
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import io
 import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,20 +28,25 @@ from urllib3.util.connection import create_connection
 
 from adc_worker import __version__
 from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
-from adc_worker.ingest import page_cache
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.redaction import redact
+from adc_worker.tuning.policy import DOWNLOADS_MAX
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
+CANCEL_CHECK_S = 0.5  # a host that says nothing must not keep a turn or a drain waiting
 READ_BYTES = 1 << 18
 WRITE_BACK_BYTES = 8 << 20
 REDIRECTS_MAX = 3
-CONNECTIONS_PER_HOST = 32
 # A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
+# sync_file_range(2): start writing, and with all three wait for it. Not in os; it never touches metadata. A memory
+# limit counts the page cache, too, and dirty pages it cannot take back at once: they are written as they come.
+_WRITE, _WRITE_AND_WAIT = 2, 1 | 2 | 4
+_libc = ctypes.CDLL(None)
 _deadline: ContextVar[float] = ContextVar("deadline")  # of this thread's download, in monotonic seconds
+_cancelled: ContextVar[Callable[[], bool]] = ContextVar("cancelled")
 _policy: ContextVar[AddressPolicy] = ContextVar("policy")
 
 
@@ -53,7 +60,10 @@ class DownloadStats:
 
 
 class _UntilDeadline(io.RawIOBase):
-    """What a socket receives, headers and all: timeouts of single reads let a host trickle for ever."""
+    """What a socket receives, headers and all: timeouts of single reads let a host trickle for ever.
+
+    The bytes are not read by `received`, which a timeout makes useless; it only keeps the socket open.
+    """
 
     def __init__(self, sock: socket.socket, received: io.RawIOBase) -> None:
         self._sock = sock
@@ -63,11 +73,15 @@ class _UntilDeadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left_s = _deadline.get() - time.monotonic()
-        if left_s <= 0:
-            raise LinkError("the image did not come in time: its host, or the link to it, is too slow")
-        self._sock.settimeout(min(READ_TIMEOUT_S, left_s))
-        return self._received.readinto(buffer)
+        until = min(_deadline.get(), time.monotonic() + READ_TIMEOUT_S)
+        while not _cancelled.get()():
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise LinkError("the image did not come in time: its host, or the link to it, is too slow")
+            self._sock.settimeout(min(CANCEL_CHECK_S, left_s))
+            with suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
+        raise LinkError("download cancelled")
 
     def close(self) -> None:
         self._received.close()
@@ -116,7 +130,8 @@ class ImageClient:
         self._address_policy = policy
         self._download_s = download_s
         options: dict[str, Any] = {
-            "maxsize": CONNECTIONS_PER_HOST,
+            "maxsize": DOWNLOADS_MAX,
+            "block": True,  # no host sees more connections of this process than that
             "retries": False,
             "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
             "headers": {"User-Agent": f"adc-worker/{__version__}", "Accept-Encoding": "identity", "Accept": "image/*"},
@@ -148,6 +163,7 @@ class ImageClient:
         """Write the body of `url` to the file descriptor `fd`."""
         started = time.monotonic()
         _deadline.set(started + self._download_s)
+        _cancelled.set(cancelled)
         _policy.set(self._address_policy)
         response = self._open(url)
         try:
@@ -158,11 +174,11 @@ class ImageClient:
                     f"the image's host sends {coding[:20]!r} coding, though asked for the bytes as they are"
                 )
             first_byte_s = time.monotonic() - started
-            size_bytes = self._copy(response, fd, cancelled)
+            size_bytes = self._copy(response, fd)
         except (HTTPError, TimeoutError) as error:
             raise LinkError(f"download broke off: {type(error).__name__}: {error}") from error
         finally:
-            response.close()  # and its connection, unless the body was read to its end: then that is back in the pool
+            _release(response)
         return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes)
 
     def _open(self, url: str) -> urllib3.BaseHTTPResponse:
@@ -179,7 +195,7 @@ class ImageClient:
             target = response.get_redirect_location()
             if not target:
                 return response
-            response.close()
+            _release(response)
             url = _redirected(url, target)
         raise LinkError(f"the image host redirects more than {REDIRECTS_MAX} times")
 
@@ -190,7 +206,7 @@ class ImageClient:
         proxy = self._proxies[parts.scheme]
         return proxy if proxy is not None and not proxy_bypass(parts.hostname or "") else self._direct
 
-    def _copy(self, response: urllib3.BaseHTTPResponse, fd: int, cancelled: Callable[[], bool]) -> int:
+    def _copy(self, response: urllib3.BaseHTTPResponse, fd: int) -> int:
         declared = response.length_remaining or 0
         if declared > self._max_bytes:
             raise _too_large(declared, self._max_bytes)
@@ -199,13 +215,33 @@ class ImageClient:
             size_bytes += len(block)
             if size_bytes > self._max_bytes:
                 raise _too_large(size_bytes, self._max_bytes)
-            if cancelled():
-                raise LinkError("download cancelled")
             _write_all(fd, block)
             if size_bytes - written_back >= WRITE_BACK_BYTES:
-                page_cache.write_back(fd, written_back, size_bytes)
+                write_back(fd, written_back, size_bytes)
                 written_back = size_bytes
         return size_bytes  # urllib3 raises IncompleteRead when the body ends early
+
+
+def write_back(fd: int, start: int, end: int) -> None:
+    """Start writing the pages between two offsets, without waiting."""
+    _sync_file_range(fd, start, end - start, _WRITE)
+
+
+def drop_pages(fd: int) -> None:
+    """Write what is dirty, wait for it, and take the file out of the page cache."""
+    _sync_file_range(fd, 0, 0, _WRITE_AND_WAIT)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_file_range(fd: int, offset: int, size_bytes: int, flags: int) -> None:
+    # An error here (a file system without it) costs memory pressure, nothing else: the data is written all the same.
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size_bytes), flags)
+
+
+def _release(response: urllib3.BaseHTTPResponse) -> None:
+    """Give the connection back, closed unless the body was read to its end."""
+    response.close()
+    response.release_conn()
 
 
 def _write_all(fd: int, block: bytes) -> None:
@@ -247,5 +283,12 @@ def _proxy_manager(scheme: str, url: str, options: dict[str, Any]) -> urllib3.Pr
 def _error_for(response: urllib3.BaseHTTPResponse) -> ImageMissing | LinkError:
     if response.status in _MISSING:
         return ImageMissing(f"the image's host answered {response.status}: the image does not exist")
-    after = response.headers.get("Retry-After", "")  # a date, which the standard allows, too, counts as none
-    return LinkError(f"the image's host answered {response.status}", float(after) if after.isdecimal() else 0.0)
+    return LinkError(f"the image's host answered {response.status}", _retry_after_s(response))
+
+
+def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
+    """Return the seconds that a host asks for, as a number or as a date; 0 where it says nothing that can be read."""
+    try:
+        return urllib3.Retry().parse_retry_after(response.headers.get("Retry-After", ""))
+    except (HTTPError, ValueError, OverflowError):  # the last two for numbers and years without end
+        return 0.0

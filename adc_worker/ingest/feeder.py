@@ -63,8 +63,8 @@ class _Decoding:
     region: Region
     shape: _Shape
     staged: list[StagedImage]
-    outcomes: list[DecodeReport | BaseException | None] = field(default_factory=list)
-    left: int = 0
+    left: int  # images
+    decodes: list[Future[DecodeReport]] = field(default_factory=list)
 
 
 class BatchFeeder:
@@ -258,15 +258,15 @@ class BatchFeeder:
                 self._put_waiting(image)
             return
         image_bytes = images[0].header.pixel_bytes
-        batch = _Decoding(region, images[0].header.shape, images, [None] * len(images), len(images))
+        batch = _Decoding(region, images[0].header.shape, images, len(images))
         with self._changed:
             self._decoding.add(batch)
         self._on_admit(images)
         engine = self._engine_for(images[0])
         for row, image in enumerate(images):
             target = Region(region.offset + row * image_bytes, image_bytes)
-            future = engine.submit(image.path, image.header, target)
-            future.add_done_callback(partial(self._on_decoded, batch, row))
+            batch.decodes.append(engine.submit(image.path, image.header, target))
+            batch.decodes[-1].add_done_callback(partial(self._on_decoded, batch))
 
     def _engine_for(self, image: StagedImage) -> DecodeEngine:
         if not image.suspect:
@@ -306,11 +306,9 @@ class BatchFeeder:
             self._resized = True
         return self._arena.allocate(images[0].header.pixel_bytes)
 
-    def _on_decoded(self, batch: _Decoding, row: int, future: Future[DecodeReport]) -> None:
-        if future.cancelled():
+    def _on_decoded(self, batch: _Decoding, decode: Future[DecodeReport]) -> None:
+        if decode.cancelled():
             return  # close() frees what is left
-        error = future.exception()
-        batch.outcomes[row] = error if error is not None else future.result()
         with self._changed:
             batch.left -= 1
             last = batch.left == 0
@@ -325,15 +323,16 @@ class BatchFeeder:
         """Move the rows that were decoded together and make the batch ready."""
         rows = self._arena.view(batch.region, (len(batch.staged), *batch.shape))
         decoded: list[tuple[StagedImage, DecodeReport]] = []
-        for row, (image, outcome) in enumerate(zip(batch.staged, batch.outcomes, strict=True)):
-            if isinstance(outcome, DecodeReport):
+        for row, (image, decode) in enumerate(zip(batch.staged, batch.decodes, strict=True)):
+            error = decode.exception()
+            if error is None:
                 if row != len(decoded):
                     rows[len(decoded)] = rows[row]
-                decoded.append((image, outcome))
-            elif isinstance(outcome, ImageError):
-                self._on_failure(image, outcome)
+                decoded.append((image, decode.result()))
+            elif isinstance(error, ImageError):
+                self._on_failure(image, error)
             else:
-                self._fail(outcome)
+                self._fail(error)
         if not decoded:
             with self._changed:
                 self._decoding.remove(batch)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from adc_worker.errors import ImageTooLarge, ImageUnreadable
+from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable
 from adc_worker.redaction import redact
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
@@ -122,12 +122,18 @@ def read_header(path: Path, max_pixels: int) -> ImageHeader:
 
 @contextmanager
 def unreadable(what: str) -> Iterator[None]:
-    """Make ImageUnreadable of whatever a decoder raises on strange bytes; faults of this machine pass unchanged."""
+    """Make ImageUnreadable of whatever a decoder raises on strange bytes, and ImageTooLarge where it lacks memory.
+
+    Faults of this machine pass unchanged.
+    """
     try:
         yield
-    except (ImageUnreadable, MemoryError):
+    except ImageError:
         raise
     except Exception as error:
+        # "Insufficient memory" of libjpeg, "out of memory error" of Pillow's decoders.
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise ImageTooLarge(f"{what}: it takes more memory than this worker's process can have") from error
         # The system's have a number, those of Pillow none; a seek to where no file reaches is the image's, too.
         if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL, errno.EOVERFLOW}:
             raise

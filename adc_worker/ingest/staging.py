@@ -13,9 +13,8 @@ from pathlib import Path
 
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ConfigurationError, ImageError, StagingFull
-from adc_worker.ingest import page_cache
 from adc_worker.ingest.disk_budget import DiskBudget
-from adc_worker.ingest.download import DownloadStats, ImageClient
+from adc_worker.ingest.download import DownloadStats, ImageClient, drop_pages
 from adc_worker.ingest.header import ImageHeader, read_header
 
 _PARTIAL = ".part"
@@ -120,7 +119,7 @@ class StagingArea:
         try:
             stats = self._client.download(task.image_url, fd, cancelled)
             if self.disk.used_bytes > CACHED_AHEAD_BYTES:
-                page_cache.drop(fd)
+                drop_pages(fd)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

@@ -362,6 +362,16 @@ class Journal:
         body = zlib.decompress(row[1])
         return PostEntry(row[0], len(body), lambda: [body])
 
+    def accepted_subjects(self, job_id: int, count: int) -> list[str]:
+        """Return the leases of the job's results that were accepted last, up to `count`."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT reply_subject FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
+                " ORDER BY id DESC LIMIT ?",
+                (job_id, count),
+            ).fetchall()
+        return [str(row[0]) for row in rows]
+
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
         self._remove((), lambda: self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,)))

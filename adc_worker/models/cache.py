@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,24 +34,28 @@ class ModelCache:
     """Holds models until others need the memory; `free_bytes` says what a device has left."""
 
     free_bytes: Callable[[torch.device], int]
+    after_loading: Callable[[], None] = lambda: None
     _held: dict[str, tuple[Wanted, Any]] = field(default_factory=dict)  # the least recently used first
     _in_use: frozenset[str] = frozenset()
 
     def hold(self, wanted: Sequence[Wanted], device: torch.device) -> list[Any]:
         """Return these models, loading what is not here; others leave, least recently used first, until all fit."""
         self._in_use = frozenset(one.name for one in wanted)
-        needed = sum(one.size_bytes for one in wanted if one.name not in self._held)
+        new = [one for one in wanted if one.name not in self._held]
+        needed = sum(one.size_bytes for one in new)
         room = SHARE_OF_FREE * (self.free_bytes(device) + self.size_bytes) - self.size_bytes
         for name in [name for name in self._held if name not in self._in_use]:
             if needed <= room:
                 break
             room += self._drop(name)
+        models = []
         for one in wanted:
-            model = self._held.pop(one.name)[1] if one.name in self._held else _load(one)
+            model = self._held.pop(one.name)[1] if one.name in self._held else self._load(one)
             self._held[one.name] = (one, model)  # at the end: the most recently used
-        if needed:
-            set_apart()
-        return [self._held[one.name][1] for one in wanted]
+            models.append(model)
+        if new:
+            self.after_loading()
+        return models
 
     @property
     def size_bytes(self) -> int:
@@ -65,24 +68,18 @@ class ModelCache:
             self._drop(name)
         return bool(idle)
 
+    def _load(self, one: Wanted) -> Any:
+        started = time.monotonic()
+        model = one.load()
+        _log.info(
+            "model_loaded", model=one.name, size_bytes=one.size_bytes, load_s=round(time.monotonic() - started, 3)
+        )
+        return model
+
     def _drop(self, name: str) -> int:
         one, _ = self._held.pop(name)
         _log.info("model_evicted", model=name, size_bytes=one.size_bytes)
         return one.size_bytes
-
-
-def _load(wanted: Wanted) -> Any:
-    started = time.monotonic()
-    model = wanted.load()
-    _log.info("model_loaded", model=wanted.name, load_s=round(time.monotonic() - started, 3))
-    return model
-
-
-def set_apart() -> None:
-    """Hide models and libraries from the garbage collector: with them a run, one after each job, takes 0.1 s."""
-    gc.unfreeze()  # what an evicted model leaves can go
-    gc.collect()
-    gc.freeze()
 
 
 def free_bytes(device: torch.device, limit_bytes: int | None) -> int:

@@ -6,7 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import Self, TypeVar
 
 import torch
 
@@ -108,40 +109,52 @@ class PeakVram:
         return max(0, torch.cuda.max_memory_allocated(self._device) - self._start_bytes)
 
 
-class _Copy(NamedTuple):
-    span: tuple[int, int]
-    images: torch.Tensor
-    arrived: torch.cuda.Event
+_Copy = tuple[tuple[int, int], torch.Tensor, torch.cuda.Event]  # which images, on the device, and when they are there
 
 
 class Upload:
     """Hands out a batch, uint8 [n, H, W, 3], on the device, as uint8 [k, 3, H, W]; the permutation is a view.
 
-    On CUDA the next chunk is copied on a stream of its own while this one is inferred. Written, not run.
+    From page-locked memory CUDA copies the next chunk on a stream of its own while this one is inferred; a copy from
+    other memory would hold up its caller. At the end of `with` no copy reads the batch any more. Written, not run.
     """
 
     def __init__(self, images: torch.Tensor, device: torch.device) -> None:
         self._images = images
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = _copy_stream(device) if device.type == "cuda" and images.is_pinned() else None
         self._ahead: _Copy | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def take(self, start: int, stop: int) -> torch.Tensor:
         if self._copies is None:
             return self._images[start:stop].to(self._device).permute(0, 3, 1, 2)
-        ahead, self._ahead = self._ahead, None  # a chunk that was halved since is copied anew
-        chunk = ahead if ahead is not None and ahead.span == (start, stop) else self._copy(start, stop, self._copies)
+        if self._ahead is None or self._ahead[0] != (start, stop):
+            self._ahead = None  # it was halved since: its memory goes first
+            self._ahead = self._copy(start, stop, self._copies)
+        (_, images, arrived), self._ahead = self._ahead, None
         inference = torch.cuda.current_stream(self._device)
-        inference.wait_event(chunk.arrived)
-        chunk.images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
+        inference.wait_event(arrived)
+        images.record_stream(inference)  # the allocator must not reuse it before inference is done with it
         if stop - start > 1 and stop < len(self._images):  # not ahead of single images: memory may be short
             self._ahead = self._copy(stop, min(len(self._images), 2 * stop - start), self._copies)
-        return chunk.images.permute(0, 3, 1, 2)
+        return images.permute(0, 3, 1, 2)
 
     def _copy(self, start: int, stop: int, stream: torch.cuda.Stream) -> _Copy:
         with torch.cuda.stream(stream):
-            # From the page-locked arena this returns at once; from pageable memory it waits for the copy.
             images = self._images[start:stop].to(self._device, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
-        return _Copy((start, stop), images, arrived)
+        return (start, stop), images, arrived
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the same stream for every batch: torch keeps the freed memory of each stream for that stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

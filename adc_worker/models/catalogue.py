@@ -45,23 +45,6 @@ class ClassifierCard:
 
 
 @dataclass(frozen=True, slots=True)
-class DetectorCard:
-    """The detector before it is loaded; boxes that score above `score_threshold` count, the best of them first."""
-
-    algorithm: Algorithm
-    score_threshold: float
-    boxes_per_image: int
-
-    @property
-    def key(self) -> str:
-        return self.algorithm.key
-
-    @property
-    def weights(self) -> str:
-        return str(self.algorithm.uri)
-
-
-@dataclass(frozen=True, slots=True)
 class PipelineCard:
     """A pipeline is called like its classifier."""
 
@@ -70,16 +53,12 @@ class PipelineCard:
     filtered: bool = True
 
 
-DETECTOR = DetectorCard(
-    Algorithm(
-        "FasterRCNN for AMI Moth Traps 2023",
-        "fasterrcnn_for_ami_moth_traps_2023",
-        "localization",
-        uri=f"{STORE}moths/localization/fasterrcnn_resnet50_fpn_tz53qv9v.pt",
-    ),
-    score_threshold=0.8,
-    boxes_per_image=500,
+DETECTOR_WEIGHTS = f"{STORE}moths/localization/fasterrcnn_resnet50_fpn_tz53qv9v.pt"
+DETECTOR = Algorithm(
+    "FasterRCNN for AMI Moth Traps 2023", "fasterrcnn_for_ami_moth_traps_2023", "localization", uri=DETECTOR_WEIGHTS
 )
+SCORE_THRESHOLD = 0.8  # boxes that score above it count,
+BOXES_PER_IMAGE = 500  # the best of them first
 
 
 def _moths(name: str, key: str, architecture: str, weights: str, labels: str) -> ClassifierCard:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name all torch code uses
@@ -13,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from adc_worker.models.catalogue import ClassifierCard, DetectorCard
+from adc_worker.models.catalogue import BOXES_PER_IMAGE, DETECTOR, SCORE_THRESHOLD, ClassifierCard
 from adc_worker.models.pipeline import Detections, Scores
 from adc_worker.models.weights import load_weights
 
@@ -22,16 +21,17 @@ _FEATURES = 2048  # of a ResNet-50's last block
 
 
 class FasterRcnn:
-    """Boxes above the card's threshold, in whole pixels: cut off, clamped, empty ones dropped."""
+    """Boxes above the threshold, in whole pixels: cut off, clamped, empty ones dropped."""
 
-    def __init__(self, card: DetectorCard, weights: Path, device: torch.device) -> None:
-        self.algorithm = card.algorithm
+    algorithm = DETECTOR
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
         self.network = fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=_CLASSES, box_detections_per_img=card.boxes_per_image
+            weights=None, weights_backbone=None, num_classes=_CLASSES, box_detections_per_img=BOXES_PER_IMAGE
         )
         load_weights(self.network, weights)
         self.network.to(device).eval()
-        self._threshold = card.score_threshold
+        self._threshold = SCORE_THRESHOLD
 
     def detect(self, images: torch.Tensor) -> list[Detections]:
         # On a CPU a batch of 3 or 8 moved boxes by up to 0.003 px against one image alone (torch 2.15, random weights),
@@ -43,14 +43,13 @@ class FasterRcnn:
     def _detect(self, images: torch.Tensor) -> list[Detections]:
         pixels = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         height, width = images.shape[2:]
-        limits = torch.tensor([width, height, width, height])
+        limits = torch.tensor([width, height, width, height], dtype=torch.int32)
         detections = []
         for found in self.network(list(pixels)):
-            keep = found["scores"] > self._threshold
-            boxes = torch.minimum(found["boxes"][keep].cpu().to(torch.int32).clamp_(min=0), limits)
-            solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            scores = found["scores"][keep].cpu()[solid]
-            detections.append(Detections(boxes[solid].numpy().astype(np.int32), scores.numpy()))
+            scores = found["scores"].cpu()
+            boxes = torch.minimum(found["boxes"].cpu().to(torch.int32).clamp_(min=0), limits)
+            keep = (scores > self._threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            detections.append(Detections(boxes[keep].numpy(), scores[keep].numpy()))
         return detections
 
 
@@ -79,7 +78,7 @@ ARCHITECTURES: Mapping[str, Callable[[int], nn.Module]] = {
 class CropClassifier:
     """Softmax and raw logits of crops of any size, in the order of the card's labels."""
 
-    def __init__(self, card: ClassifierCard, weights: Path, device: torch.device, labels: tuple[str, ...]) -> None:
+    def __init__(self, card: ClassifierCard, labels: tuple[str, ...], weights: Path, device: torch.device) -> None:
         self.algorithm = card.algorithm(labels)
         self.network = ARCHITECTURES[card.architecture](len(labels))
         load_weights(self.network, weights)

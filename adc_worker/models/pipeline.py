@@ -90,17 +90,17 @@ class Pipeline:
 
         The images cross to the device as they are, a few at a time.
         """
-        upload = Upload(images, self.device)
-
-        def detect(start: int, stop: int) -> list[tuple[torch.Tensor, Detections]]:
-            with self.clock.running(self.device):
-                on_device = upload.take(start, stop)
-                return list(zip(on_device, self.detector.detect(on_device), strict=True))
-
         of = (self.detector.algorithm.key, tuple(images.shape[1:]))
-        with torch.inference_mode():
+        with torch.inference_mode(), Upload(images, self.device) as upload:
+
+            def detect(start: int, stop: int) -> list[tuple[torch.Tensor, Detections]]:
+                with self.clock.running(self.device):
+                    on_device = upload.take(start, stop)
+                    return list(zip(on_device, self.detector.detect(on_device), strict=True))
+
             for found in in_chunks(detect, len(images), self.sizes.images, self.sizes.learnt, of, self.relieve):
                 yield found if isinstance(found, ImageError) else self._classified(*found)
+                del found  # an image on the device keeps those of its call
 
     def _classified(self, image: torch.Tensor, found: Detections) -> list[Detection] | ImageError:
         boxes = [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in found.boxes_px]
@@ -116,7 +116,7 @@ class Pipeline:
                 answers[index].append(given)
             if classifier is self.binary_filter:
                 chosen = [index for index in chosen if answers[index][0].label == self.positive_label]
-        source = self.detector.algorithm.ref
+        source = self.detector.algorithm
         return [Detection(box, source, tuple(given)) for box, given in zip(boxes, answers, strict=True)]
 
     def _classify(
@@ -129,7 +129,7 @@ class Pipeline:
                 crops = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in (boxes[index] for index in chosen[start:stop])]
                 given = classifier.classify(crops)
             return [
-                Classification(algorithm.labels[int(scores.argmax())], scores, logits, algorithm.ref, terminal)
+                Classification(algorithm.labels[int(scores.argmax())], scores, logits, algorithm, terminal)
                 for scores, logits in zip(given.scores, given.logits, strict=True)
             ]
 

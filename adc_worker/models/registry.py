@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
-from adc_worker.models import cache, catalogue, light_sheet_blobs, simulated
+from adc_worker.models import cache, catalogue
 from adc_worker.models.cache import ModelCache, Wanted
-from adc_worker.models.catalogue import ClassifierCard, DetectorCard, PipelineCard
-from adc_worker.models.pipeline import Algorithm, CallSizes, Pipeline
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, ClassifierCard, PipelineCard
+from adc_worker.models.light_sheet_blobs import LightSheetBlobs
+from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Detector, Pipeline
 from adc_worker.models.weights import WeightStore, read_labels
 from adc_worker.settings import Settings
 
@@ -34,7 +38,6 @@ class PipelineSpec:
         on_request: polled and registered only when named.
         labelled: returns `algorithms` with the labels that lie in files, fetched if need be.
         files: URLs of all the files it loads.
-        cached: its models are in a cache that others share: ask for it anew before every job, and keep it no longer.
     """
 
     slug: str
@@ -44,12 +47,6 @@ class PipelineSpec:
     on_request: bool = False
     labelled: Callable[[], tuple[Algorithm, ...]] | None = None
     files: tuple[str, ...] = ()
-    cached: bool = False
-
-
-def antennas(store: WeightStore, models: ModelCache) -> list[PipelineSpec]:
-    """Return Antenna's ten pipelines, which share `models` and have their files in `store`."""
-    return [_antennas(card, store, models) for card in catalogue.PIPELINES]
 
 
 def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> PipelineSpec:
@@ -61,12 +58,12 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
     def load(device: torch.device, sizes: CallSizes) -> Pipeline:
         from adc_worker.models.networks import CropClassifier, FasterRcnn  # noqa: PLC0415 (40 MB that others go without)
 
-        def wanted(card: DetectorCard | ClassifierCard, make: Callable[..., Any], *more: Any) -> Wanted:
-            weights = store.ensure(card.weights)
-            return Wanted(card.key, weights.stat().st_size, partial(make, card, weights, device, *more))
+        def wanted(key: str, url: str, make: Callable[[Path, torch.device], Any]) -> Wanted:
+            weights = store.ensure(url)
+            return Wanted(key, weights.stat().st_size, partial(make, weights, device))
 
-        parts = [wanted(catalogue.DETECTOR, FasterRcnn)]
-        parts += [wanted(one, CropClassifier, labels(one)) for one in classifiers]
+        parts = [wanted(DETECTOR.key, DETECTOR_WEIGHTS, FasterRcnn)]
+        parts += [wanted(one.key, one.weights, partial(CropClassifier, one, labels(one))) for one in classifiers]
         found, *scored = models.hold(parts, device)
         return Pipeline(
             card.slug,
@@ -82,41 +79,56 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
     return PipelineSpec(
         card.slug,
         card.classifier.name,
-        (catalogue.DETECTOR.algorithm, *(one.algorithm() for one in classifiers)),
+        (DETECTOR, *(one.algorithm() for one in classifiers)),
         load,
-        labelled=lambda: (catalogue.DETECTOR.algorithm, *(one.algorithm(labels(one)) for one in classifiers)),
-        files=(catalogue.DETECTOR.weights, *(url for one in classifiers for url in (one.weights, one.labels))),
-        cached=True,
+        labelled=lambda: (DETECTOR, *(one.algorithm(labels(one)) for one in classifiers)),
+        files=(DETECTOR_WEIGHTS, *(url for one in classifiers for url in (one.weights, one.labels))),
     )
 
 
-def built_in(simulated_seconds_per_image: float) -> list[PipelineSpec]:
-    """Return the pipelines that need no weights: for the demo and for benchmarks."""
+class Simulated:
+    """The GPU of the benchmarks: takes `seconds_per_image` and finds nothing."""
 
-    def load_blobs(device: torch.device, sizes: CallSizes) -> Pipeline:
-        return Pipeline("light_sheet_blobs", light_sheet_blobs.LightSheetBlobs(), device, sizes=sizes)
+    algorithm = Algorithm(
+        name="Simulated detector",
+        key="simulated_detector",
+        task_type="localization",
+        description="Sleeps and finds nothing; for benchmarks.",
+    )
 
-    def load_simulated(device: torch.device, sizes: CallSizes) -> Pipeline:
-        return Pipeline("simulated", simulated.Simulated(simulated_seconds_per_image), device, sizes=sizes)
+    def __init__(self, seconds_per_image: float) -> None:
+        self._seconds_per_image = seconds_per_image
 
-    return [
-        PipelineSpec(
-            "light_sheet_blobs", "Light sheet blobs", (light_sheet_blobs.ALGORITHM,), load_blobs, on_request=True
-        ),
-        PipelineSpec("simulated", "Simulated", (simulated.ALGORITHM,), load_simulated, on_request=True),
+    def detect(self, images: torch.Tensor) -> list[Detections]:
+        time.sleep(self._seconds_per_image * len(images))
+        return [Detections(np.empty((0, 4), np.int32), np.empty(0, np.float32))] * len(images)
+
+
+def _weightless(slug: str, name: str, detector: Detector) -> PipelineSpec:
+    def load(device: torch.device, sizes: CallSizes) -> Pipeline:
+        return Pipeline(slug, detector, device, sizes=sizes)
+
+    return PipelineSpec(slug, name, (detector.algorithm,), load, on_request=True)
+
+
+def available(config: Settings, is_stopping: Callable[[], bool] = lambda: False) -> dict[str, PipelineSpec]:
+    """Return every pipeline by slug; fetches of their files break off once `is_stopping` says so.
+
+    Raises:
+        ConfigurationError: names the culprit.
+    """
+    models = ModelCache(partial(cache.free_bytes, limit_bytes=config.memory_limit_bytes), _keep_from_collector)
+    store = WeightStore(config.models_path, is_stopping)
+    antennas = [_antennas(card, store, models) for card in catalogue.PIPELINES]
+    specs = [
+        _weightless("light_sheet_blobs", "Light sheet blobs", LightSheetBlobs()),
+        _weightless("simulated", "Simulated", Simulated(config.simulated_seconds_per_image)),
     ]
-
-
-def available(config: Settings) -> dict[str, PipelineSpec]:
-    """Return every pipeline by slug. Raises ConfigurationError naming the culprit."""
-    models = ModelCache(partial(cache.free_bytes, limit_bytes=config.memory_limit_bytes))
-    specs = antennas(WeightStore(config.models_path), models) + built_in(config.simulated_seconds_per_image)
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        specs.extend(_specs_from(point.load, f"the entry point {point.name} ({point.value})"))
-    for reference in config.extra_pipelines:
-        specs.extend(_specs_from(partial(_resolve, reference), f"AMI_EXTRA_PIPELINES: {reference}"))
+    named = [EntryPoint(one, one, "AMI_EXTRA_PIPELINES") for one in config.extra_pipelines]
+    for point in (*entry_points(group=ENTRY_POINT_GROUP), *named):
+        specs.extend(_specs_from(point))
     by_slug: dict[str, PipelineSpec] = {}
-    for spec in specs:
+    for spec in (*antennas, *(_held_whole(spec, models) for spec in specs)):
         if spec.slug in by_slug:
             raise ConfigurationError(
                 f"two pipelines have the slug {spec.slug!r}: {by_slug[spec.slug].name}, {spec.name}"
@@ -125,21 +137,37 @@ def available(config: Settings) -> dict[str, PipelineSpec]:
     return by_slug
 
 
+def _keep_from_collector() -> None:
+    gc.unfreeze()  # what an evicted model leaves can go
+    gc.collect()
+    gc.freeze()  # models and libraries stay: with them a collection after each job takes 0.2 s
+
+
+def _held_whole(spec: PipelineSpec, models: ModelCache) -> PipelineSpec:
+    """Keep a loaded pipeline in the cache, where nobody knows its size: it leaves when memory is short."""
+
+    def load(device: torch.device, sizes: CallSizes) -> Pipeline:
+        (pipeline,) = models.hold([Wanted(spec.slug, 0, partial(spec.load, device, sizes))], device)
+        assert isinstance(pipeline, Pipeline)
+        return pipeline
+
+    return replace(spec, load=load)
+
+
 def choose(specs: dict[str, PipelineSpec], named: Sequence[str]) -> list[PipelineSpec]:
     """Return the pipelines to poll for: those named, or all that do not wait to be named."""
     unknown = [slug for slug in named if slug not in specs]
     if unknown:
         raise ConfigurationError(f"--pipeline {unknown[0]}: not known here; known are {', '.join(sorted(specs))}")
-    chosen = [specs[slug] for slug in named] or [spec for spec in specs.values() if not spec.on_request]
-    if not chosen:
-        raise ConfigurationError(
-            f"no pipeline to work for: name one with --pipeline ({', '.join(sorted(specs))}) or set AMI_EXTRA_PIPELINES"
-        )
-    return chosen
+    return [specs[slug] for slug in named] or [spec for spec in specs.values() if not spec.on_request]
 
 
 def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline:
-    """Load a pipeline; raises WorkerFault when that fails, since no image is to blame."""
+    """Load a pipeline, or what of it is not in the cache; keep it for no longer than a job.
+
+    Raises:
+        WorkerFault: that failed; no image is to blame.
+    """
     try:
         return spec.load(device, sizes)
     except WorkerFault:
@@ -150,20 +178,15 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
         ) from error
 
 
-def _specs_from(resolve: Callable[[], Callable[[], Iterable[PipelineSpec]]], source: str) -> Iterator[PipelineSpec]:
+def _specs_from(point: EntryPoint) -> Iterator[PipelineSpec]:
+    source = f"{point.group}: {point.value}"
     try:
-        specs = list(resolve()())
+        specs = list(point.load()())
     except Exception as error:
-        raise ConfigurationError(f"{source} failed: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(
+            f"{source} failed, which must be package.module:function: {type(error).__name__}: {error}"
+        ) from error
     for spec in specs:
         if not isinstance(spec, PipelineSpec):
             raise ConfigurationError(f"{source} returned {type(spec).__name__} instead of PipelineSpec")
         yield spec
-
-
-def _resolve(reference: str) -> Callable[[], Iterable[PipelineSpec]]:
-    module, separator, function = reference.partition(":")
-    if not separator:
-        raise ValueError("write package.module:function")
-    resolved: Callable[[], Iterable[PipelineSpec]] = getattr(import_module(module), function)
-    return resolved

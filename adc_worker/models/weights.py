@@ -11,7 +11,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ _log = get_logger(__name__)
 
 TIMEOUT_S = 30.0
 PROGRESS_EVERY_S = 5.0
+_LOCK_POLL_S = 0.2
 
 
 def _fault(message: str) -> WorkerFault:
@@ -37,25 +38,18 @@ def _fault(message: str) -> WorkerFault:
 
 @dataclass(frozen=True, slots=True)
 class WeightStore:
-    """The files of the models, in `folder`; those in torch hub's folder, where today's worker has them, count too."""
+    """The files of the models, in `folder`; those in torch hub's folder, where today's worker has them, count too.
+
+    Once `is_stopping` says so, a fetch breaks off: gigabytes must not hold up the end of the process.
+    """
 
     folder: Path
+    is_stopping: Callable[[], bool] = lambda: False
 
     def find(self, url: str) -> Path | None:
-        """Return the file of a URL if it is on this machine.
-
-        Raises:
-            WorkerFault: it is, and is shorter or longer than what was fetched.
-        """
-        for path in (self.destination(url), Path(torch.hub.get_dir()) / "models" / self.destination(url).name):
-            if path.is_file():
-                expected = self.record(url).get("size_bytes", path.stat().st_size)
-                if path.parent == self.folder and path.stat().st_size != expected:
-                    raise _fault(
-                        f"{path} has {path.stat().st_size} bytes instead of {expected}: delete it, to fetch {url} again"
-                    )
-                return path
-        return None
+        """Return the file of a URL if it is on this machine."""
+        places = (self.destination(url), Path(torch.hub.get_dir()) / "models" / self.destination(url).name)
+        return next((path for path in places if path.is_file()), None)
 
     def destination(self, url: str) -> Path:
         return self.folder / url.rsplit("/", 1)[-1]
@@ -75,7 +69,7 @@ class WeightStore:
         path = self.destination(url)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_name(f"{path.name}.part")) as part:
+            with self._locked(path.with_name(f"{path.name}.part")) as part:
                 if (found := self.find(url)) is not None:  # another process of this host was faster
                     return found
                 self._fetch(url, part)
@@ -130,20 +124,30 @@ class WeightStore:
             told = time.monotonic()
             for block in response.iter_raw():  # as it comes: a buffer's content would be lost with the connection
                 part.write(block)
+                self._check_stopping()
                 if time.monotonic() - told > PROGRESS_EVERY_S:
                     told = time.monotonic()
                     _log.info("weights_fetch", url=url, received_bytes=part.tell(), total_bytes=total)
 
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[io.BufferedRandom]:
+        """Open a file for appending; one process at a time."""
+        with path.open("a+b") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._check_stopping()
+                    time.sleep(_LOCK_POLL_S)
+            yield file
+
+    def _check_stopping(self) -> None:
+        if self.is_stopping():
+            raise _fault("this process is to end: what has come of its models' files is kept, the next one goes on")
+
     def _note(self, url: str) -> Path:
         return self.destination(url).with_name(f"{self.destination(url).name}.fetched.json")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[io.BufferedRandom]:
-    """Open a file for appending; one process at a time."""
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -169,4 +173,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
     except Exception as error:
-        raise _fault(f"{path} does not hold the weights of {type(network).__name__}: {error}") from error
+        raise _fault(
+            f"{path} does not hold the weights of {type(network).__name__}: {error}; delete it, to fetch it again"
+        ) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LOOK_SHARE_BLOCKED, LeaseTerms, SaveWatch, parse_reply_subject
+from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, parse_reply_subject
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -75,12 +75,14 @@ class TaskFetch:
         self.job_id = job_id
         self.error: AntennaError | None = None
         self.is_open = False
+        self.delivered = 0  # with the last answer, those answered from the journal among them
         self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
         self._client = client
         self._journal = journal
         self._poster = poster
         self._lease = lease
-        self._saves = SaveWatch()
+        self._saves = SaveWatch(poster.accepted[job_id])
+        self._looking = threading.Lock()
         self._answer: list[HeldTask] | None = None
         self._failure: BaseException | None = None
         self._listener: Callable[[], None] | None = None
@@ -109,6 +111,12 @@ class TaskFetch:
             self._thread.join(timeout_s)
         self._listener, self._answer = listener, None
 
+    def unsaved(self) -> list[str]:
+        """Look at the job, and return the leases of results that were accepted and not saved, as far as known."""
+        if self._unsaved() > 0:
+            self._look()
+        return self._journal.accepted_subjects(self.job_id, self._unsaved())
+
     def _run(self, count: int) -> None:
         try:
             self._answer = self._ask(count)
@@ -121,6 +129,7 @@ class TaskFetch:
                 listener()
 
     def _ask(self, count: int) -> list[HeldTask]:
+        self.delivered = 0
         try:
             if (count := self._within_saves(count)) < 1:
                 return []
@@ -131,7 +140,7 @@ class TaskFetch:
             _log.warning("fetch_failed", job_id=self.job_id, error=str(error), do=advice(error))
             self.error = error
             return []
-        self.error = None
+        self.error, self.delivered = None, len(tasks)
         fresh, joined = [], []
         for task in tasks:
             before = self._journal.rejoin(self.job_id, task, sent_at)
@@ -146,18 +155,23 @@ class TaskFetch:
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
-        accepted = self._poster.accepted[self.job_id]
-        if accepted and self._saves.is_due(self._lease, time.monotonic(), blocked=self._room() < count):
-            saved = self._client.job(self.job_id).saved
-            self._saves.look(self._lease, time.monotonic(), accepted, saved)
+        if self._room() < count and self._unsaved() and self._saves.is_due(self._lease, time.monotonic()):
+            self._look()
         count = min(count, self._room())
         self.looked_only = count < 1
         return count
 
+    def _look(self) -> None:
+        with self._looking:  # fetching and the extension of leases both come here
+            accepted, saved = self._poster.accepted[self.job_id], self._client.job(self.job_id).saved
+            self._saves.look(self._lease, time.monotonic(), accepted, saved)
+
+    def _unsaved(self) -> int:
+        return self._saves.unsaved(self._poster.accepted[self.job_id])
+
     def _room(self) -> int:
         held = self._journal.held_count(self.job_id)
-        unsaved = self._saves.unsaved(self._poster.accepted[self.job_id])
-        return self._lease.held_limit(self._saves.per_s) - held - unsaved
+        return self._lease.held_limit(self._saves.per_s) - held - self._unsaved()
 
 
 class Intake:
@@ -309,12 +323,12 @@ class Intake:
             return
         self._take(answer)
         self._outcomes.wake_poster()  # some may have been answered from the journal
-        if answer:
+        if self._fetch.delivered:
             self._empty_answers = 0
             found = [parse_reply_subject(held.task.reply_subject) for held in answer]
             self.pending = min((delivery.pending for delivery in found if delivery), default=self.pending)
         elif self._fetch.looked_only:
-            self._next_fetch_at = time.monotonic() + LOOK_SHARE_BLOCKED * self._lease.ack_wait_s
+            self._next_fetch_at = time.monotonic() + LOOK_SHARE * self._lease.ack_wait_s
         else:
             pause_s = min(EMPTY_RETRY_MAX_S, EMPTY_RETRY_FIRST_S * 2**self._empty_answers)
             self._next_fetch_at = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
@@ -433,7 +447,7 @@ class Intake:
             self.moved()  # to the next attempt: a dead link is no hang
 
     def _cancelled(self) -> bool:
-        self.moved()  # by a block of bytes, or it would not ask
+        self.moved()  # a download has a deadline of its own
         return self._stopped.is_set()
 
     def _lease_left_s(self, held: HeldTask) -> float:

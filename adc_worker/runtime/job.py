@@ -12,7 +12,6 @@ from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import AntennaError, ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
@@ -58,7 +57,6 @@ class WorkerContext:
     policy: IngestPolicy
     lease: LeaseTerms
     stopping: threading.Event
-    keeper: LeaseKeeper | None  # where NATS is configured
     flushing: threading.Event
     life: SignsOfLife
     pids: tuple[int, ...]  # the parent and this process; decode processes are known to the loader
@@ -68,12 +66,11 @@ class WorkerContext:
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
         """Measure the host, and this worker with the decoders and pixels of a loader."""
-        loaders_pids, loaders_bytes = (
-            (loader.feeder.decode_pids, loader.arena.resident_bytes) if loader is not None else ([], 0)
-        )
-        staged_bytes = self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
+        pids, used_bytes = self.pids, self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
+        if loader is not None:
+            pids, used_bytes = (*pids, *loader.feeder.decode_pids), used_bytes + loader.arena.resident_bytes
         return budget.measure(
-            anonymous_bytes((*self.pids, *loaders_pids)) + loaders_bytes + staged_bytes,
+            anonymous_bytes(pids) + used_bytes,
             self.share,
             self.settings.memory_limit_bytes,
             self.staging.disk.limit_bytes,
@@ -331,6 +328,7 @@ class _JobRun:
             pipeline=self.pipeline.slug,
             images=observed.images,
             inference_s=round(stats.inference_s, 4),
+            device_s=round(stats.device_s, 4),
             keep_s=round(stats.keep_s, 4),
             detections=stats.detections,
             readiness=round(governor.readiness, 3),

@@ -28,7 +28,8 @@ SWITCHES_PER_SLICE = 5  # a slice lasts at least as many times what a switch cos
 EMPTY_BACKOFF_MAX_S = 60.0
 # A service that shows no sign of life for 60 s counts as offline (contract): jitter included, polls are more frequent.
 BUSY_POLL_S, POLL_BACKOFF_MAX_S = 30.0, 50.0
-BUSY_POLL_FACTOR = 6  # x the idle poll's pause, up to BUSY_POLL_S
+BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; also after a long rest
+REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again
 LOOKS_PER_POLL = 10
 CLOSE_TIMEOUT_S = 2.0
 _JOB_UNKNOWN = 404
@@ -45,10 +46,8 @@ class JobEntry:
     last_task_at: float
     asked_at: float
     tasks: int | None = None
-    described: bool = False
     begun: bool = False
     lost: bool = False
-    interrupted: bool = False
     used_s: float = 0.0  # of a slice that small jobs interrupted
     not_before: float = 0.0
     empty_turns: int = 0
@@ -93,6 +92,7 @@ class JobBoard:
         self._lock = threading.RLock()
         self._entries: dict[int, JobEntry] = {}
         self._switch_s = 0.0
+        self._worked_at = now()
 
     def add(self, listed: Sequence[JobRef], held: Collection[int] = ()) -> None:
         """Take in what Antenna lists; new jobs of which tasks are `held` go first, their leases run."""
@@ -105,12 +105,12 @@ class JobBoard:
     def to_describe(self) -> list[int]:
         """Return jobs of unknown size, where there is a choice to make."""
         with self._lock:
-            return [one.id for one in self._entries.values() if not one.described] if len(self._entries) > 1 else []
+            return [one.id for one in self._entries.values() if one.tasks is None] if len(self._entries) > 1 else []
 
     def describe(self, job_id: int, tasks: int | None) -> None:
         with self._lock:
             if job_id in self._entries:
-                self._entries[job_id].tasks, self._entries[job_id].described = tasks, True
+                self._entries[job_id].tasks = tasks
 
     def unlisted(self, listed: Sequence[JobRef]) -> list[int]:
         with self._lock:
@@ -132,7 +132,7 @@ class JobBoard:
                 ready = [one for one in ready if one.begun or one.is_small] or ready
             if not ready:
                 return None
-            first = min(ready, key=lambda one: (not one.is_small, not one.interrupted, one.waiting_since))
+            first = min(ready, key=lambda one: (not one.is_small, one.waiting_since))
             return Turn(self, first, self._now(), draining)
 
     def end_turn(
@@ -147,14 +147,13 @@ class JobBoard:
         with self._lock:
             if switch_s is not None:
                 self._switch_s = (self._switch_s + switch_s) / 2 if self._switch_s else switch_s
-            entry.interrupted = not ended_empty and self.small_one_waits_for(entry)
-            if entry.interrupted:
+            if not ended_empty and self.small_one_waits_for(entry):  # it goes on where it was, before those behind it
                 entry.used_s += now - turn.started_at
             else:
                 entry.used_s, entry.waiting_since = 0.0, now
             entry.asked_at = now if answered else entry.asked_at
             if tasks:
-                entry.begun, entry.last_task_at = True, now
+                entry.begun, entry.last_task_at, self._worked_at = True, now, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
             if ended_empty:
                 entry.not_before = now + self._random.uniform(0.8, 1.2) * self._pause_s(entry.empty_turns)
@@ -180,6 +179,12 @@ class JobBoard:
         with self._lock:
             return min((one.asked_at - one.last_task_at for one in self._entries.values()), default=float("inf"))
 
+    def poll_pause_s(self, *, busy: bool) -> float:
+        """Return how long until the next poll: longer while a job has its turn, and the longer none had a task."""
+        longest_s = min(BUSY_POLL_S, BUSY_POLL_FACTOR * self._idle_s)
+        rested_s = self._now() - self._worked_at
+        return max(self._idle_s, longest_s if busy else min(longest_s, REST_SHARE * rested_s))
+
     def _waiting(self, besides: JobEntry | None) -> list[JobEntry]:
         now = self._now()
         return [one for one in self._entries.values() if one is not besides and now >= one.not_before]
@@ -192,13 +197,7 @@ class JobPoller:
     """Polls the job list in the background: finds work, shows that we live, notices jobs that are over or cancelled."""
 
     def __init__(
-        self,
-        board: JobBoard,
-        client: AntennaClient,
-        journal: Journal,
-        slugs: Sequence[str],
-        project: int | None,
-        idle_s: float,
+        self, board: JobBoard, client: AntennaClient, journal: Journal, slugs: Sequence[str], project: int | None
     ) -> None:
         self.failure: BaseException | None = None  # an AntennaError where not one poll succeeded so far
         self._board = board
@@ -206,11 +205,13 @@ class JobPoller:
         self._journal = journal
         self._slugs = slugs
         self._project = project
-        self._idle_s = idle_s
         self._changed = threading.Condition()
         self._lost: deque[tuple[int, list[int]]] = deque()
-        self._polls = self._failures = 0
-        self._busy = self._kicked = self._closing = self._fresh = False
+        self._failures = 0
+        self._asked_at = self._polled_at = self._turn_at = float(
+            "-inf"
+        )  # last poll, last that succeeded, last turn's end
+        self._busy = self._closing = False
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
 
     def start(self) -> None:
@@ -226,7 +227,7 @@ class JobPoller:
     @property
     def is_fresh(self) -> bool:
         """Whether the list was seen since the last turn."""
-        return self._fresh
+        return not self._busy and self._polled_at > self._turn_at
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -237,7 +238,7 @@ class JobPoller:
             yield
         finally:
             with self._changed:
-                self._busy, self._kicked, self._fresh = False, True, False
+                self._busy, self._turn_at = False, time.monotonic()
                 self._changed.notify_all()
 
     def wait_for_news(self, timeout_s: float) -> None:
@@ -258,28 +259,24 @@ class JobPoller:
                 self.failure = error
 
     def _poll_once(self) -> None:
-        with self._changed:
-            self._kicked = False
+        self._asked_at = time.monotonic()
         try:
             self._poll()
         except AntennaError as error:
             self._failures += 1
-            self.failure = error if not self._polls else None
+            self.failure = error if self._polled_at < 0 else None
             _log.warning("poll_failed", error=str(error), attempt=self._failures)
         else:
-            self._polls += 1
-            self._failures, self.failure = 0, None
-            with self._changed:
-                self._fresh = not self._busy and not self._kicked
+            self._failures, self.failure, self._polled_at = 0, None, self._asked_at
         with self._changed:
             self._changed.notify_all()
 
     def _wait(self) -> None:
-        pause_s = min(BUSY_POLL_S, BUSY_POLL_FACTOR * self._idle_s) if self._busy else self._idle_s
-        pause_s = min(pause_s * 2 ** min(self._failures, 10), POLL_BACKOFF_MAX_S)
+        pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
+        pause_s = min(pause_s, POLL_BACKOFF_MAX_S)
         until = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
         with self._changed:
-            while not self._closing and not (self._kicked and not self._failures) and time.monotonic() < until:
+            while not self._closing and time.monotonic() < until and (self._failures or self._turn_at < self._asked_at):
                 self._changed.wait(until - time.monotonic())
 
     def _poll(self) -> None:

@@ -40,8 +40,13 @@ OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
 # glibc's threshold adapts upwards, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
 # (measurements, "Other costs"). With a fixed threshold the heap is trimmed at every 128 kB unless told otherwise, which
-# cost Pillow's decodes 38 000 page faults each.
-CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "33554432"}
+# cost Pillow's decodes 38 000 page faults each. A tensor above the threshold is fresh pages each time: torch's variable
+# makes them huge ones, a tenth of the 1.1 million page faults an image that were a quarter of inference on a CPU.
+CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "33554432",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 _KILLED = 3
 _HUNG = 2  # times overdue
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what batch systems warn with

@@ -18,7 +18,7 @@ import torch
 
 from adc_worker import __version__, log, settings
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import LeaseTerms, parse_reply_subject
 from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.errors import (
     AntennaError,
@@ -37,7 +37,6 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
-from adc_worker.models.cache import set_apart
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
@@ -79,18 +78,16 @@ class WorkerLoop:
         self._options = options
         self._config = config
         self._context = context
-        specs = registry.available(config)
+        specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
-        self._loaded: dict[str, Pipeline] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = bool(context.journal.known_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
         self._memories: dict[int, JobMemory] = {}
-        self._poller = JobPoller(
-            self._board, context.client, context.journal, list(self._specs), options.project,
-            config.antenna_idle_sleep_seconds,
-        )  # fmt: skip
+        self._poller = JobPoller(self._board, context.client, context.journal, list(self._specs), options.project)
         self._jobs_done = 0
+        url, held = config.antenna_nats_url, context.journal.subjects
+        self._keeper = LeaseKeeper(url.get_secret_value(), context.lease, held, self._unsaved) if url else None
         # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
         torch.backends.cudnn.allow_tf32 = False
         self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
@@ -121,6 +118,20 @@ class WorkerLoop:
             self._poller.close()
         self._hand_back()
         return ExitCode.OK
+
+    def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _unsaved(self) -> list[str]:
+        """Return the leases of results that Antenna accepted and has not saved."""
+        subjects: list[str] = []
+        for memory in tuple(self._memories.values()):
+            try:
+                subjects += memory.fetch.unsaved()
+            except AntennaError as error:
+                _log.warning("saves_unknown", error=str(error), effect="leases of accepted results are not extended")
+        return subjects
 
     def _take_turn(self, turn: Turn) -> None:
         job_id, context = turn.entry.id, self._context
@@ -164,11 +175,15 @@ class WorkerLoop:
 
     def _hand_back(self) -> None:
         """On drain, give tasks that were not started back, unless this was their last delivery: those stay ours."""
-        journal, keeper = self._context.journal, self._context.keeper
+        journal, keeper = self._context.journal, self._keeper
         if keeper is None:
             return
         held = [one for job_id in journal.job_ids() for one in journal.unfinished(job_id)]
-        back = [one for one in held if not self._context.lease.is_last(one.task.reply_subject)]
+        back = [
+            one
+            for one in held
+            if parse_reply_subject(one.task.reply_subject) and not self._context.lease.is_last(one.task.reply_subject)
+        ]
         if back and keeper.hand_back([one.task.reply_subject for one in back]):
             journal.forget([one.id for one in back])
             for one in back:
@@ -184,11 +199,10 @@ class WorkerLoop:
         return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
 
     def _check_background(self) -> None:
-        keeper = self._context.keeper
         for name, failure in (
             ("poller", self._poller.failure),
             ("poster", self._context.poster.failure),
-            ("leases", keeper.failure if keeper else None),
+            ("leases", self._keeper.failure if self._keeper else None),
         ):
             if isinstance(failure, AntennaError):
                 self._first_contact_failed(failure)
@@ -197,23 +211,17 @@ class WorkerLoop:
 
     def _pipeline(self, slug: str) -> Pipeline | None:
         """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
-        if slug in self._loaded:
-            return self._loaded[slug]
-        started = time.monotonic()
         try:
-            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
+            return registry.load(self._specs[slug], self._device, self._sizes)
         except WorkerFault as error:
+            if self._context.stopping.is_set():
+                return None  # a fetch was broken off
             if slug in self._options.pipelines:
                 raise
             _log.error(
                 "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
             )
             return None
-        if not self._specs[slug].cached:
-            self._loaded[slug] = pipeline
-            set_apart()
-            _log.info("pipeline_loaded", pipeline=slug, load_s=round(time.monotonic() - started, 3))
-        return pipeline
 
     def _first_contact_failed(self, error: AntennaError) -> None:
         """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""
@@ -285,8 +293,6 @@ def run(
         reporter = Reporter(socket_path(config.user_data_path, os.getppid()), measure)
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
         lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
-        nats_url = config.antenna_nats_url
-        keeper = LeaseKeeper(nats_url.get_secret_value(), lease, journal.subjects) if nats_url else None
         context = WorkerContext(
             settings=config,
             client=client,
@@ -296,7 +302,6 @@ def run(
             policy=policy or IngestPolicy(ceilings(config)),
             lease=lease,
             stopping=stop.draining,
-            keeper=keeper,
             flushing=stop.flushing,
             life=life or SignsOfLife(),
             pids=pids,
@@ -304,10 +309,9 @@ def run(
             share=share,
         )
         try:
-            return WorkerLoop(options, config, context).run()
+            with closing(WorkerLoop(options, config, context)) as loop:
+                return loop.run()
         finally:
-            if keeper is not None:
-                keeper.close()
             context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
             reporter.close()

@@ -200,13 +200,16 @@ class Governor:
         return None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
-        falls = [(before - after) / seconds for (_, before), (seconds, after) in pairwise(self._available)]
+        if self._trial is not None:
+            self._slack = self._trial.slack
+        falls = [(before - after) / max(seconds, 1e-6) for (_, before), (seconds, after) in pairwise(self._available)]
         falling = max(0.0, min(falls)) if len(falls) == FALLING_BATCHES - 1 else 0.0  # bytes/s
         room_bytes = max(0, self._room_bytes(host) - int(AHEAD_S * falling))
         smaller = self._made(replace(host, available_bytes=int(SHRINK_TO / AIM * room_bytes)), self._slack)
         if smaller.arena_bytes > 0.95 * self.plan.arena_bytes:
             return "hold", "there is no smaller plan"
-        self._lose_patience()
+        if self._last_change in self._patience and not self._has_settled(self._last_change):
+            self._lose_patience(self._last_change)
         self._planned_room_bytes = room_bytes
         return self._take("shrink", smaller, f"above {SHRINK_ABOVE}, to {SHRINK_TO} of {room_bytes / 1e6:.0f} MB")
 
@@ -260,14 +263,12 @@ class Governor:
         compared = f"{self._images_per_s():.2f} images/s after {trial.images_per_s:.2f}"
         if self._images_per_s() >= GAIN * trial.images_per_s:
             return "hold", f"the step stays: {compared}"
-        self._lose_patience()
+        self._lose_patience("step")
         self._slack = trial.slack
         return self._take("undo", trial.plan, compared)
 
-    def _lose_patience(self) -> None:
-        """Note that the last growth was in vain, if the last change was one."""
-        if self._last_change in self._patience:
-            self._patience[self._last_change] = min(PATIENCE_MAX, 2 * self._patience[self._last_change])
+    def _lose_patience(self, action: Action) -> None:
+        self._patience[action] = min(PATIENCE_MAX, 2 * self._patience[action])
 
     def _images_per_s(self) -> float:
         return sum(one.images for one in self._recent) / sum(one.batch_s for one in self._recent)

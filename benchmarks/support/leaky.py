@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
-from adc_worker.models.registry import PipelineSpec
-from adc_worker.models.simulated import Simulated
+from adc_worker.models.registry import PipelineSpec, Simulated
 
 SECONDS_PER_IMAGE = 0.04
 BYTES_PER_IMAGE, BYTES_MAX = 5_000_000, 500_000_000

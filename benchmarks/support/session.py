@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.state import JobView
+from adc_worker.devserver.state import Job
 from benchmarks.support.cgroup import Enclosure, enclose
 
 SAMPLE_S = 0.05
@@ -163,7 +163,7 @@ class Session:
         except subprocess.TimeoutExpired:
             return None
 
-    def saved(self, job_id: int) -> JobView:
+    def saved(self, job_id: int) -> Job:
         """Return the job once the server has saved what was posted."""
         deadline, last = time.monotonic() + SAVED_TIMEOUT_S, -1
         while (view := self.server.job(job_id)).processed != last and time.monotonic() < deadline:

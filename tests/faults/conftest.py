@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.state import JobView
+from adc_worker.devserver.state import Job
 from tests.support import counting_pipeline
 from tests.support.counting_pipeline import numbered
 from tests.support.gate import Gate
@@ -68,7 +68,7 @@ class Desk:
         """Count the requests for each image."""
         return Counter(request.target for request in self.images.requests)
 
-    def done(self, job_id: int, timeout_s: float = 40.0) -> JobView:
+    def done(self, job_id: int, timeout_s: float = 40.0) -> Job:
         """Wait for the job's success and return it: one result per image, and no error."""
         wait_until(lambda: self.antenna.job(job_id).status == "SUCCESS", timeout_s)
         job = self.antenna.job(job_id)

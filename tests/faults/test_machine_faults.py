@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from adc_worker.errors import ExitCode
+from adc_worker.ingest.download import READ_TIMEOUT_S
 from tests.faults.conftest import Desk
 from tests.support import counting_pipeline
 from tests.support.counting_pipeline import numbered
@@ -22,7 +25,10 @@ DISK_BYTES = 64_000_000
 
 
 def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_job(desk: Desk) -> None:
-    """No errors, one line that says what to do, and when the host is back its job goes on by itself."""
+    """No errors, one line that says what to do, and when the host is back its job goes on by itself.
+
+    A host that takes connections and says nothing keeps a small job waiting no longer than one that is gone.
+    """
     with ImageServer() as host:
         port = host.port
     waiting = desk.add_job(8, host=host)  # whose server is gone
@@ -33,14 +39,25 @@ def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_j
         assert line["host"] == f"127.0.0.1:{port}"
         assert "network and firewall" in line["do"]
         assert not desk.antenna.job(waiting).errors
-        later = desk.add_job(20, first=200)
-        desk.done(later)
+        mute = after_the_worker.enter_context(ImageServer())
+        over = threading.Event()
+        after_the_worker.callback(over.set)
+        mute.replies |= {f"/{number}.png": partial(_when, over, number) for number in range(300, 320)}
+        desk.add_job(20, first=300, host=mute)
+        wait_until(lambda: mute.requests, 20.0)
+        later = desk.add_job(8, first=200)
+        desk.done(later, timeout_s=READ_TIMEOUT_S / 2)
         back = after_the_worker.enter_context(ImageServer(port=port))
         back.replies |= {f"/{number}.png": Reply(numbered(number)) for number in range(8)}
         job = desk.done(waiting)
         running.wait_for("image_host_back")
     assert set(job.deliveries.values()) == {1}
     assert len(running.events("image_host_at_fault")) == 1
+
+
+def _when(over: threading.Event, number: int) -> Reply:
+    over.wait()
+    return Reply(numbered(number))
 
 
 @pytest.mark.soak

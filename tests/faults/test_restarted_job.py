@@ -46,8 +46,8 @@ def test_kept_results_are_posted_into_the_new_stream_of_a_restarted_job_only_wit
         job = desk.done(job_id)
     consumer = desk.antenna.consumer_info(job_id)
     assert consumer is not None
-    assert consumer.ack_floor == IMAGES, "each message of the new stream was acknowledged"
-    assert consumer.num_redelivered == 0
+    assert consumer["ack_floor"]["stream_seq"] == IMAGES, "each message of the new stream was acknowledged"
+    assert consumer["num_redelivered"] == 0
     assert set(job.posts.values()) == {1}, "nothing was posted before its subject was good"
     assert set(desk.inferred.values()) == {1}, "images that come again are answered from the journal"
 

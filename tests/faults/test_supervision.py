@@ -20,7 +20,8 @@ from adc_worker.errors import ExitCode
 from adc_worker.runtime.supervisor import SAME_SIGNAL_S
 from tests.support import faulty_pipeline
 from tests.support.faulty_pipeline import CRASH, HANG, HELPER, photograph
-from tests.support.images import jpeg, written
+from tests.support.image_server import ImageServer, Reply
+from tests.support.images import jpeg
 from tests.support.process_tree import alive, anonymous_peak_bytes, decoders, family, ignores
 from tests.support.waiting import wait_until
 from tests.support.workers import REPOSITORY, environment, run_to_end, worker
@@ -203,10 +204,11 @@ def test_a_hang_ends_with_the_stacks_of_all_threads_and_a_restart(server: DevSer
 def test_a_slow_link_is_no_hang(tmp_path: Path) -> None:
     """No image comes within its lease, for longer than the worker may be silent: that is the link's fault."""
     lease_s = 1.0
-    photographs = [written(tmp_path / f"{number}.jpg", jpeg(900, 700, seed=number)) for number in range(2)]
-    speed = photographs[0].stat().st_size / (3 * lease_s)
-    with DevServer(save_delay_s=0.005, ack_wait_s=lease_s, keep_streams=True, image_bytes_per_s=speed) as server:
-        job_id = server.add_job("simulated", photographs)
+    image = jpeg(900, 700)
+    with DevServer(save_delay_s=0.005, ack_wait_s=lease_s, keep_streams=True) as server, ImageServer() as images:
+        for path in ("/0.jpg", "/1.jpg"):
+            images.replies[path] = Reply(image, bytes_per_s=len(image) / (3 * lease_s))
+        job_id = server.add_job("simulated", map(images.url, images.replies))
         extra = {"AMI_ANTENNA_ACK_WAIT_SECONDS": str(lease_s)}
         with worker(environment(server, tmp_path / "data", extra), *SIMULATED) as running:
             wait_until(lambda: server.job(job_id).failed == 2, 40)

@@ -23,7 +23,7 @@ import pytest
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
-from adc_worker.devserver.state import JobView
+from adc_worker.devserver.state import Job
 from adc_worker.errors import ExitCode
 from benchmarks.support.cgroup import enclose
 from benchmarks.support.report import commit, machine, table, write_section
@@ -43,7 +43,7 @@ PATIENCE_S = 120.0
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's package libfaketime
 STAGES = ("child_started", "journal_open", "worker_ready", "plan", "batch")
 
-Record = Callable[[str, str, JobView], None]
+Record = Callable[[str, str, Job], None]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def record() -> Iterator[Record]:
     """Collect what came of each fault, and put it into RESULTS.md at the end."""
     rows: list[tuple[object, ...]] = []
 
-    def add(fault: str, happened: str, job: JobView) -> None:
+    def add(fault: str, happened: str, job: Job) -> None:
         again = sum(count - 1 for count in job.deliveries.values())
         rows.append((fault, happened, f"{len(job.results)} of {len(job.image_ids)}", len(job.errors), again))
 
@@ -75,7 +75,7 @@ def sheets(tmp_path: Path) -> list[Path]:
     return write_sheets(tmp_path / "sheets", 4, seed=3, sizes=((640, 480), (480, 640)))
 
 
-def finished(server: DevServer, job_id: int) -> JobView:
+def finished(server: DevServer, job_id: int) -> Job:
     """Return the job when every image has its outcome, from one delivery each."""
     wait_until(lambda: server.job(job_id).status == "SUCCESS", PATIENCE_S)
     job = server.job(job_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 
-from adc_worker.errors import ImageError, ImageUnreadable, WorkerFault
+from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable, WorkerFault
 from adc_worker.host.memory import anonymous_bytes
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport, ThreadEngine
@@ -150,6 +151,27 @@ def test_an_image_that_cannot_be_decoded_is_told_in_the_decoders_words(tmp_path:
     assert set(desk.engine.pids) == pids
 
 
+def test_a_decoder_that_gets_no_memory_is_asked_again_alone_and_lives_on(tmp_path: Path) -> None:
+    """Then the image is too large for this host; the next one is decoded by the same process."""
+    desk = Desk(ProcessEngine, workers=1)
+    desk.arena.resize(20 * MB)
+    pids = list(desk.engine.pids)
+    try:
+        small = written(tmp_path / "small.img", jpeg())
+        for _process in pids:
+            desk.decoded(small)
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_AS, (psutil.Process(pid).memory_info().vms + 25 * MB, -1))
+        # All coefficients of 3 Mpx at 4:4:4: 18 MB more than the pixels, which are mapped by then.
+        large = written(tmp_path / "large.img", jpeg(2500, 2400, progressive=True, subsampling=0))
+        with pytest.raises(ImageTooLarge, match="cannot be decoded as JPEG: it takes more memory"):
+            desk.decoded(large)
+        np.testing.assert_array_equal(desk.decoded(small)[0], by_pillow(jpeg()))
+        assert desk.engine.pids == pids
+    finally:
+        desk.close()
+
+
 def test_a_file_that_is_not_there_is_this_machines_fault(tmp_path: Path, desk: Desk) -> None:
     """As with decode threads: no evidence against the image, and no reason to try for ever."""
     _region, future = desk.submit(tmp_path / "nowhere.img", header(97, 61))
@@ -187,7 +209,7 @@ def test_they_are_small_and_import_no_torch(tmp_path: Path, desk: Desk) -> None:
 def test_closing_leaves_no_process_and_no_descriptor() -> None:
     """Also after deaths; the suite's leak check sees the descriptors."""
     made = Desk(ProcessEngine)
-    pids = made.engine.pids
+    pids = list(made.engine.pids)
     assert len(pids) == WORKERS + 1
     os.kill(pids[0], signal.SIGKILL)
     made.close()

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from adc_worker.cli.main import cli
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
+from adc_worker.models.catalogue import DETECTOR_WEIGHTS
 
 JOB = 3  # the number that the first job of a desk with one image gets
 
@@ -38,9 +39,8 @@ def test_a_sound_host_and_a_superusers_token_pass(server: DevServer, tmp_path: P
     """Exit code 0, and not one task was taken for it."""
     done, found = doctor(server.api_url, server.token, tmp_path)
     assert done.exit_code == ExitCode.OK, done.output
-    assert {"memory", "disk", "open files", "GPU", "proxy", "CA certificates", "Antenna", "clock", "token"} <= set(
-        found
-    )
+    assert {"memory", "disk", "open files", "GPU", "proxy", "CA certificates", "models", "Antenna"} <= set(found)
+    assert {"clock", "token"} <= set(found)
     assert "may fetch tasks" in found["token"]["found"]
     assert not server.job(JOB).deliveries
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
@@ -73,3 +73,14 @@ def test_what_this_host_lacks_comes_with_the_line_that_gives_it(server: DevServe
     assert "AMI_MEMORY_LIMIT_BYTES" in found["memory"]["found"]
     assert "AMI_ANTENNA_NATS_URL" in found["NATS"]["fix"]
     assert "did you mean AMI_NUM_WORKERS" in found["settings"]["found"]
+
+
+def test_files_of_models_are_counted_where_a_worker_looks_for_them(server: DevServer, tmp_path: Path) -> None:
+    """What is missing is no problem: a worker fetches it."""
+    _done, found = doctor(server.api_url, server.token, tmp_path)
+    assert found["models"]["state"] == "note"
+    assert found["models"]["found"].startswith("0 of ")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / DETECTOR_WEIGHTS.rpartition("/")[2]).touch()
+    _done, found = doctor(server.api_url, server.token, tmp_path)
+    assert found["models"]["found"].startswith("1 of ")

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nats import connect
 
 from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.nats import LeaseKeeper
+from adc_worker.antenna.wire import SuccessResult
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
-from adc_worker.devserver.state import JobView
+from adc_worker.devserver.state import Job
 from adc_worker.errors import ExitCode
+from adc_worker.journal.journal import Journal
+from adc_worker.journal.poster import Poster, PosterLimits
+from adc_worker.runtime.intake import TaskFetch
+from tests.support.gate import Fault, Gate
 from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess, environment, run_to_end, worker
 
@@ -53,7 +64,7 @@ def terms(ack_wait_s: float, image_s: float, **more: str) -> dict[str, str]:
     }
 
 
-def succeeded(server: DevServer, job_id: int, timeout_s: float = 60.0) -> JobView:
+def succeeded(server: DevServer, job_id: int, timeout_s: float = 60.0) -> Job:
     wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s)
     job = server.job(job_id)
     assert set(job.results) == set(job.image_ids)
@@ -94,6 +105,59 @@ def test_over_nats_leases_last_as_long_as_the_work(serve: Serve, sheet: Path, tm
     code, _log = run_to_end(env, *SIMULATED, IDLE)
     assert code == ExitCode.OK
     assert set(succeeded(server, job_id).deliveries.values()) == {1}
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_over_nats_a_lease_lasts_until_its_result_is_saved(
+    serve: Serve, sheet: Path, tmp_path: Path, *, extended: bool
+) -> None:
+    """Accepted is not saved: the server takes 3 s under leases of 2 s, and a peer asks all the time."""
+    server = serve(ack_wait_s=2.0, save_delay_s=3.0)
+    job_id = server.add_job("simulated", [sheet])
+    lease, answered = LeaseTerms(2.0), threading.Event()
+    with ExitStack() as stack:
+        client = stack.enter_context(AntennaClient(server.api_url, server.token))
+        journal = stack.enter_context(closing(Journal(tmp_path / "journal.db")))
+        poster = Poster(journal, client, PosterLimits(1, 10_000))
+        stack.callback(poster.close, 0.0)
+        fetch = TaskFetch(job_id, client, journal, poster, lease)
+        if extended:
+            stack.enter_context(closing(LeaseKeeper(server.nats_url, lease, journal.subjects, fetch.unsaved)))
+        fetch.start(1, answered.set)
+        assert answered.wait(10)
+        (held,) = fetch.take_answer() or []
+        journal.keep([(held.id, SuccessResult(held.task, "simulated", [], 0.1, "2026-01-01T00:00:00"))])
+        poster.wake()
+        while server.job(job_id).status != "SUCCESS":
+            client.fetch_tasks(job_id, 1)  # each takes half a second to find nothing
+    assert set(server.job(job_id).deliveries.values()) == {1 if extended else 2}
+
+
+def test_nothing_is_published_but_to_subjects_of_acknowledgements(serve: Serve) -> None:
+    """A task names its subject, and could name any."""
+    server, heard = serve(), []
+
+    async def listen(ready: threading.Event, enough: threading.Event) -> None:
+        nats = await connect(server.nats_url)
+        inbox = await nats.subscribe(">")
+        await nats.flush()
+        ready.set()
+        await asyncio.to_thread(enough.wait, 10)
+        await nats.flush()
+        while inbox.pending_msgs:
+            heard.append((await inbox.next_msg()).subject)
+        await nats.close()
+
+    ready, enough = threading.Event(), threading.Event()
+    listener = threading.Thread(target=lambda: asyncio.run(listen(ready, enough)))
+    listener.start()
+    assert ready.wait(10)
+    good = "$JS.ACK.job_1.job-1-consumer.1.1.1.1760000000000000000.0"
+    with closing(LeaseKeeper(server.nats_url, LeaseTerms(), list, list)) as keeper:
+        wait_until(lambda: keeper.hand_back(["orders", f"{good} job.2.tasks 4\r\nPUB orders 0", "$JS.ACK.>", good]))
+    enough.set()
+    listener.join()
+    assert [subject for subject in heard if not subject.startswith(("_INBOX", "$SYS"))] == [good]
 
 
 def test_over_nats_a_drain_hands_back_what_was_not_started(serve: Serve, sheet: Path, tmp_path: Path) -> None:
@@ -166,7 +230,7 @@ def test_a_cancelled_job_is_dropped_and_nothing_of_it_posted(serve: Serve, sheet
         assert over["dropped"] > 0
         posted = server.job(job_id).posts.total()
         succeeded(server, server.add_job("simulated", [sheet] * 3))
-        assert server.job(job_id).posts.total() <= posted + 4  # one post may have been under way
+        assert server.job(job_id).posts.total() <= posted + 4  # one post may have been under way: Antenna drops it
         wait_until(lambda: not list((data / "staging").iterdir()))
         stop(running)
     assert "Traceback" not in "\n".join(running.lines)
@@ -176,11 +240,13 @@ def test_a_fetch_that_fails_backs_off_and_bursts_at_nothing(serve: Serve, sheet:
     """503 and lost answers: few requests, and one task asked for until one answer arrives."""
     server = serve(ack_wait_s=3.0)
     job_id = server.add_job("simulated", [sheet] * 12)
-    server.fail_next("POST tasks", 503, times=2)
-    server.lose_next_answer("POST tasks", times=1)
-    with worker(environment(server, tmp_path / "data", terms(3, 0.05)), *SIMULATED) as running:
-        job = succeeded(server, job_id)
-        stop(running)
+    faults: Iterator[Fault] = iter([503, 503, "cut"])
+    with Gate(server.api_url) as gate:
+        gate.fault = lambda route: next(faults, None) if route == "POST tasks" else None
+        env = environment(server, tmp_path / "data", terms(3, 0.05, AMI_ANTENNA_API_BASE_URL=gate.api_url))
+        with worker(env, *SIMULATED) as running:
+            job = succeeded(server, job_id)
+            stop(running)
     assert len(running.events("fetch_failed")) == 3
     assert sorted(job.deliveries.values())[-2:] == [1, 2]
 
@@ -251,20 +317,39 @@ def test_a_one_image_job_waits_for_the_batch_in_hand_only(serve: Serve, sheet: P
 
 
 @pytest.mark.soak
-def test_six_jobs_share_two_workers(serve: Serve, sheet: Path, tmp_path: Path) -> None:
-    """2 x 10, 2 x 40 and 2 x 160 images in slices of two seconds: each saves early, none is delivered twice."""
-    server = serve()
-    jobs = [server.add_job("simulated", [sheet] * images) for images in (160, 10, 40, 10, 160, 40)]
-    more = terms(300, 0.1, AMI_ANTENNA_JOB_SLICE_SECONDS="2")
-    started = time.monotonic()
+def test_six_jobs_share_two_workers(
+    serve: Serve, sheet: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """2 x 10, 2 x 100 and 2 x 500 images of 0.5 s, all clocks at half: five minutes stand for Antenna's ten.
+
+    Each job saves something at least every five minutes, none is delivered twice, and from the first result to the last
+    it takes at most 5 % longer than two workers take for the images one after the other.
+    """
+    server, image_s, rule_s = serve(), 0.5, 300.0
+    images = (500, 10, 100, 10, 500, 100)
+    jobs = [server.add_job("simulated", [sheet] * count) for count in images]
+    more = terms(300, image_s, AMI_ANTENNA_JOB_SLICE_SECONDS=str(480 / 5 / 2))
+    saved: dict[int, list[tuple[float, int]]] = {job_id: [(time.monotonic(), 0)] for job_id in jobs}
+
+    def all_saved() -> bool:
+        for job_id, seen in saved.items():
+            if (processed := server.job(job_id).processed) > seen[-1][1]:
+                seen.append((time.monotonic(), processed))
+        return all(seen[-1][1] == count for seen, count in zip(saved.values(), images, strict=True))
+
     with (
         worker(environment(server, tmp_path / "a", more), *SIMULATED, IDLE) as first,
         worker(environment(server, tmp_path / "b", more), *SIMULATED, IDLE) as second,
     ):
-        views = [succeeded(server, job_id, timeout_s=110) for job_id in jobs]
-        assert first.wait() == second.wait() == ExitCode.OK
-    firsts = [view.first_saved_s for view in views if view.first_saved_s is not None]
-    assert len(firsts) == len(jobs)
-    assert max(firsts) - min(firsts) < 20
-    assert max(view.last_saved_s or 0.0 for view in views) - started < 60  # 21 s of inference each
+        wait_until(all_saved, timeout_s=2 * rule_s)
+        views = [succeeded(server, job_id) for job_id in jobs]
+        for running in (first, second):
+            stop(running)
+    silence_s = max(later - at for seen in saved.values() for (at, _), (later, _) in itertools.pairwise(seen))
+    took_s = max(view.last_saved_s or 0.0 for view in views) - min(view.first_saved_s or 0.0 for view in views)
+    cost = took_s / (sum(images) * image_s / 2)
+    record_property("longest_silence_s", silence_s)
+    record_property("of_serial", cost)
+    assert silence_s < rule_s
+    assert cost < 1.05
     assert {count for view in views for count in view.deliveries.values()} == {1}

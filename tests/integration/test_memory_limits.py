@@ -21,6 +21,7 @@ from tests.support.governed import replayed
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, worker
 
+FEW_FILES = ["sh", "-c", 'ulimit -Sn 64 && ulimit -Hn 132 && exec "$@"', "sh"]
 LARGE_PX = (4096, 3072)  # 37.7 MB decoded
 FIXED = {"AMI_INGEST_MODE": "fixed", "AMI_ANTENNA_API_BATCH_SIZE": "8", "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.1"}
 GREEDY = {"AMI_EXTRA_PIPELINES": "tests.support.greedy_pipeline:pipelines"}
@@ -108,7 +109,10 @@ def test_a_worker_that_arrives_in_the_others_peak_kills_neither(
 def test_after_a_kernel_kill_the_next_worker_plans_with_less_until_a_job_went_well(
     server: DevServer, large: Path, tmp_path: Path, limited: Callable[[int], MemoryCgroup]
 ) -> None:
-    """Also when the parent dies with it. The kill costs no image; the second job is planned with everything again."""
+    """Also when the parent dies with it. The kill costs no image; the second job is planned with everything again.
+
+    The next worker may open few files: it takes all it may, and says who has to allow it more.
+    """
     group = limited(1 * GB)
     jobs = [server.add_job("greedy", [large] * 6) for _ in range(2)]
     env = environment(server, tmp_path / "data", GREEDY | {"GREEDY_MARKER": str(tmp_path / "once")})
@@ -117,8 +121,10 @@ def test_after_a_kernel_kill_the_next_worker_plans_with_less_until_a_job_went_we
         killed.process.kill()  # a second before it would start another child
         killed.wait()
         assert group.oom_kills() == 1
-    with worker(env, "--exit-when-idle", within=group.within) as running:
+    with worker(env, "--exit-when-idle", within=[*group.within, *FEW_FILES]) as running:
         assert running.wait() == ExitCode.OK
+    assert "may open 132 files" in running.events("few_descriptors")[0]["note"]
+    assert "LimitNOFILE=" in running.events("few_descriptors")[0]["note"]
     assert running.events("predecessor_killed_for_memory")[0]["plans_with"] == CAUTION_STEP
     assert [plan["inputs"]["host"]["caution"] for plan in running.events("plan")] == [CAUTION_STEP, 1.0]
     for job_id in jobs:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import trustme
 from PIL import Image
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
-from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES
-from tests.support.workers import environment, run_to_end
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES
+from tests.support.workers import environment, run_to_end, worker
 
 EXTRA = {"AMI_EXTRA_PIPELINES": "tests.support.extra_pipeline:pipelines"}
 HOST = socket.gethostname()
@@ -51,7 +58,7 @@ def test_all_projects_of_all_pages_learn_of_all_ten_pipelines(server: DevServer,
     assert server.services()[f"Traps ({HOST})"] == set(range(1, 46))
     for card in PIPELINES:
         pipeline = server.pipeline(card.slug)
-        keys = [DETECTOR.algorithm.key, *([MOTH_FILTER.key] if card.filtered else []), card.classifier.key]
+        keys = [DETECTOR.key, *([MOTH_FILTER.key] if card.filtered else []), card.classifier.key]
         assert [one["key"] for one in pipeline["algorithms"]] == keys
         last = pipeline["algorithms"][-1]
         assert (last["name"], last["uri"]) == (card.classifier.name, card.classifier.weights)
@@ -101,7 +108,7 @@ def test_the_files_of_the_models_are_listed_with_what_is_missing(server: DevServ
     lines = done.stdout.splitlines()
     assert len(lines) == 1 + 2 * len(PIPELINES)  # the detector's, and of each classifier weights and labels
     assert sum("missing" in line for line in lines) == 1 + len(PIPELINES)
-    assert any(Path(DETECTOR.weights).name in line and "(10 pipelines)" in line for line in lines)
+    assert any(Path(DETECTOR_WEIGHTS).name in line and "(10 pipelines)" in line for line in lines)
 
 
 def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: DevServer, data: Path) -> None:
@@ -115,9 +122,52 @@ def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: Dev
     code, others = run_to_end(env | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"}, "--exit-when-idle")
     assert code == ExitCode.OK
     for line in (*log.events("worker_fault"), *others.events("pipeline_unavailable")):
-        assert DETECTOR.weights in line["error"]
-        assert str(data / "models" / Path(DETECTOR.weights).name) in line["error"]
+        assert DETECTOR_WEIGHTS in line["error"]
+        assert str(data / "models" / Path(DETECTOR_WEIGHTS).name) in line["error"]
     assert log.events("worker_fault")
     assert others.events("pipeline_unavailable")
     assert not server.job(job_id).deliveries, "no task is fetched for a model that is not there"
     server.cancel(job_id)
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """A proxy that is the store itself, and sends without end."""
+
+    context: ssl.SSLContext
+    pause = threading.Event()
+
+    def do_CONNECT(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError), self.context.wrap_socket(self.connection, server_side=True) as store:
+            store.recv(1 << 16)
+            store.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+            while not self.pause.wait(0.01):
+                store.sendall(bytes(1 << 16))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_drain_does_not_wait_for_gigabytes_of_weights(server: DevServer, data: Path) -> None:
+    """The fetch breaks off, the worker ends by itself, and what has come is there for the next start."""
+    authority, _Endless.context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(str(urlsplit(DETECTOR_WEIGHTS).hostname)).configure_cert(_Endless.context)
+    authority.cert_pem.write_to_path(str(data / "ca.pem"))
+    picture = data / "sheet.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    job_id = server.add_job("moth_binary", [picture])
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        proxy_url = f"http://127.0.0.1:{proxy.server_address[1]}"
+        extra = {"HTTPS_PROXY": proxy_url, "https_proxy": proxy_url, "SSL_CERT_FILE": str(data / "ca.pem")}
+        with worker(environment(server, data, extra), "--pipeline", "moth_binary") as running:
+            running.wait_for("weights_fetch")
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK, "\n".join(running.lines)
+        proxy.shutdown()
+        thread.join()
+    server.cancel(job_id)
+    assert not running.events("child_killed")
+    assert list((data / "models").glob("*.part"))

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
+from tests.support.gate import Gate
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end, worker
 
@@ -116,10 +117,10 @@ def test_a_worker_that_holds_tasks_and_gets_nowhere_is_not_ready(
     server: DevServer, sheets: list[Path], tmp_path: Path
 ) -> None:
     """An Antenna that takes no results: alive, but red after half a lease."""
-    server.fail_next("POST result", 503, times=1000)
     server.add_job("simulated", sheets)
     env = environment(server, tmp_path / "data", {"AMI_STATUS_PORT": "0", "AMI_ANTENNA_ACK_WAIT_SECONDS": "6"})
-    with worker(env, *SIMULATED) as running:
+    with Gate(server.api_url) as gate, worker({**env, "AMI_ANTENNA_API_BASE_URL": gate.api_url}, *SIMULATED) as running:
+        gate.fault = lambda route: 503 if route == "POST result" else None
         url = running.wait_for("status_page")["url"].rstrip("/")
         wait_until(lambda: "made no progress" in get(f"{url}/readyz")[1], timeout_s=60)
         assert get(f"{url}/readyz")[0] == 503

@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from adc_worker.cli.main import cli
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
+from tests.support.gate import Gate
 from tests.support.waiting import wait_until
 
 
-def tune(server: DevServer, folder: Path, *arguments: str) -> dict[str, Any]:
+def tune(antenna: DevServer | Gate, token: str, folder: Path, *arguments: str) -> dict[str, Any]:
     env = {
-        "AMI_ANTENNA_API_BASE_URL": server.api_url,
-        "AMI_ANTENNA_API_AUTH_TOKEN": server.token,
+        "AMI_ANTENNA_API_BASE_URL": antenna.api_url,
+        "AMI_ANTENNA_API_AUTH_TOKEN": token,
         "AMI_USER_DATA_PATH": str(folder / "data"),
         "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.02",
     }
@@ -31,7 +32,7 @@ def test_tuning_from_listed_photographs_spends_no_delivery(tmp_path: Path) -> No
     """And says what the worker would do, what binds, and what the old constants would have done."""
     with DevServer(image_dir=tmp_path) as server:
         server.add_job("simulated", write_sheets(tmp_path / "sheets", 3, seed=3, sizes=((640, 480),)))
-        told = tune(server, tmp_path, "--write", str(tmp_path / "new.env"))
+        told = tune(server, server.token, tmp_path, "--write", str(tmp_path / "new.env"))
         assert "POST tasks" not in server.requests
     assert told["plan"]["binds"] == "inference"
     assert "more RAM" in told["verdict"]
@@ -46,8 +47,9 @@ def test_tuning_from_tasks_posts_their_results(tmp_path: Path) -> None:
     """Where Antenna lists nothing: exactly two tasks are taken, and both are saved."""
     with DevServer(image_dir=tmp_path, save_delay_s=0.0) as server:
         job_id = server.add_job("simulated", write_sheets(tmp_path / "sheets", 5, seed=3, sizes=((640, 480),)))
-        server.fail_next("GET captures", 500)
-        told = tune(server, tmp_path)
+        with Gate(server.api_url) as gate:
+            gate.fault = lambda route: 500 if route == "GET captures" else None
+            told = tune(gate, server.token, tmp_path)
         wait_until(lambda: len(server.job(job_id).results) == 2)
         assert server.requests["POST tasks"] == 1
     assert told["source"].startswith("2 tasks, worked off and posted")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -137,6 +139,22 @@ def test_two_processes_fetch_a_file_once(host: tuple[type[_Store], str], store: 
     assert handler.ranges == ("",)
 
 
+def test_a_fetch_breaks_off_when_its_process_is_to_end(host: tuple[type[_Store], str], store: WeightStore) -> None:
+    """Its own, or another's that it waits for. What has come is kept: the next one goes on from there."""
+    handler, url = host
+    ending, part = replace(store, is_stopping=lambda: True), store.destination(url).with_name("net.pth.part")
+    with pytest.raises(WorkerFault, match="is kept"):
+        ending.ensure(url)
+    received = part.stat().st_size
+    assert 0 < received < len(BODY)
+    with part.open("rb") as others:
+        fcntl.flock(others, fcntl.LOCK_EX)
+        with pytest.raises(WorkerFault, match="is kept"):
+            ending.ensure(url)
+    assert store.ensure(url).read_bytes() == BODY
+    assert handler.ranges == ("", f"bytes={received}-")
+
+
 def test_files_of_todays_worker_are_used_in_place(
     host: tuple[type[_Store], str], store: WeightStore, tmp_path: Path
 ) -> None:
@@ -158,14 +176,6 @@ def test_what_is_missing_at_the_store_is_named_with_address_and_path(
     assert url in str(raised.value)
     assert str(store.destination(url)) in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_a_file_that_changed_its_size_is_not_used(host: tuple[type[_Store], str], store: WeightStore) -> None:
-    url = host[1]
-    path = store.ensure(url)
-    path.write_bytes(BODY[:10])
-    with pytest.raises(WorkerFault, match=f"has 10 bytes instead of {len(BODY)}: delete it"):
-        store.ensure(url)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', "<html>"])

@@ -11,7 +11,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from adc_worker.devserver.images import ImageFault
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
@@ -40,11 +39,12 @@ def test_every_task_of_a_job_is_acknowledged_exactly_once(
     job_id = server.add_job("light_sheet_blobs", [sheets[index % 4] for index in range(200)])
     code, log = run_to_end(environment(server, tmp_path / "data"), *BLOBS, "--exit-when-idle")
     assert code == ExitCode.OK
-    wait_until(lambda: server.job(job_id).status == "SUCCESS")
+    wait_until(lambda: (info := server.consumer_info(job_id)) and not info["num_ack_pending"])  # after the status
     job, consumer = server.job(job_id), server.consumer_info(job_id)
     assert consumer is not None
-    assert (consumer.num_pending, consumer.num_ack_pending, consumer.num_redelivered) == (0, 0, 0)
-    assert consumer.delivered == consumer.ack_floor == 200
+    assert job.status == "SUCCESS"
+    assert [consumer[name] for name in ("num_pending", "num_ack_pending", "num_redelivered")] == [0, 0, 0]
+    assert consumer["delivered"]["consumer_seq"] == consumer["ack_floor"]["stream_seq"] == 200
     assert set(job.results) == set(job.image_ids)
     assert all(len(result["detections"]) > 0 for result in job.results.values())
     assert set(job.posts.values()) == {1}
@@ -62,7 +62,7 @@ def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[: good.stat().st_size * 2 // 3])
-    server.fail_image("page.jpg", ImageFault(html=True))
+    (tmp_path / "page.jpg").write_bytes(b"<html><body>Sign in</body></html>")
     files = [*(tmp_path / name for name in names), tmp_path / "missing.jpg", *sheets, *sheets]
     job_id = server.add_job("light_sheet_blobs", files)
     code, log = run_to_end(environment(server, tmp_path / "data"), *BLOBS, "--exit-when-idle")

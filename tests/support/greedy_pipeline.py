@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
-from adc_worker.models.registry import PipelineSpec
-from adc_worker.models.simulated import Simulated
+from adc_worker.models.registry import PipelineSpec, Simulated
 
 MARKER = "GREEDY_MARKER"  # names the file that says it has happened
 BYTES = 4_000_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Self
@@ -21,6 +22,7 @@ class Reply:
         length: what Content-Length claims; the truth when None.
         chunked: send in chunks, without a length.
         hold: sent after the first byte of the body; the rest follows when it is set.
+        bytes_per_s: how fast the body goes, in a hundred pieces; at once when None.
     """
 
     body: bytes = b""
@@ -29,6 +31,7 @@ class Reply:
     length: str | None = None
     chunked: bool = False
     hold: threading.Event | None = None
+    bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,12 @@ class ImageServer:
 
     def _send_body(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
         parts = [reply.body] if reply.hold is None else [reply.body[:1], reply.body[1:]]
+        if reply.bytes_per_s is not None:
+            size = 1 + len(reply.body) // 100
+            parts = [reply.body[start : start + size] for start in range(0, len(reply.body), size)]
         for index, part in enumerate(parts):
+            if reply.bytes_per_s is not None:
+                time.sleep(len(part) / reply.bytes_per_s)
             if index and reply.hold is not None:
                 reply.hold.wait()
             if reply.chunked:

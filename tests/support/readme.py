@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from adc_worker.settings import Settings, field_meta, variable
+from adc_worker.settings import Settings, effect_of, variable
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- settings: made by python -m tests.support.readme -->\n", "<!-- end of settings -->\n"
@@ -20,7 +20,7 @@ def settings_table() -> str:
         default = "" if isinstance(info.default, SecretStr) or info.default in (None, ()) else str(info.default)
         shown = "`~/.local/share/adc-worker`" if name == "user_data_path" else f"`{default}`" if default else ""
         meaning = str(info.description).replace("|", "\\|")
-        lines.append(f"| `{variable(name)}` | {shown} | {meaning} | {EFFECTS[field_meta(info)['effect']]} |")
+        lines.append(f"| `{variable(name)}` | {shown} | {meaning} | {EFFECTS[effect_of(name)]} |")
     return "\n".join(lines) + "\n"
 
 

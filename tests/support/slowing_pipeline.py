@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
-from adc_worker.models.registry import PipelineSpec
-from adc_worker.models.simulated import ALGORITHM, Simulated
+from adc_worker.models.registry import PipelineSpec, Simulated
 
 FAST_IMAGES, FAST_S, SLOW_S = 24, 0.05, 0.5
 
@@ -27,4 +26,4 @@ def load(device: torch.device, sizes: CallSizes) -> Pipeline:
 
 
 def pipelines() -> list[PipelineSpec]:
-    return [PipelineSpec("slowing", "Slowing", (ALGORITHM,), load)]
+    return [PipelineSpec("slowing", "Slowing", (Simulated.algorithm,), load)]

@@ -91,6 +91,9 @@ def worker(
     running = WorkerProcess(process)
     try:
         yield running
+    except BaseException:
+        sys.stdout.write("\n".join(running.lines))  # pytest shows it where the test fails
+        raise
     finally:
         family = _family(process.pid)
         for member in family:

@@ -6,7 +6,7 @@ Addresses are looked up by the real resolver, which needs no network for numbers
 from __future__ import annotations
 
 import socket
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
@@ -104,7 +104,7 @@ def test_a_listed_network_allows_its_own_addresses_only() -> None:
     """The one next to it stays refused."""
     policy = AddressPolicy("8.8.8.8", [ip_network("10.1.0.0/16"), ip_network("fd12::/16")])
     assert policy.resolve("10.1.2.3") == ["10.1.2.3"]
-    assert policy.resolve("::ffff:10.1.2.3") == ["::ffff:a01:203"]
+    assert list(map(ip_address, policy.resolve("::ffff:10.1.2.3"))) == [ip_address("::ffff:10.1.2.3")]
     assert policy.resolve("fd12::3") == ["fd12::3"]
     with pytest.raises(AddressRefused):
         policy.resolve("10.2.0.1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from adc_worker.errors import ImageUnreadable
+from adc_worker.errors import ImageTooLarge, ImageUnreadable
 from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport, ScratchLedger, ThreadEngine, decode
-from adc_worker.ingest.header import ImageHeader, read_header
+from adc_worker.ingest.header import ImageHeader, read_header, unreadable
 from tests.support.images import by_pillow, encoded, header, jpeg, picture, written
 from tests.support.waiting import wait_until
 
@@ -259,6 +260,36 @@ def test_the_engine_decodes_into_its_region_alone(tmp_path: Path) -> None:
     del rows
     arena.free(region)
     arena.close()
+
+
+class _ShortOfMemory(ThreadEngine):
+    """Has no memory for its first decodes."""
+
+    failures = 0
+
+    def _decode(self, *_: object) -> DecodeReport:
+        self.failures -= 1
+        if self.failures >= 0:
+            with unreadable("cannot be decoded"):
+                raise MemoryError
+        return DecodeReport(1.0, truncated=False)
+
+
+@pytest.mark.parametrize(("failures", "too_large"), [(1, False), (2, True)])
+def test_what_finds_no_memory_is_tried_again_alone(failures: int, *, too_large: bool) -> None:
+    """It may have been others' decodes that had it; alone it is the image that is too large for this host."""
+    with closing(Arena(1000)) as arena, closing(_ShortOfMemory(arena, workers=1, scratch_bytes=10)) as engine:
+        engine.failures = failures
+        error = engine.submit(Path(), header(1, 1), Region(0, 3)).exception()
+    assert isinstance(error, ImageTooLarge) == too_large
+    assert too_large or error is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("Insufficient memory (case 4)"), OSError("out of memory")])
+def test_want_of_memory_is_told_from_damage(error: Exception) -> None:
+    """The libraries that decode have words for it, and no exception of its own."""
+    with pytest.raises(ImageTooLarge, match="cannot be decoded: it takes more memory"), unreadable("cannot be decoded"):
+        raise error
 
 
 class _Charges:

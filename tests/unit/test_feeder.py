@@ -681,8 +681,8 @@ def test_a_batch_that_fails_in_use_is_freed_all_the_same(feed: MakeFeed) -> None
     assert one.arena.used_bytes == 0
 
 
-def test_readiness_counts_the_batches_that_were_there_when_asked_for(feed: MakeFeed) -> None:
-    """A fast consumer waits, a slow one does not; the end of the job is no batch."""
+def test_it_is_known_whether_a_batch_was_there_when_it_was_asked_for(feed: MakeFeed) -> None:
+    """A fast consumer waits, a slow one does not."""
     one = feed(batch_size=1)
     one.put(1)
     one.settle()

@@ -116,6 +116,15 @@ def test_growth_that_was_in_vain_is_tried_ever_less_often() -> None:
     assert waits[-1] >= 4 * waits[0]
 
 
+def test_growth_that_lasted_was_not_in_vain() -> None:
+    """A hog that comes every few minutes is made room for, and its memory used again as soon as after the first."""
+    job = Governed(ceilings=FIXED)
+    for _ in range(4):
+        assert job.actions(50, hog_bytes=1200 * MB) == ["shrink"]
+        assert job.actions(FALLING_BATCHES, ready=False) == ["grow"]
+        assert job.actions(50) == []
+
+
 def test_a_base_that_grows_takes_from_ingest_and_is_not_taken_for_it() -> None:
     """What no plan accounts for counts as base: the ladder stays a measure of ingest alone."""
     job = Governed(ceilings=FIXED)

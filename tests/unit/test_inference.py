@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from adc_worker.antenna.wire import AlgorithmRef, Classification, Detection
+from adc_worker.antenna.wire import Algorithm, Classification, Detection
 from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
@@ -19,7 +19,7 @@ from adc_worker.runtime.inference import infer_and_keep
 from adc_worker.runtime.outcomes import ImageResult
 from tests.support.images import header, staged
 
-WHO = AlgorithmRef("Moths", "moths")
+WHO = Algorithm("Moths", "moths", "classification")
 
 
 class Outcomes:

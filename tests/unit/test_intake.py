@@ -157,6 +157,25 @@ def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.close()
 
 
+def second_delivery(number: int) -> Task:
+    subject = task(number).reply_subject.replace("consumer.1.", "consumer.2.")
+    return task(number).model_copy(update={"reply_subject": subject})
+
+
+def test_an_answer_of_tasks_that_have_their_results_already_is_not_empty(jobs: Callable[..., Job]) -> None:
+    """They are answered from the journal, and the next ones are asked for at once."""
+    job = jobs()
+    done = job.journal.record(JOB, [task(1), task(2)])
+    job.journal.keep([(held.id, [result(held.id)]) for held in done])
+    job.journal.settle([held.id for held in done])
+    intake = job.start_with([second_delivery(1), second_delivery(2), task(3)])
+    assert job.infer_all() == ["3"]
+    assert intake.fetched == 1
+    assert job.poster.wait_idle(5)
+    subjects = {subject for _job, entries in job.receiver.posts for subject, _body in entries}
+    assert subjects == {one.reply_subject for one in (second_delivery(1), second_delivery(2), task(3))}
+
+
 def _found_full(job: Job) -> bool:
     return not job.images.faults and job.intake._downloading == 0 and not job.staging.disk.has_room()
 
@@ -168,7 +187,7 @@ def test_a_task_that_finds_the_disk_full_is_staged_after_the_pause(jobs: Callabl
     job.start(tasks=6, downloads=1)
     wait_until(lambda: _found_full(job))
     assert [image.task.image_id for image in (job.infer(), job.infer()) if image] == ["1", "2"]
-    assert (job.outcomes.settled, len(job.intake.staged.waiting())) == (2, 0)
+    assert (job.outcomes.settled, job.intake.staged.take_all()[0]) == (2, [])
     assert len(job.journal.unfinished(JOB)) == 4
     job.pass_time(PAUSE_S)
     assert job.infer_all() == ["3", "4", "5", "6"]
@@ -268,7 +287,7 @@ def test_on_its_last_delivery_a_link_error_is_posted_and_a_refused_address_never
 ) -> None:
     """Which addresses may be asked is this worker's setting, and says nothing about the image."""
     job = jobs()
-    last = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
+    last = second_delivery(1)
     job.images.faults[last.image_url] = error
     job.images.gate.clear()
     job.start_with([last])
@@ -329,7 +348,7 @@ def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Ca
 def test_a_staged_task_whose_lease_is_over_is_not_decoded_unless_nobody_else_gets_it(jobs: Callable[..., Job]) -> None:
     """A first delivery is left to the next; the last one counts, however late."""
     job = jobs()
-    last = task(2).model_copy(update={"reply_subject": task(2).reply_subject.replace("consumer.1.", "consumer.2.")})
+    last = second_delivery(2)
     intake = job.start_with([task(1), last], downloads=1)
     images = {image.task.image_id: image for image in (intake.staged.get(), intake.staged.get()) if image}
     job.lease.ack_wait_s = 0.01
@@ -344,12 +363,12 @@ def test_a_second_delivery_of_a_task_in_hand_joins_it(jobs: Callable[..., Job]) 
     """One download, one result, posted with the newer lease; and it shows how long leases really last."""
     job = jobs()
     job.images.gate.clear()
-    again = task(1).model_copy(update={"reply_subject": task(1).reply_subject.replace("consumer.1.", "consumer.2.")})
-    job.start_with([task(1), task(2), again], downloads=2)
-    wait_until(lambda: job.journal.subjects()[:1] == [again.reply_subject])
+    again = [second_delivery(number) for number in (1, 2)]
+    job.start_with([task(1), task(2), *again], downloads=2)
+    wait_until(lambda: job.journal.subjects() == [one.reply_subject for one in again])
     job.images.gate.set()
     assert sorted(job.infer_all()) == ["1", "2"]
     assert job.poster.wait_idle(5)
     subjects = [subject for _job, entries in job.receiver.posts for subject, _body in entries]
-    assert sorted(subjects) == [again.reply_subject, task(2).reply_subject][::-1]
+    assert sorted(subjects) == [one.reply_subject for one in again]
     assert job.lease.ack_wait_s < 10

@@ -27,6 +27,13 @@ def test_a_reply_subject_is_read() -> None:
         SUBJECT.replace("$JS", "JS"),
         SUBJECT.replace(".2.", ".two."),
         SUBJECT.replace(".3", "."),
+        SUBJECT.replace("job_11", "job_12"),  # a stream and the consumer of another
+        SUBJECT.replace("job", "*"),
+        SUBJECT.replace("job_11.", "job_11.>."),
+        f"{SUBJECT} evil 4\r\nPUB x 0",  # a command of NATS's protocol
+        f"{SUBJECT}\n",
+        SUBJECT.replace(".5.", ".\u0665."),
+        SUBJECT.replace(".5.", f".{10**19}."),  # more than a database holds
     ],
 )
 def test_a_reply_subject_of_another_form_stays_opaque(subject: str) -> None:
@@ -66,11 +73,12 @@ def played(saves_per_s: float, worker_per_s: float, images: int, ack_wait_s: flo
         before, saved = int(saved), min(accepted, saved + saves_per_s * 0.1)
         longest_s = max([longest_s, *(now - fetched_at[number] for number in range(before, int(saved)))])
         held = len(fetched_at) - int(accepted)
+        wanted = min(8, lease.held_limit(worker_per_s) - held)
         room = lease.held_limit(watch.per_s) - held - watch.unsaved(int(accepted))
-        if watch.is_due(lease, now, blocked=room < 8):
+        if room < wanted and watch.is_due(lease, now):
             watch.look(lease, now, int(accepted), int(saved))
-        room = min(8, lease.held_limit(min(worker_per_s, watch.per_s)) - held - watch.unsaved(int(accepted)))
-        fetched_at += [now] * min(images - len(fetched_at), room)
+            room = lease.held_limit(watch.per_s) - held - watch.unsaved(int(accepted))
+        fetched_at += [now] * min(images - len(fetched_at), wanted, room)
     return longest_s, now
 
 
@@ -101,15 +109,41 @@ def test_results_that_antenna_never_counts_hold_fetching_up_for_one_lease() -> N
     assert watch.unsaved(31) == 1
 
 
+def test_a_restarted_job_waits_for_nothing_of_before() -> None:
+    """Its counters begin at 0 again, and what was accepted of it then is never saved."""
+    lease, watch = LeaseTerms(100), SaveWatch(accepted=500)
+    assert watch.unsaved(501) == 1
+    watch.look(lease, 0.0, accepted=700, saved=180)
+    assert watch.unsaved(700) == 20
+    watch.look(lease, 10.0, accepted=700, saved=0)
+    assert watch.unsaved(700) == 0
+
+
+def again(subject: str, delivery: int = 2) -> str:
+    return subject.replace("consumer.2", f"consumer.{delivery}")
+
+
 def test_redeliveries_correct_the_terms() -> None:
-    """A third delivery shows max_deliver, one of a task in hand after 60 s shows the true ack_wait."""
+    """A third delivery shows max_deliver; two of tasks in hand, after 50 and 60 s, show the true ack_wait."""
     lease = LeaseTerms()
-    lease.learn(SUBJECT.replace("consumer.2", "consumer.3"), None, 0.0)
+    lease.learn(again(SUBJECT, 3), None, 0.0)
     assert (lease.max_deliver, lease.ack_wait_s) == (3, 300.0)
+    lease.learn(SUBJECT, 1000.0, 1050.0)
+    assert lease.ack_wait_s == 300.0, "one alone may have been handed back"
+    lease.learn(again(SUBJECT, 1), 1000.0, 1001.0)  # a first delivery tells nothing
     lease.learn(SUBJECT, 1000.0, 1060.0)
     assert lease.ack_wait_s == 60.0
-    lease.learn(SUBJECT.replace("consumer.2", "consumer.1"), 1000.0, 1001.0)  # a first delivery tells nothing
+
+
+def test_a_corrected_ack_wait_is_not_kept_for_ever() -> None:
+    """After an hour the configured one is tried again: the correction may have been a mistake."""
+    lease = LeaseTerms()
+    for now in (1050.0, 1060.0):
+        lease.learn(SUBJECT, 1000.0, now)
+    lease.learn(again(SUBJECT, 1), None, 1060.0 + 3599.0)
     assert lease.ack_wait_s == 60.0
+    lease.learn(again(SUBJECT, 1), None, 1060.0 + 3601.0)
+    assert lease.ack_wait_s == 300.0
 
 
 def test_a_renewal_begins_every_lease_anew() -> None:

@@ -82,7 +82,7 @@ def test_its_batches_are_the_images_as_pillow_sees_them(tmp_path: Path) -> None:
 def test_torch_hands_out_the_arena_itself(tmp_path: Path) -> None:
     """No batch is copied on its way through the DataLoader."""
     with _job(tmp_path, [jpeg(), jpeg(seed=1)], batch_size=1) as job:
-        block = job.loader.arena._mapped().memory
+        block = job.loader.arena._mapped()
         for batch in job.loader:
             with batch:
                 offset = batch.images.data_ptr() - block.ctypes.data

@@ -20,10 +20,14 @@ class Bench:
 
     def __init__(self, room: float) -> None:
         self.loaded: list[str] = []
-        self.cache = ModelCache(lambda _device: int(room / SHARE_OF_FREE) - self.cache.size_bytes)
+        self.settled = 0
+        self.cache = ModelCache(lambda _device: int(room / SHARE_OF_FREE) - self.cache.size_bytes, self._settle)
 
     def job(self, names: str) -> list[Model]:
         return self.cache.hold([Wanted(name, 1, lambda name=name: self._load(name)) for name in names], CPU)  # type: ignore[misc]
+
+    def _settle(self) -> None:
+        self.settled += 1
 
     def _load(self, name: str) -> Model:
         self.loaded.append(name)
@@ -36,6 +40,7 @@ def test_pipelines_share_models_and_a_repeated_job_loads_nothing() -> None:
     assert first[:2] == second[:2]
     bench.job("dfa")
     assert bench.loaded == ["d", "f", "a", "b"]
+    assert bench.settled == 2, "what a load takes afterwards is not paid at every job's turn"
 
 
 def test_the_least_recently_used_leave_when_memory_is_short_and_nothing_keeps_them() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from adc_worker.errors import ConfigurationError
-from adc_worker.models.catalogue import DETECTOR, MOTH_FILTER, PIPELINES, ClassifierCard
+from adc_worker.models.catalogue import (
+    BOXES_PER_IMAGE,
+    DETECTOR,
+    DETECTOR_WEIGHTS,
+    MOTH_FILTER,
+    PIPELINES,
+    SCORE_THRESHOLD,
+    ClassifierCard,
+)
 from adc_worker.models.registry import available, choose
 from adc_worker.settings import Settings
 
@@ -37,8 +45,8 @@ def test_pipelines_that_wait_to_be_named_run_only_then() -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (("nowhere:pipelines",), "AMI_EXTRA_PIPELINES: nowhere:pipelines failed: ModuleNotFoundError"),
-        (("no_function",), "write package.module:function"),
+        (("nowhere:pipelines",), "AMI_EXTRA_PIPELINES: nowhere:pipelines failed, .*: ModuleNotFoundError"),
+        (("json",), "json failed, which must be package.module:function"),
         (("builtins:dir",), "returned str instead of PipelineSpec"),
         ((EXTRA, EXTRA), "two pipelines have the slug 'corners'"),
     ],
@@ -86,11 +94,10 @@ def test_the_ten_pipelines_are_those_that_projects_have_registered() -> None:
     words |= {"turing": "resnet50 trunk", "timm_convnext_tiny": "timm convnext_tiny_in22k,"}
     for card in PIPELINES:
         assert reference["pipelines"][card.slug]["architecture"].startswith(words[card.classifier.architecture])
-    found, row = DETECTOR, reference["detector"]
-    of = found.algorithm
+    row = reference["detector"]
     expected = (row["name"], row["key"], row["task_type"], row["weights"])
-    assert (of.name, of.key, of.task_type, found.weights) == expected
-    assert (found.score_threshold, found.boxes_per_image) == (row["score_threshold"], row["box_detections_per_img"])
+    assert (DETECTOR.name, DETECTOR.key, DETECTOR.task_type, DETECTOR.uri) == expected
+    assert (row["score_threshold"], row["box_detections_per_img"]) == (SCORE_THRESHOLD, BOXES_PER_IMAGE)
 
 
 def test_every_pipeline_has_one_detector_and_names_its_files() -> None:
@@ -99,5 +106,5 @@ def test_every_pipeline_has_one_detector_and_names_its_files() -> None:
     for card in PIPELINES:
         spec = specs[card.slug]
         assert [one.task_type for one in spec.algorithms].count("localization") == 1
-        assert DETECTOR.weights in spec.files
+        assert DETECTOR_WEIGHTS in spec.files
         assert (MOTH_FILTER.weights in spec.files) is (card.filtered or card.classifier is MOTH_FILTER)

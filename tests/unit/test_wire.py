@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from pydantic import ValidationError
 
 from adc_worker.antenna.wire import (
-    AlgorithmRef,
+    Algorithm,
     Classification,
     Detection,
     JobRef,
-    JobState,
     PostEntry,
     SuccessResult,
     Task,
     error_result,
+    parse_job,
     parse_jobs,
     parse_tasks,
     result_post,
@@ -27,7 +26,7 @@ from adc_worker.antenna.wire import (
 
 ENTRY = {"id": "5", "image_id": "5", "image_url": "https://h/5.jpg", "reply_subject": "$JS.ACK.x"}
 TASK = Task(image_id="5", image_url="https://h/5.jpg", reply_subject="$JS.ACK.x")
-DETECTOR, CLASSIFIER = AlgorithmRef("Sheet", "sheet"), AlgorithmRef("Moths", "moths")
+DETECTOR, CLASSIFIER = Algorithm("Sheet", "sheet", "detection"), Algorithm("Moths", "moths", "classification")
 WHEN = "2026-07-01T23:15:00"
 
 
@@ -99,6 +98,21 @@ def test_an_id_is_any_text(odd: str) -> None:
     assert orjson.loads(posted)["results"] == [{"reply_subject": odd, "result": {"error": "broken", "image_id": odd}}]
 
 
+@pytest.mark.parametrize(
+    "odd", [rb'"\ud800"', rb'"x\udfff"', b'"\xff"', b'"\xed\xa0\x80"', b"1" * 5000, b'{"a": "\\ud800"}'],
+    ids=["high half", "low half", "no UTF-8", "a surrogate in UTF-8", "a number", "an object"],
+)  # fmt: skip
+def test_what_is_no_unicode_costs_its_own_task_alone(odd: bytes) -> None:
+    """As an id or a lease it cannot be answered, as a URL it is none, and elsewhere it is nobody's business."""
+    whole = fetch_answer({**ENTRY, "image_id": "MARK"}, {**ENTRY, "reply_subject": "MARK"}, {**ENTRY, "note": "MARK"})
+    tasks = parse_tasks(whole.replace(b'"MARK"', odd))
+    assert tasks[-1] == TASK
+    assert all(task.image_id.encode() and task.reply_subject.encode() for task in tasks)
+    assert len(tasks) == (3 if odd.isdigit() else 1)
+    (task,) = parse_tasks(fetch_answer({**ENTRY, "image_url": "MARK"}).replace(b'"MARK"', odd))
+    assert task.image_url == ("1" * 5000 if odd.isdigit() else "")
+
+
 def test_ten_megabytes_of_tasks_are_read() -> None:
     """More than was asked for, each with a long name."""
     entries = [{**ENTRY, "image_id": str(number), "note": "x" * 10_000} for number in range(1000)]
@@ -130,10 +144,12 @@ def test_ids_may_be_numbers() -> None:
     assert parse_tasks(fetch_answer({**ENTRY, "image_id": 5})) == [TASK]
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"tasks": null}', b'{"tasks": {}}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b'{"tasks": null}', b'{"tasks": {}}', b'{"tasks": ' + b"[" * 200_000]
+)
 def test_an_answer_of_another_form_is_an_error(body: bytes) -> None:
     """It must not be taken for 'no tasks'."""
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match=r"Expecting value|_Lists|nested too deeply"):
         parse_tasks(body)
 
 
@@ -164,7 +180,7 @@ def test_the_job_list_is_read_and_a_malformed_row_is_skipped() -> None:
 )
 def test_tasks_are_served_in_two_states(status: str, served: bool) -> None:
     """The contract names ten."""
-    job = JobState.model_validate_json(orjson.dumps({"id": 1, "status": status, "progress": {"stages": []}}))
+    job = parse_job(orjson.dumps({"id": 1, "status": status, "progress": {"stages": []}}))
     assert job.is_served is served
     assert job.started_at is None
 
