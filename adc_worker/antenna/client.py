@@ -24,6 +24,8 @@ READ_TIMEOUT_S = 60.0
 # With NATS down Antenna answers /tasks/ after 120 s (contract, "Take tasks"); giving up earlier loses deliveries.
 TASKS_READ_TIMEOUT_S = 150.0
 JOBS_PER_POLL = 50
+# A list of 300 photographs took 3 s (contract); neighbours in it are of one camera: it is looked into at four places.
+CAPTURE_PAGES, CAPTURES_PER_PAGE, CAPTURES_TIMEOUT_S = 4, 16, 5.0
 _RETRY_STATUS = frozenset({408, 425, 429})
 _SHOWN_CHARACTERS = 300
 _T = TypeVar("_T")
@@ -74,6 +76,24 @@ class AntennaClient:
 
     def job(self, job_id: int) -> wire.JobState:
         return _read(wire.parse_job, self._send("GET", f"/jobs/{job_id}/"))
+
+    def captures(self, job_id: int) -> list[wire.Capture]:
+        """List some of a job's photographs, from all over its collection; none where Antenna names no collection."""
+        about = self._send("GET", f"/jobs/{job_id}/", timeout=CAPTURES_TIMEOUT_S)
+        job = _read(wire.parse_job, about)
+        if job.project is None or job.source_image_collection is None:
+            return []
+        params = {"project_id": job.project.id, "collections": job.source_image_collection.id, "offset": 0}
+        found: list[wire.Capture] = []
+        for number in range(1, CAPTURE_PAGES + 1):
+            params["limit"] = CAPTURES_PER_PAGE
+            body = self._send("GET", "/captures/", params=params, timeout=CAPTURES_TIMEOUT_S)
+            count, captures = _read(wire.parse_captures, body)
+            found += captures
+            params["offset"] = number * max(CAPTURES_PER_PAGE, count // CAPTURE_PAGES)
+            if params["offset"] >= count:
+                break
+        return found
 
     def fetch_tasks(self, job_id: int, count: int) -> list[wire.Task]:
         """Take up to `count` tasks; each spends one delivery. An empty list can mean six things.

@@ -58,6 +58,10 @@ class _Pipeline(_Wire):
     slug: str
 
 
+class _Row(_Wire):
+    id: int
+
+
 class _Counter(_Wire):
     key: str
     value: Any = None
@@ -80,6 +84,8 @@ class JobState(_Wire):
     dispatch_mode: str = "async_api"
     started_at: str | None = None
     pipeline: _Pipeline | None = None
+    project: _Row | None = None
+    source_image_collection: _Row | None = None
     progress: _Progress = _Progress()
 
     @property
@@ -109,7 +115,18 @@ class JobState(_Wire):
         return None
 
 
+class Capture(_Wire):
+    """A photograph as Antenna lists it; how large it is may not be known there."""
+
+    id: str
+    url: str = Field(min_length=1)
+    width: int | None = None
+    height: int | None = None
+    size: int | None = None
+
+
 class _Lists(_Wire):
+    count: int = 0
     results: list[Any] = Field(default_factory=list)
     tasks: list[Any] = Field(default_factory=list)
 
@@ -139,6 +156,12 @@ def _load(body: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+
+
+def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
+    """Read a page of captures, and how many there are in all; a malformed row is logged and skipped."""
+    page = _Lists.model_validate(_load(body))
+    return page.count, [one for entry in page.results if (one := _entry(Capture, entry)) is not None]
 
 
 def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:

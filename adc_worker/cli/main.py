@@ -69,6 +69,7 @@ def cli() -> None:
       ami worker            work until Ctrl-C; a second Ctrl-C does not wait
       ami worker status     how is the worker on this host doing?
       ami worker report     the last job as one HTML page
+      ami worker tune SLUG  what would it do on a job, and why?
 
     Completion: eval "$(_AMI_COMPLETE=bash_source ami)" in ~/.bashrc, or zsh_source in ~/.zshrc.
     """  # noqa: D301 (click's mark for "do not rewrap" is the character itself)
@@ -192,6 +193,25 @@ def worker_status(as_json: bool, env_file: Path | None) -> None:
     from adc_worker.cli.status import status_command  # noqa: PLC0415
 
     sys.exit(status_command(settings.load(env_file), as_json=as_json))
+
+
+@worker.command("tune")
+@click.argument("target", metavar="PIPELINE|PROJECT")
+@click.option("--write", "env_out", type=click.Path(path_type=Path, dir_okay=False), help="Set the plan in this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_ENV_FILE
+def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path | None) -> None:
+    """Show the plan for a job before it runs.
+
+    Measures two photographs of the first job that Antenna lists for a pipeline's slug or a project's number, and prints
+    machine, plan, arithmetic, and what the old constants would have done. Where Antenna lists the job's photographs no
+    task is taken; else two are, and their results are posted. --write sets ceilings: nobody needs them.
+    """
+    from adc_worker.cli.tune import tune_command  # noqa: PLC0415 (takes torch)
+
+    config = settings.load(env_file)
+    log.configure("console", "warning")
+    tune_command(config, target, env_out, as_json=as_json)
 
 
 @worker.command("report")

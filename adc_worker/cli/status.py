@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,10 @@ def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _plan(job: dict[str, Any]) -> Table:
+def plan_table(plan: Mapping[str, Any], why: Mapping[str, str]) -> Table:
     table = Table("plan", "value", "why", box=None)
-    for name, reason in job["why"].items():
-        value = job["plan"].get(name)
+    for name, reason in why.items():
+        value: Any = plan.get(name)
         shown = size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
         table.add_row(name, shown, reason)
     return table
@@ -127,7 +127,7 @@ def rendered(state: dict[str, Any], *, details: bool) -> Group:
         parts += _worker(one)
         causes += one["snapshot"]["causes"]
         if details and one["snapshot"]["job"] and one["snapshot"]["job"]["why"]:
-            parts += ["", _plan(one["snapshot"]["job"])]
+            parts += ["", plan_table(one["snapshot"]["job"]["plan"], one["snapshot"]["job"]["why"])]
     if details and state["jobs"]:
         parts += ["", _jobs(state["jobs"])]
     if details and causes:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from nats.errors import Error as NatsError
+from PIL import Image
 
 from adc_worker.devserver.bodies import Failure, Mode, Pipeline, Success
 from adc_worker.devserver.broker import Broker
@@ -45,8 +47,18 @@ class Capture:
 
     def to_json(self) -> dict[str, Any]:
         row = {"id": self.id, "url": self.url, "path": self.url.rsplit("/", 1)[-1], "project": PROJECT_ID}
-        unknown = dict.fromkeys(("timestamp", "width", "height", "deployment", "event"))
-        return {**row, **unknown, "size": self.size_bytes, "detections_count": 0}
+        width, height = _pixels(self.file) if self.file is not None else (None, None)
+        unknown = dict.fromkeys(("timestamp", "deployment", "event"))
+        return {**row, **unknown, "width": width, "height": height, "size": self.size_bytes, "detections_count": 0}
+
+
+@cache
+def _pixels(file: Path) -> tuple[int | None, int | None]:
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError):  # broken or missing photographs are part of the desk
+        return None, None
 
 
 @dataclass(slots=True, kw_only=True)

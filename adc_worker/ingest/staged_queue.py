@@ -56,6 +56,11 @@ class StagedQueue:
             self._images.clear()
             return images, self._ended
 
+    def waiting(self) -> list[StagedImage]:
+        """Look at what is there; it stays."""
+        with self._changed:
+            return list(self._images)
+
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call `listener` after every change, from the thread that made it."""
         with self._changed:

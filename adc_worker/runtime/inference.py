@@ -16,7 +16,7 @@ from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.runtime.outcomes import ImageResult, JobOutcomes
+from adc_worker.runtime.outcomes import ImageResult, Outcomes
 from adc_worker.tuning.probe_report import ImageProbe
 
 # Scores and logits of 29 176 classes x 200 detections are 47 MB as float32: such results go to the journal image by
@@ -40,7 +40,7 @@ def infer_and_keep(
     images: torch.Tensor,
     staged: Sequence[StagedImage],
     reports: Sequence[DecodeReport],
-    outcomes: JobOutcomes,
+    outcomes: Outcomes,
 ) -> InferenceStats:
     """Infer uint8 [n, H, W, 3] and keep each image's result; `staged` and `reports` say what row i is."""
     started, device_s = time.perf_counter(), pipeline.clock.total_s

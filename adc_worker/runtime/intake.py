@@ -29,6 +29,7 @@ from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
+from adc_worker.tuning.probe_report import PROBE_DOWNLOADS
 
 _log = get_logger(__name__)
 
@@ -57,7 +58,7 @@ class IntakeLimits:
         Ten tasks keep within half a 300 s lease at up to 15 s an image; today's worker needs 2 (measurements).
         """
         held = max(2, min(10, int(lease.ack_wait_s / 30)))
-        return cls(downloads=4, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
+        return cls(downloads=PROBE_DOWNLOADS, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
 
     @classmethod
     def of(cls, plan: IngestPlan) -> IntakeLimits:

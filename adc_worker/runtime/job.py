@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
 from adc_worker.runtime.outcomes import JobOutcomes
-from adc_worker.runtime.probe import probe
+from adc_worker.runtime.probe import known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
@@ -226,15 +227,18 @@ class _JobRun:
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
-        report = probe(
-            self.intake.staged,
-            self.pipeline,
-            lambda: self.context.host(self.pipeline),
-            self.outcomes,
-            self.context.life,
-            FIRST_INFERENCE_LEASES * self.context.lease.ack_wait_s,
-            self._wait_for_memory,
-        )
+        with ThreadPoolExecutor(1, thread_name_prefix="captures") as threads:  # while the first images are on their way
+            captures = threads.submit(listed, self.context.client, self.job_id)
+            report = probe(
+                self.intake.staged,
+                self.pipeline,
+                lambda: self.context.host(self.pipeline),
+                self.outcomes,
+                self.context.life,
+                FIRST_INFERENCE_LEASES * self.context.lease.ack_wait_s,
+                self._wait_for_memory,
+                lambda: known_sizes(captures.result()),
+            )
         if report is None:
             return None
         host, lease = self.context.host(self.pipeline), self.context.lease

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from adc_worker.antenna.wire import Task, error_result
 from adc_worker.errors import ImageError, WorkerFault
@@ -29,6 +30,14 @@ class ImageResult:
     parts: Iterable[bytes]
     detections: int
     truncated: bool
+
+
+class Outcomes(Protocol):
+    """What the probe and a batch tell of their images: `succeed` returns the bytes of the results."""
+
+    def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
+    def succeed(self, results: Sequence[ImageResult]) -> int: ...
+    def fail_staged(self, image: StagedImage, error: ImageError) -> None: ...
 
 
 class JobOutcomes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 
 import torch
 
-from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.wire import Capture
+from adc_worker.errors import AntennaError, ImageError, ImageTooLarge
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.arena import Arena
@@ -19,27 +21,44 @@ from adc_worker.log import get_logger
 from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
-from adc_worker.runtime.outcomes import JobOutcomes
+from adc_worker.runtime.outcomes import Outcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, spread
 
 PROBE_IMAGES = 2
+ALIKE = 1.5  # two probes whose pixels differ by more do not tell what the others are
 _log = get_logger(__name__)
+
+
+def listed(client: AntennaClient, job_id: int) -> list[Capture]:
+    """Return some of a job's photographs as Antenna lists them, which spends no delivery; none where it does not."""
+    try:
+        return client.captures(job_id)
+    except AntennaError as error:
+        _log.info("captures_not_listed", job_id=job_id, error=str(error))
+        return []
+
+
+def known_sizes(captures: Iterable[Capture]) -> list[Sighting]:
+    """Return sizes that stand for those of all captures, as far as Antenna knows them."""
+    return spread(Sighting(one.width, one.height, one.size or 0) for one in captures if one.width and one.height)
 
 
 def probe(
     source: StagedQueue,
     pipeline: Pipeline,
     measure: Callable[[], HostBudget],
-    outcomes: JobOutcomes,
+    outcomes: Outcomes,
     life: SignsOfLife,
     limit_s: float,
     wait: Callable[[], bool],
+    sizes: Callable[[], Sequence[Sighting]] = list,
 ) -> ProbeReport | None:
     """Measure up to two images that can be decoded, one at a time and `limit_s` at most; None when the job has none.
 
     An image that fails, or whose lease is over, has its outcome and another takes its place. One for which others on
-    this host leave no memory waits for it, as long as `wait`, which lets a moment pass, says so.
+    this host leave no memory waits for it, as long as `wait`, which lets a moment pass, says so. What is staged by then
+    tells its size and how long a download takes over open connections; `sizes` returns those that Antenna lists.
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
@@ -62,7 +81,22 @@ def probe(
         vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
-    return ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes)
+    pixels, known = [one.tensor_bytes for one in probes], sizes()
+    uncertain = not known and (len(probes) < PROBE_IMAGES or max(pixels) > ALIKE * min(pixels))
+    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain)
+    return report.with_sighted([*map(_sighting, source.waiting()), *known])
+
+
+def _sighting(image: StagedImage) -> Sighting:
+    header, download = image.header, image.download
+    return Sighting(
+        header.width_px,
+        header.height_px,
+        header.compressed_bytes,
+        header.scratch_bytes,
+        download.first_byte_s,
+        download.total_s,
+    )
 
 
 def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> bool:
@@ -83,7 +117,7 @@ def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait
             return False
 
 
-def _measure(image: StagedImage, pipeline: Pipeline, outcomes: JobOutcomes) -> tuple[ImageProbe, int]:
+def _measure(image: StagedImage, pipeline: Pipeline, outcomes: Outcomes) -> tuple[ImageProbe, int]:
     header = image.header
     arena = Arena(header.pixel_bytes)
     region = arena.allocate(header.pixel_bytes)

@@ -26,6 +26,7 @@ SHRINK_ABOVE, SHRINK_TO = AIM, 0.60  # a shrink goes far enough that the next on
 # mixed jobs alternate, so only a long stretch is a change. Downloads of one link scatter by a factor of two.
 GROWTH, SHRINKAGE, LINK_CHANGE = 1.25, 1 / 1.5, 3.0
 LARGER_BATCHES, SMALLER_BATCHES = 2, 20
+FIRST_BATCHES = 4  # stand in for a probe that says little about its job
 READY_ENOUGH, GAIN = 0.95, 1.03
 # A step plans downloads and decodes to be so many times slower, which asks for more of these; the more often that was
 # in vain, the slower.
@@ -167,7 +168,7 @@ class Governor:
 
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
-            resized = report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
+            resized = self._report.uncertain or report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
             self._report, self._slack = report, 1.0
             self._seen.clear()
             plan = self._made(host, self._slack)
@@ -188,12 +189,14 @@ class Governor:
 
     def _drifted(self) -> ProbeReport | None:
         """Return the report to plan with when images or link have changed for good."""
-        report, seen = self._report, self._seen
+        report, seen, downloads_at_once = self._report, self._seen, self.plan.download_concurrency
+        if report.uncertain and len(seen) == FIRST_BATCHES:
+            return report.measured_by(tuple(seen), downloads_at_once)
         if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
-            return report.for_images_like(seen[-1])
+            return report.for_images_like(seen[-1], downloads_at_once)
         downloads = [one for one in seen if one.download_s > 0]  # the rest were on disk from an earlier run
         if _changed([one.download_s / report.download_s for one in downloads], LINK_CHANGE, 1 / LINK_CHANGE):
-            return report.for_link_like(downloads[-1])
+            return report.for_link_like(downloads[-1], downloads_at_once)
         return None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:

@@ -83,11 +83,12 @@ class _Arithmetic:
     def plan(self) -> IngestPlan:
         report, host, why = self.report, self.host, self.why
         staged_bytes = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
-        reserve = RESERVE_BYTES + staged_bytes
+        reserve = RESERVE_BYTES * (2 if report.uncertain else 1) + staged_bytes
         workers, scratch, images_bytes = self._share_memory(self._wanted_workers(), self.room_bytes - reserve)
         downloads_most = self._operators(DOWNLOADS_MAX, self.ceilings.downloads, FIXED_DOWNLOADS)
         rates = {
-            "link": downloads_most / report.download_s,
+            # What the probe's downloads brought: they may have shared the link, and only trying more of them tells.
+            "link": min(downloads_most / report.download_s, report.downloads / max(report.transfer_s, 1e-6)),
             "decode": workers / max(report.decode_s, 1e-6),
             "inference": 1 / report.inference_s,
         }
@@ -97,7 +98,7 @@ class _Arithmetic:
         why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {self.lease.ack_wait_s:.0f} s of lease = {held}"
         wanted = self._wanted_batch()
         batch = self._batch(images_bytes, wanted, max(1, held // 2))
-        prefetch = self._prefetch(images_bytes - self._working_set(wanted), wanted)
+        prefetch = self._prefetch(images_bytes - self._working_set(wanted), wanted, workers)
         arena = self._arena(images_bytes - self._working_set(batch), batch, prefetch)
         batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
         why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(batch_bytes)}"
@@ -111,7 +112,8 @@ class _Arithmetic:
         )
         binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else slowest
         why["images_per_s"] = (
-            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s), "
+            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s, {report.downloads} of "
+            f"{report.transfer_s:.2f} s may share it), "
             f"decode {rates['decode']:.1f} ({workers} x {report.decode_s:.3f} s), "
             f"inference {rates['inference']:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
         )
@@ -210,15 +212,19 @@ class _Arithmetic:
         )
         return batch
 
-    def _prefetch(self, pixels_bytes: int, wanted_batch: int) -> int:
+    def _prefetch(self, pixels_bytes: int, wanted_batch: int, workers: int) -> int:
         """Return the batches decoded ahead: more than one only where memory holds the batches that were wanted."""
         ratio = self.report.download_inference_ratio
-        computed = min(PREFETCH_MAX, max(1, math.ceil(ratio)))
+        # That many and one are decoded or ready at a time: every worker needs an image.
+        busy = max(1, min(PREFETCH_MAX, math.ceil(workers / wanted_batch) - 1))
+        computed = max(busy, min(PREFETCH_MAX, math.ceil(ratio)))
         wanted = self._operators(computed, self.ceilings.prefetch_factor, FIXED_PREFETCH)
-        cap = pixels_bytes if self._fixed else min(ARENA_BYTES_CAP, pixels_bytes)
+        needed = (busy + BATCHES_IN_ARENA - 1) * wanted_batch * self._place if busy > 1 else 0
+        cap = pixels_bytes if self._fixed else min(max(ARENA_BYTES_CAP, needed), pixels_bytes)
         fits = max(1, cap // (wanted_batch * self._place) - (BATCHES_IN_ARENA - 1))
         self.why["prefetch_factor"] = (
-            f"download:inference {ratio:.2f} asks for {wanted}, {_mb(max(0, cap))} holds {fits}"
+            f"download:inference {ratio:.2f} and {workers} decode workers ask for {wanted}, "
+            f"{_mb(max(0, cap))} holds {fits}"
         )
         return min(wanted, fits)
 

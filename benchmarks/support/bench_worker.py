@@ -1,11 +1,17 @@
-"""A worker child with the other decode engine, for benchmarks. Its parent is a shell instead of `ami worker`.
+"""A worker child with a policy of the benchmark's own. Its parent is a shell instead of `ami worker`.
+
+    bench_worker.py                decode in processes
+    bench_worker.py CHANGES.json   plan each job as usual, but with the fields that this file holds at that moment
 
 Its tree's base is therefore smaller than a real worker's by that parent, some 50 MB.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 from adc_worker import log, settings
 from adc_worker.antenna.leases import LeaseTerms
@@ -14,7 +20,7 @@ from adc_worker.runtime import worker
 from adc_worker.runtime.job import ceilings
 from adc_worker.runtime.options import WorkerOptions
 from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import IngestPolicy
+from adc_worker.tuning.policy import BATCHES_IN_ARENA, PAGE_BYTES, Ceilings, IngestPolicy
 from adc_worker.tuning.probe_report import ProbeReport
 
 
@@ -25,12 +31,36 @@ class DecodeInProcesses(IngestPolicy):
         return replace(super().plan(report, host, lease), decode_engine="processes")
 
 
+class Changed(IngestPolicy):
+    """The usual plan with the fields of a file, so that no step changes them; the usual one where it is {}."""
+
+    def __init__(self, usual: Ceilings, file: Path) -> None:
+        super().__init__(usual)
+        self._file = file
+
+    def plan(self, report: ProbeReport, host: HostBudget, lease: LeaseTerms) -> IngestPlan:
+        made, changes = super().plan(report, host, lease), self._changes()
+        if not changes:
+            return made
+        place = -(-report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
+        batch_bytes = changes["batch_size"] * place
+        scratch_bytes = changes["decode_workers"] * (report.decode_scratch_bytes + report.compressed_bytes)
+        arena_bytes = (changes["prefetch_factor"] + BATCHES_IN_ARENA - 1) * batch_bytes
+        return replace(made, **changes, batch_bytes=batch_bytes, arena_bytes=arena_bytes, scratch_bytes=scratch_bytes)  # type: ignore[arg-type]
+
+    def _changes(self) -> dict[str, int]:
+        changes: dict[str, int] = json.loads(self._file.read_text())
+        return changes
+
+
 def main() -> None:
-    """Work until idle."""
+    """Work until idle, or until the process is ended where a file says what to do."""
     config = settings.load(None)
     log.configure("json", config.log_level)
-    options = WorkerOptions(pipelines=("simulated",), exit_when_idle=True)
-    worker.run(options, config, worker.Stop(), DecodeInProcesses(ceilings(config)))
+    usual, file = ceilings(config), Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    policy = Changed(usual, file) if file else DecodeInProcesses(usual)
+    options = WorkerOptions(pipelines=("simulated",), exit_when_idle=file is None)
+    worker.run(options, config, worker.Stop(), policy)
 
 
 if __name__ == "__main__":

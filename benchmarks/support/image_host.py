@@ -63,6 +63,7 @@ class ImageHost:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a small file waits 40 ms behind its headers, for a delayed acknowledgement
     folder: Path
 
     def do_GET(self) -> None:

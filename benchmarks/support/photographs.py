@@ -10,10 +10,12 @@ from adc_worker.devserver.sheets import LARGE, TYPICAL, Grain, draw_sheet
 
 DISTINCT = 8
 SMALL_SIZE = (1280, 720)  # a tenth of a typical one
+TINY_SIZE = (640, 480)
 TYPICAL_SIZE, LARGE_SIZE, HUGE_SIZE = (4096, 2160), (4096, 3072), (10_000, 7_500)
 
 KINDS: dict[str, tuple[tuple[int, int], Grain, str, dict[str, object]]] = {
     "typical": (TYPICAL_SIZE, TYPICAL, "jpg", {}),
+    "tiny": (TINY_SIZE, TYPICAL, "jpg", {}),
     "small": (SMALL_SIZE, TYPICAL, "jpg", {}),
     "large": (LARGE_SIZE, LARGE, "jpg", {}),
     "huge": (HUGE_SIZE, TYPICAL, "jpg", {}),

@@ -27,12 +27,13 @@ class Governed:
         available_bytes: int | None = None,
         gpu: bool = False,
         probe: ImageProbe | None = None,
+        uncertain: bool = False,
     ) -> None:
         self.image = probe or image_probe()
         available_bytes = limit_bytes - BASE if available_bytes is None else available_bytes
         self.limit_bytes, self.gpu = limit_bytes, gpu
         machine = host(limit_bytes=limit_bytes, available_bytes=available_bytes, cores=2, gpu=gpu)
-        measured = report(self.image, base_bytes=BASE, inference_peak_bytes=10 * MB)
+        measured = replace(report(self.image, base_bytes=BASE, inference_peak_bytes=10 * MB), uncertain=uncertain)
         self.governor = Governor(IngestPolicy(ceilings), measured, machine, LeaseTerms())
 
     def observation(self, *, hog_bytes: int = 0, leak_bytes: int = 0, **changes: Any) -> Observation:

@@ -9,6 +9,7 @@ import pytest
 from adc_worker.tuning.governor import (
     AHEAD_S,
     FALLING_BATCHES,
+    FIRST_BATCHES,
     GROWTH,
     LARGER_BATCHES,
     SETTLE_S,
@@ -254,6 +255,17 @@ def test_two_large_batches_in_a_row_are_a_change() -> None:
     assert _replans(job, *[1.0] * 50, 2) == 0
     assert _replans(job, 3) == 1
     assert job.governor.plan.batch_bytes >= _of_size(3).tensor_bytes
+
+
+def test_what_one_image_told_is_measured_anew_in_the_first_batches() -> None:
+    """Its times were those of a warm-up; the margin that was wider goes with them."""
+    job = Governed(16 * GB, probe=image_probe(inference_s=4.0, download_s=5.0), uncertain=True)
+    before = job.governor.plan
+    assert job.actions(FIRST_BATCHES + 5, image=image_probe(inference_s=0.1, download_s=0.2)) == ["replan"]
+    assert job.governor.plan.images_per_s == 10.0 > before.images_per_s
+    assert job.governor.inference_s == 0.1
+    assert before.why["peak_bytes"].split(" = ")[0].endswith("reserve 128 MB")
+    assert job.governor.plan.why["peak_bytes"].split(" = ")[0].endswith("reserve 64 MB")
 
 
 def test_a_little_larger_stays_within_the_plans_reserve() -> None:

@@ -106,6 +106,6 @@ def test_a_plan_knows_how_many_files_it_may_open() -> None:
 
 def test_a_report_follows_the_link_and_keeps_its_images() -> None:
     """Only the download times are those of what was seen."""
-    changed = report(image_probe(download_s=0.1)).for_link_like(image_probe(width_px=99, download_s=2.0))
+    changed = report(image_probe(download_s=0.1)).for_link_like(image_probe(width_px=99, download_s=2.0), 8)
     assert changed.download_s == 2.0
     assert changed.images[0].width_px == 4096

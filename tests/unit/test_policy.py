@@ -25,7 +25,7 @@ from adc_worker.tuning.policy import (
     Ceilings,
     IngestPolicy,
 )
-from adc_worker.tuning.probe_report import ProbeReport
+from adc_worker.tuning.probe_report import PROBE_DOWNLOADS, ProbeReport
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 TUNED = {
@@ -128,14 +128,26 @@ def test_memory_that_others_took_is_not_planned_with() -> None:
 
 
 def test_tiny_images_on_a_slow_link_get_large_batches_and_much_prefetch() -> None:
-    """And many tasks staged, over as many connections as there may be."""
+    """And many tasks staged: over as many connections as there may be, or by some more than may share the link."""
     tiny = image_probe(width_px=640, height_px=480, download_s=2.0, decode_s=0.004, inference_s=0.05)
-    made = plan(report(tiny), host())
-    assert made.batch_size == BATCH_SIZE_MAX
-    assert made.prefetch_factor == PREFETCH_MAX
-    assert made.download_concurrency == DOWNLOADS_MAX
-    assert made.staged_ahead >= 100
-    assert made.binds == "link"
+    far, narrow = (plan(report(replace(tiny, first_byte_s=wait_s)), host()) for wait_s in (1.9, 1.0))
+    for made in (far, narrow):
+        assert made.batch_size == BATCH_SIZE_MAX
+        assert made.prefetch_factor == PREFETCH_MAX
+        assert made.binds == "link"
+    assert far.download_concurrency == DOWNLOADS_MAX
+    assert far.staged_ahead >= 100
+    assert far.staged_ahead > narrow.staged_ahead > 2 * BATCH_SIZE_MAX
+    assert PROBE_DOWNLOADS < narrow.download_concurrency < DOWNLOADS_MAX
+
+
+def test_a_link_that_the_probes_downloads_may_have_shared_is_not_hoped_to_be_wider() -> None:
+    """Four downloads of 2 s each after their first byte: 2 images/s, or tasks would wait for it past their leases."""
+    large = replace(image_probe(download_s=2.1), first_byte_s=0.1)
+    made = plan(report(large), host())
+    assert made.images_per_s == pytest.approx(2.0)
+    assert made.held_limit == 300
+    assert made.download_concurrency == 7  # 1.5 x 2 x 2.1
 
 
 def test_huge_images_get_small_batches_and_no_prefetch() -> None:
@@ -366,7 +378,8 @@ def test_no_ceiling_is_exceeded(case: Case) -> None:
         assert made.decode_workers <= case.machine.cores
         assert made.batch_size <= BATCH_SIZE_MAX
         assert made.batch_size == 1 or made.batch_size * case.measured.tensor_bytes_per_image <= BATCH_BYTES_CAP
-        assert made.prefetch_factor == 1 or made.arena_bytes <= ARENA_BYTES_CAP
+        keeps_decoders_busy = made.prefetch_factor * made.batch_size < made.decode_workers
+        assert made.prefetch_factor == 1 or keeps_decoders_busy or made.arena_bytes <= ARENA_BYTES_CAP
 
 
 @often

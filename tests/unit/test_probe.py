@@ -1,16 +1,149 @@
-"""How the probe waits for memory that others on this host hold."""
+"""The probe: two images, each decoded and inferred once, whatever the first ones are like."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 
-from adc_worker.errors import ImageTooLarge
-from adc_worker.runtime.probe import _wait_for_memory
+from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaClient
+from adc_worker.antenna.wire import Capture
+from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.ingest.header import read_header
+from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedImage
+from adc_worker.models.pipeline import Pipeline
+from adc_worker.models.registry import Simulated
+from adc_worker.runtime.outcomes import ImageResult
+from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
+from adc_worker.runtime.signs_of_life import SignsOfLife
+from adc_worker.tuning.probe_report import ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host
-from tests.support.images import header, staged
+from tests.support.images import bare_jpeg_header, header, jpeg, staged, written
+
+
+class Sink:
+    """Remembers which images came to a result and which to an error."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self.failed: list[int] = []
+
+    def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
+        assert alone
+        self.begun = [image.id for image in images]
+
+    def succeed(self, results: Sequence[ImageResult]) -> int:
+        self.done += [result.task_id for result in results]
+        return sum(len(b"".join(result.parts)) for result in results)
+
+    def fail_staged(self, image: StagedImage, error: ImageError) -> None:
+        del error
+        self.failed.append(image.id)
+
+
+class Probed:
+    """What a probe of these files does."""
+
+    def __init__(self, folder: Path, files: Sequence[bytes], sizes: Sequence[Sighting] = ()) -> None:
+        self.queue, self.sink = StagedQueue(), Sink()
+        for number, data in enumerate(files):
+            path = written(folder / f"{number}.img", data)
+            self.queue.put(staged(number, path, read_header(path, 1 << 40)))
+        self.queue.end()
+        pipeline = Pipeline("simulated", Simulated(0.0), torch.device("cpu"))
+        self.report = probe(self.queue, pipeline, host, self.sink, SignsOfLife(), 60.0, lambda: True, lambda: sizes)
+
+    @property
+    def measured(self) -> ProbeReport:
+        assert self.report is not None
+        return self.report
+
+
+def test_two_images_are_measured_and_the_rest_waits(tmp_path: Path) -> None:
+    """Nothing is decoded or inferred twice; what waits tells its size."""
+    probed = Probed(tmp_path, [jpeg(), jpeg(), jpeg(200, 150), jpeg(40, 30)])
+    assert (probed.sink.done, probed.sink.failed) == ([0, 1], [])
+    assert [image.id for image in probed.queue.waiting()] == [2, 3]
+    assert probed.measured.tensor_bytes_per_image == 3 * 200 * 150
+    assert len(probed.measured.images) == 4
+    assert not probed.measured.uncertain
+
+
+def test_an_image_that_fails_or_fits_nowhere_is_replaced(tmp_path: Path) -> None:
+    """Both become errors, and the plan comes from two that are good."""
+    broken, huge = bare_jpeg_header(97, 61), bare_jpeg_header(60_000, 60_000)
+    probed = Probed(tmp_path, [broken, huge, jpeg(), jpeg()])
+    assert probed.sink.failed == [0, 1]
+    assert probed.sink.done == [2, 3]
+    assert probed.measured.tensor_bytes_per_image == 3 * 97 * 61
+
+
+@pytest.mark.parametrize(("files", "done"), [([jpeg()], [0]), ([jpeg(), jpeg(9, 7)], [0, 1])])
+def test_one_image_or_two_unlike_each_other_are_little_evidence(
+    files: Sequence[bytes], done: list[int], tmp_path: Path
+) -> None:
+    """Unless Antenna has listed the sizes of the others."""
+    probed = Probed(tmp_path, files)
+    assert probed.sink.done == done
+    assert probed.measured.uncertain
+    (tmp_path / "again").mkdir()
+    told = Probed(tmp_path / "again", files, [Sighting(500, 400)])
+    assert not told.measured.uncertain
+    assert told.measured.tensor_bytes_per_image == 3 * 500 * 400
+
+
+def test_a_job_without_images_has_no_report(tmp_path: Path) -> None:
+    """Nothing is guessed."""
+    assert Probed(tmp_path, []).report is None
+    assert Probed(tmp_path, [bare_jpeg_header(97, 61)]).report is None
+
+
+def test_a_job_that_was_downloaded_before_is_measured_all_the_same(tmp_path: Path) -> None:
+    """After a crash nothing tells about the link, and the rates are still numbers."""
+    measured = Probed(tmp_path, [jpeg(), jpeg()]).measured
+    assert all(image.download_s == 0 for image in measured.images)
+    assert measured.download_inference_ratio == 1.0
+
+
+def captures(request: httpx.Request) -> httpx.Response:
+    if request.url.path.endswith("/jobs/7/"):
+        job = {"id": 7, "status": "STARTED", "project": {"id": 3}, "source_image_collection": {"id": 5}}
+        return httpx.Response(200, json=job)
+    query = request.url.params
+    assert (query["project_id"], query["collections"]) == ("3", "5")
+    first = int(query["offset"])
+    rows = [{"id": number, "url": f"http://x/{number}.jpg", "width": 10 + number, "height": 10, "size": None}
+            for number in range(first, first + int(query["limit"]))]  # fmt: skip
+    return httpx.Response(200, json={"count": 4000, "results": [*rows, {"id": "no url"}]})
+
+
+def test_sizes_are_listed_from_all_over_a_collection() -> None:
+    """Neighbours are of one camera; a malformed row is skipped."""
+    with AntennaClient("http://antenna.test", "t", transport=httpx.MockTransport(captures)) as client:
+        found = listed(client, 7)
+    assert len(found) == CAPTURE_PAGES * CAPTURES_PER_PAGE
+    assert {int(one.id) // 1000 for one in found} == {0, 1, 2, 3}
+    widths = [one.width_px for one in known_sizes(found)]
+    assert widths[0] < 30
+    assert widths[-1] > 3000
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(500), httpx.Response(200, json={"id": 7, "status": "STARTED"})])
+def test_a_list_that_cannot_be_had_is_done_without(answer: httpx.Response) -> None:
+    """An error of Antenna's, or a job without a collection."""
+    with AntennaClient("http://antenna.test", "t", transport=httpx.MockTransport(lambda _request: answer)) as client:
+        assert listed(client, 7) == []
+
+
+def test_captures_of_unknown_size_tell_nothing() -> None:
+    """Width and height may be null."""
+    assert known_sizes([Capture(id="1", url="http://x"), Capture(id="2", url="http://x", width=5)]) == []
+
 
 LARGE = staged(1, Path("large.jpg"), header(8000, 6000))  # 144 MB decoded
 

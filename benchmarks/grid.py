@@ -1,0 +1,242 @@
+"""Our plan against a dozen others, for real on this box, and whether the simulation ranks them as reality does.
+
+    python benchmarks/grid.py [scenario …] [--images-scale 0.3]
+
+One worker per scenario works off a job per plan, so that no plan pays for a start. Our plan runs three times, among the
+others: what those differ by is noise, and only plans that differ by more can be ranked. A run during which others on
+this machine took part of a core is repeated once. Writes a section of RESULTS.md; a scaled run, or a choice of
+scenarios, only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
+from benchmarks.support import costs, report
+from benchmarks.support.image_host import BYTES_PER_S, LATENCY_S, ImageHost
+from benchmarks.support.photographs import KINDS, Photographs
+from benchmarks.support.session import DECODING_IN_PROCESSES, Flow, Session, session
+from benchmarks.support.simulator import Feed, Photo, World, simulate
+
+SECTION, LIMIT_BYTES, RUN_S_MAX, END_S_MAX = "grid", 3_000_000_000, 60.0, 20.0
+STAGED_AHEAD, FETCH_SIZE = 64, 32  # what no plan of the grid is short of
+DISTURBED_CORES = 0.1  # taken by others during a run
+BATCH_S = 0.001  # where no batch was ready
+ALIKE_MIN = 0.02  # plans are alike that differ by less, or by less than runs of the same plan
+# What 12 plans differ in: images a batch, batches ahead, decode workers and downloads at once.
+PLANS = [
+    {"batch_size": batch, "prefetch_factor": prefetch, "decode_workers": workers, "download_concurrency": downloads}
+    for batch, prefetch, (workers, downloads) in product((1, 4, 12), (1, 4), ((1, 2), (2, 8)))
+]
+OURS: dict[str, int] = {}
+ORDER = [OURS, OURS, *PLANS[:6], OURS, *PLANS[6:], OURS]  # the first one warms the process up and does not count
+HEAD = (
+    "scenario", "ours, images/s (lowest-highest of 3)", "best of 12", "ours / best", "best plan", "peak of ours",
+    "Kendall tau (pairs)", "taken by others, cores", "reached",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A job on a link, with a GPU played by a sleep."""
+
+    name: str
+    kind: str
+    images: int
+    gpu_s: float
+    slower: float = 1.0
+
+
+SCENARIOS = (
+    Scenario("typical-fast", "typical", 130, 0.02),
+    Scenario("typical-slow", "typical", 32, 0.02, slower=10.0),
+    Scenario("large", "large", 36, 0.04),
+    Scenario("tiny", "tiny", 240, 0.003),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one job brought from its plan to its last batch; the seconds are a batch's beside its images, if known."""
+
+    images_per_s: float
+    peak_bytes: int
+    cores_taken: float
+    batch_s: float | None
+    keep_s: float
+
+
+def main() -> None:
+    """Run the scenarios that are named, or all."""
+    parser = argparse.ArgumentParser(description="Our plan against twelve others, for real.")
+    parser.add_argument("scenarios", nargs="*", help=", ".join(scenario.name for scenario in SCENARIOS))
+    parser.add_argument("--images-scale", type=float, default=1.0)
+    arguments = parser.parse_args()
+    started, rows, details = time.monotonic(), [], []
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-grid-") as folder:
+        photographs = Photographs(Path(folder) / "photographs")
+        with ImageHost(photographs.folder) as host:
+            for scenario in SCENARIOS:
+                if not arguments.scenarios or scenario.name in arguments.scenarios:
+                    count = max(16, round(arguments.images_scale * scenario.images))
+                    row, detail = _compare(replace(scenario, images=count), photographs, host, Path(folder))
+                    rows.append(row)
+                    details.append(detail)
+                    print(report.row(row), detail, f"# {time.monotonic() - started:.0f} s", sep="\n", flush=True)
+    text = f"""## Our plan against twelve others (`benchmarks/grid.py`)
+
+{time.strftime("%Y-%m-%d")}, commit {report.commit()}, {report.machine()}.
+
+Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
+connection (typical-slow: a tenth of that), on the same cores as worker and server. Images/s from plan to last batch.
+Kendall's tau between reality and simulation is over the pairs of plans that differ by more than three runs of the same
+plan did, and by more than {ALIKE_MIN:.0%}; there are {len(PLANS) * (len(PLANS) - 1) // 2} pairs in all.
+
+{report.table(HEAD, rows)}
+
+{chr(10).join(details)}"""
+    print(text)
+    if not arguments.scenarios and arguments.images_scale == 1:
+        report.write_section(SECTION, text)
+
+
+def _compare(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> tuple[list[str], str]:
+    cost = costs.measure(scenario.kind, photographs, host, folder)  # on the link as it is
+    host.change(slower=scenario.slower)
+    runs = _runs(scenario, photographs, host, folder)
+    host.change()
+    ours, real = [runs[number] for number in (1, 8, 15)], [*runs[2:8], *runs[9:15]]
+    rates = [run.images_per_s for run in real]
+    best = max(range(len(PLANS)), key=rates.__getitem__)
+    lowest, rate, highest = sorted(run.images_per_s for run in ours)
+    alike = max(ALIKE_MIN, (highest - lowest) / rate)
+    world = _world(scenario, photographs, cost, [run for run in runs if run.images_per_s])
+    simulated = [simulate(world, _feed(plan, world)).images_per_s for plan in PLANS]
+    tau, pairs = kendall_tau(rates, simulated, alike)
+    share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
+    reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8
+    detail = ", ".join(
+        f"{'/'.join(map(str, plan.values()))}: {one:.1f} ({other:.1f})"
+        for plan, one, other in zip(PLANS, rates, simulated, strict=True)
+    )
+    return [
+        scenario.name, f"{rate:.2f} ({lowest:.2f}-{highest:.2f})", f"{rates[best]:.2f}", f"{share:.0%}",
+        ", ".join(f"{name} {value}" for name, value in PLANS[best].items()), report.mb(peak), f"{tau:.2f} ({pairs})",
+        f"{max(run.cores_taken for run in runs[1:]):.2f}", "yes" if reached else "**no**",
+    ], f"* `{scenario.name}`, batch/prefetch/workers/downloads: images/s (simulated): {detail}"  # fmt: skip
+
+
+def _runs(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> list[Run]:
+    urls = host.urls(photographs.names(scenario.kind, scenario.images))
+    with tempfile.TemporaryDirectory(dir=folder) as data, session(LIMIT_BYTES, Path(data)) as running:
+        changes = Path(data) / "plan.json"
+        changes.write_text("{}")
+        settings = {"AMI_SIMULATED_SECONDS_PER_IMAGE": str(scenario.gpu_s)} | CHILD_ENVIRONMENT
+        running.start([*DECODING_IN_PROCESSES, str(changes)], settings)
+        runs = []
+        for number, plan in enumerate(ORDER):
+            run = _run(running, changes, plan, urls)
+            if number and run.cores_taken > DISTURBED_CORES:
+                again = _run(running, changes, plan, urls)
+                run = min(run, again, key=lambda one: one.cores_taken)
+            runs.append(run)
+            print(f"# {scenario.name} {plan or 'ours'}: {run}", file=sys.stderr, flush=True)
+        assert running.process is not None
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.finish()
+    return runs
+
+
+def _run(running: Session, changes: Path, plan: Mapping[str, int], urls: list[str]) -> Run:
+    """Work a job off by one plan, or by ours where that says nothing."""
+    wanted = {**plan, "staged_ahead": STAGED_AHEAD, "fetch_size": FETCH_SIZE} if plan else {}
+    changes.write_text(json.dumps(wanted))
+    job_id, until_s = running.server.add_job("simulated", urls), time.monotonic() + RUN_S_MAX + END_S_MAX
+
+    def of_job(name: str) -> list[dict[str, Any]]:
+        return [event for event in running.events(name) if event["job_id"] == job_id]
+
+    while not of_job("job_summary") and time.monotonic() < until_s:
+        time.sleep(0.1)
+    batches, plans = of_job("batch"), of_job("plan")
+    if not of_job("job_summary") or not batches:
+        raise SystemExit(f"job {job_id} did not end within {RUN_S_MAX} s: {running.lines[-3:]}")
+    images = sum(batch["images"] for batch in batches)
+    flow = Flow(plans[0]["at_s"], batches[-1]["at_s"], images)
+    cpu = running.samples.cpu_of(flow)
+    peak = max(held for at_s, held in running.samples.held if flow.start_s <= at_s <= flow.end_s)
+    keep_s = sum(batch["keep_s"] for batch in batches) / images
+    return Run(flow.images_per_s, peak, cpu.cores_taken if cpu else 0.0, _batch_s(batches), keep_s)
+
+
+def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the seconds between batches that were ready, beside their inference and keeping; None where none was."""
+    beside = [
+        later["at_s"] - earlier["at_s"] - later["inference_s"] - later["keep_s"]
+        for earlier, later in pairwise(batches)
+        if later["observed"]["ready"]
+    ]
+    return median(beside) if len(beside) > 2 else None
+
+
+def _world(scenario: Scenario, photographs: Photographs, cost: costs.ImageCosts, runs: Sequence[Run]) -> World:
+    """Return the scenario as the simulator sees it: what an image costs in CPU was measured alone, the rest in runs."""
+    (width, height), *_ = KINDS[scenario.kind]
+    sizes = [photographs.path(name).stat().st_size for name in photographs.names(scenario.kind, 8)]
+    plain = Photo(width, height, sum(sizes) // len(sizes))
+    photo = replace(plain, cost=cost.decode_s / plain.decode_s)
+    return World(
+        photos=(photo,) * scenario.images,
+        link_bytes_per_s=1e12,
+        connection_bytes_per_s=BYTES_PER_S / scenario.slower,
+        latency_s=scenario.slower * LATENCY_S,
+        failure_share=0.0,
+        inference_s=scenario.gpu_s,
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=LIMIT_BYTES,
+        ack_wait_s=300.0,
+        batch_s=median([run.batch_s for run in runs if run.batch_s is not None] or [BATCH_S]),
+        keep_s=median(run.keep_s for run in runs),
+        download_cpu_s=cost.download_s + cost.serve_s,
+        bytes_per_s_to_device=float("inf"),
+        handshake_round_trips=0.0,
+    )
+
+
+def _feed(plan: Mapping[str, int], world: World) -> Feed:
+    place = world.photos[0].pixel_bytes
+    batch, prefetch = plan["batch_size"], plan["prefetch_factor"]
+    arena_bytes = batch * (prefetch + 2) * place
+    return Feed(
+        batch_size=batch, batch_bytes=batch * place, prefetch=prefetch, decode_workers=plan["decode_workers"],
+        arena_bytes=arena_bytes, scratch_bytes=1 << 50, downloads=plan["download_concurrency"],
+        in_hand=STAGED_AHEAD + batch * (prefetch + 2), fetch_size=FETCH_SIZE, held_limit=1000,
+        batch_wait_s=batch * world.inference_s,
+    )  # fmt: skip
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float], alike: float) -> tuple[float, int]:
+    """Return Kendall's tau over the pairs that differ by more than `alike` in the first, and how many those are."""
+    agree = total = 0
+    for one, other in combinations(range(len(first)), 2):
+        if abs(first[one] - first[other]) > alike * max(first[one], first[other]):
+            total += 1
+            agree += 1 if (first[one] - first[other]) * (second[one] - second[other]) > 0 else -1
+    return (agree / total if total else 1.0), total
+
+
+if __name__ == "__main__":
+    main()
