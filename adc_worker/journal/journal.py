@@ -183,7 +183,8 @@ class Journal:
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
-        return [one for one in held if one.result_bytes is None]
+        once = {one.id: one for one in reversed(held) if one.result_bytes is None}  # an answer may name a task twice
+        return list(reversed(once.values()))
 
     def find(self, job_id: int, task: Task) -> HeldTask | None:
         """Return the task that this is another delivery of; None when we do not hold it."""
