@@ -135,7 +135,8 @@ class AntennaClient:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.HTTPError as error:
-            raise AntennaUnreachable(f"{method} {path}: {type(error).__name__}: {error}") from error
+            url = f"{str(self._http.base_url).rstrip('/')}{path}"  # the setting that may be wrong
+            raise AntennaUnreachable(f"{method} {url}: {type(error).__name__}: {error}") from error
         if response.is_success:
             return response.content
         raise _error_for(response, f"{method} {path}")

@@ -42,7 +42,7 @@ class _Program(click.Group):
         try:
             return super().invoke(context)
         except (ConfigurationError, AntennaError, WorkerFault) as error:
-            click.echo(f"ami: {error}", err=True)
+            click.echo(redact(f"ami: {error}"), err=True)
             raise SystemExit(error.exit_code if isinstance(error, WorkerFault) else ExitCode.CONFIGURATION) from None
 
 
@@ -126,12 +126,8 @@ def _register(config: settings.Settings, name: str, projects: Sequence[int], pip
         for spec in registry.choose(registry.available(config), pipelines)
     ]
     with AntennaClient(config.antenna_api_base_url, config.token) as client:
-        try:
-            chosen = projects or [row["id"] for row in client.pages("/projects/")]
-        except AntennaError as error:
-            raise ConfigurationError(f"{config.antenna_api_base_url}: {error}") from error
         refused = []
-        for project in chosen:
+        for project in projects or [row["id"] for row in client.pages("/projects/")]:
             try:
                 new = registration.register(client, project, service, entries)
             except (ConfigurationError, AntennaRefused, AntennaRejected) as error:

@@ -43,6 +43,7 @@ SIMULATED, BLOBS = ("--pipeline", "simulated"), ("--pipeline", "light_sheet_blob
 FAULTY = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:pipelines"}
 GONE_S = 3.0
 PATIENCE_S = 120.0
+ALL_FAULTS = 8
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's package libfaketime
 STAGES = ("child_started", "journal_open", "worker_ready", "plan", "batch")
 
@@ -64,7 +65,8 @@ def record() -> Iterator[Record]:
         f"## Faults (`tests/faults/test_supervision_soak.py`)\n\n{machine()}, commit {commit()},"
         f" {SHARE:.0%} of the repetitions. One run.\n\n{table(head, rows)}"
     )
-    write_section("faults", text)
+    if len(rows) == ALL_FAULTS:  # a choice of them leaves the table alone
+        write_section("faults", text)
 
 
 @pytest.fixture
@@ -343,17 +345,20 @@ def test_an_image_that_eats_all_memory_costs_itself_only(server: DevServer, tmp_
     record("a model that eats all memory at one image", f"{kills} kernel OOM kills, the parent lived", job)
 
 
-def test_an_image_that_hangs_the_model_costs_itself_only(server: DevServer, tmp_path: Path, record: Record) -> None:
-    """Ended once among others and twice alone, after which it is named."""
+def test_an_image_that_hangs_the_model_costs_itself_only(tmp_path: Path, record: Record) -> None:
+    """Ended once among others and twice alone, after which it is named.
+
+    A hang is seen after half a lease: those that wait behind three of them are delivered again.
+    """
     files = [photograph(tmp_path / f"{number}.png") for number in range(8)]
     files.insert(4, photograph(tmp_path / "hang.png", HANG))
-    job_id = server.add_job("faulty", files)
-    env = environment(
-        server, tmp_path / "data", FAULTY | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "24"}
-    )  # restarts keep within it
-    with worker(env, "--exit-when-idle") as running:
-        assert running.process.wait(3 * PATIENCE_S) == ExitCode.OK
-    job = finished(server, job_id)
+    env = FAULTY | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "24"}
+    with DevServer(save_delay_s=0.005, keep_streams=True, image_dir=tmp_path, ack_wait_s=24.0) as server:
+        job_id = server.add_job("faulty", files)
+        with worker(environment(server, tmp_path / "data", env), "--exit-when-idle") as running:
+            assert running.process.wait(3 * PATIENCE_S) == ExitCode.OK
+        job = finished(server, job_id, server.job(job_id).image_ids)
     assert list(job.errors.values()) == ["processing it alone ended the worker 2 times (HUNG, HUNG)"]
+    assert max(job.deliveries.values()) <= 2
     ends = Counter(event["exit"] for event in running.events("child_ended"))
     record("a model that hangs at one image", f"child ended {dict(ends)}", job)

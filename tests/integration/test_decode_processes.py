@@ -323,19 +323,6 @@ def test_what_kills_them_again_and_again_is_this_machines_fault(tmp_path: Path, 
     slow.finish()
 
 
-def test_one_that_runs_out_of_memory_says_so_of_its_image(tmp_path: Path, desk: Desk) -> None:
-    """A real limit, on the address space: the process lives on."""
-    large, small = (written(tmp_path / f"{px}.img", encoded(picture(px, px), "PNG")) for px in (5000, 50))
-    desk.arena.resize(75 * MB)
-    for _process in range(WORKERS + 1):
-        desk.decoded(small)  # has everything imported and mapped now
-    for pid in desk.engine.pids:
-        process = psutil.Process(pid)
-        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, psutil.RLIM_INFINITY))
-    with pytest.raises(ImageUnreadable, match="takes more memory"):
-        desk.decoded(large)
-
-
 def test_signals_of_the_workers_group_do_not_end_them(tmp_path: Path, desk: Desk) -> None:
     """Ctrl-C reaches every process of a terminal; the worker itself decides what is still decoded."""
     slow = SlowImage(tmp_path / "slow.img")

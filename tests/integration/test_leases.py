@@ -196,11 +196,11 @@ def test_nats_that_cannot_be_reached_is_said_once_and_no_password_with_it(
 
 def test_tasks_of_a_peer_that_dies_come_to_those_who_wait(serve: Serve, sheet: Path, tmp_path: Path) -> None:
     """Empty is not done: the worker asks again until the dead peer's leases are over, and ends only then."""
-    server = serve(ack_wait_s=8.0)  # longer than a worker takes to start
+    server = serve(ack_wait_s=14.0)  # longer than a worker takes to start on a busy machine
     job_id = server.add_job("simulated", [sheet] * 6)
     with AntennaClient(server.api_url, server.token) as peer:
         assert len(peer.fetch_tasks(job_id, 4)) == 4
-    code, log = run_to_end(environment(server, tmp_path / "data", terms(8, 0.05)), *SIMULATED, IDLE)
+    code, log = run_to_end(environment(server, tmp_path / "data", terms(14, 0.05)), *SIMULATED, IDLE)
     assert code == ExitCode.OK
     assert sorted(succeeded(server, job_id).deliveries.values()) == [1, 1, 2, 2, 2, 2]
     assert len(log.events("job_summary")) > 1

@@ -160,7 +160,7 @@ def test_on_real_photographs_it_is_the_same(
     reference: Reference, specs: dict[str, PipelineSpec], photograph: Path
 ) -> None:
     """Detector and every architecture; skipped where the photographs are not."""
-    image = np.asarray(Image.open(photograph).convert("RGB"))
+    image = np.array(Image.open(photograph).convert("RGB"))  # a copy: torch warns of arrays that it may not write to
     boxes = plain_boxes(reference.detector, image)
     (found,) = infer(detector_alone(specs, 2), [image])
     assert [one.box_px for one in found] == boxes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
-
-from adc_worker.cli.main import cli
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from tests.support.gate import Gate
@@ -16,14 +16,15 @@ from tests.support.waiting import wait_until
 
 
 def tune(antenna: DevServer | Gate, token: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    env = {
+    env = os.environ | {
         "AMI_ANTENNA_API_BASE_URL": antenna.api_url,
         "AMI_ANTENNA_API_AUTH_TOKEN": token,
         "AMI_USER_DATA_PATH": str(folder / "data"),
         "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.02",
     }
-    done = CliRunner().invoke(cli, ["worker", "tune", "simulated", "--json", *arguments], env=env)
-    assert done.exit_code == 0, done.output
+    command = [sys.executable, "-m", "adc_worker", "worker", "tune", "simulated", "--json", *arguments]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
     return told
 
