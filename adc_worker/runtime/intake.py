@@ -336,11 +336,12 @@ class Intake:
         return min(room, self._limits.held - held)
 
     def _drop_expired(self) -> None:
-        """Leave tasks to their lease that could not be downloaded within it; the last delivery has as long again."""
+        """Leave tasks to their lease that could not be downloaded within it, where Antenna hands them out again."""
         for held in tuple(self._to_download):
-            lease = self._lease.ack_wait_s if self._lease.is_last(held.task.reply_subject) else 0.0
             current = self._unstarted.get(held.id, held)
-            if self._lease.left_s(current.fetched_at, lease_clock()) + lease < 0:
+            if self._lease.is_last(current.task.reply_subject):
+                continue  # nobody else will get it, and a late result still counts
+            if self._lease.left_s(current.fetched_at, lease_clock()) < 0:
                 with self._changed:
                     if held not in self._to_download:
                         continue

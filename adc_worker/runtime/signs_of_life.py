@@ -15,7 +15,7 @@ READY, STATUS, UNTIL = b"ready", b"status", b"until"
 
 # Shares of the lease, after which Antenna gives our tasks to others. Inference is timed once it was measured; loading
 # kernels at the first call may take minutes. In between anything may be what moves: bytes, answers, outcomes.
-INFERENCE_LEASES, FIRST_INFERENCE_LEASES, TASKS_LEASES = 0.5, 2.0, 2.0
+INFERENCE_LEASES, FIRST_INFERENCE_LEASES, TASKS_LEASES = 0.5, 1.0, 2.0
 INFERENCE_FACTOR = 20.0  # times what the probe measured: a GPU that others use, too, is slower by far
 _RESOLUTION_S = 0.5  # a deadline that moved by less is not told
 _NEVER = float("inf")

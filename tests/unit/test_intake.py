@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
 from adc_worker.errors import AddressRefused, ImageError, ImageMissing, LinkError
 from adc_worker.ingest.disk_budget import PAUSE_S
@@ -372,6 +372,19 @@ def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Ca
     assert job.infer_all() == []
     assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0, 2)
     assert job.journal.unfinished(JOB) == []
+
+
+def test_the_last_delivery_is_worked_off_however_late(jobs: Callable[..., Job]) -> None:
+    """Nobody gets it after us, and Antenna takes a late result."""
+    job = jobs()
+    job.images.faults = {task(1).image_url: FULL}
+    job.start_with([second_delivery(1)])
+    wait_until(lambda: not job.staging.disk.has_room() and job.intake._downloading == 0)
+    job.lease.ack_wait_s = 0.001
+    wait_until(lambda: job.lease.left_s(job.journal.unfinished(JOB)[0].fetched_at, lease_clock()) < -0.1)
+    job.intake._drop_expired()
+    job.pass_time(PAUSE_S)
+    assert job.infer_all() == ["1"]
 
 
 def test_a_staged_task_whose_lease_is_over_is_not_decoded_unless_nobody_else_gets_it(jobs: Callable[..., Job]) -> None:
