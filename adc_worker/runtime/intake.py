@@ -284,6 +284,8 @@ class Intake:
     def _finished(self) -> bool:
         if self._stopped.is_set():
             return self._downloading == 0
+        if not self._in_hand and self._over_since is None:
+            self._take(self._journal.unfinished(self._job_id))  # the poster may have fetched one, for its subject
         if self._in_hand:
             return False
         if self._fetch.is_open or self._fetch.has_answer:

@@ -374,6 +374,18 @@ def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Ca
     assert job.journal.unfinished(JOB) == []
 
 
+def test_a_task_that_the_poster_fetched_is_worked_off_in_the_same_turn(jobs: Callable[..., Job]) -> None:
+    """Also where it fills what may be held, so that nothing else is fetched."""
+    job = jobs()
+    job.images.gate.clear()
+    job.start_with([task(1)])
+    wait_until(lambda: job.intake._downloading == 1)
+    job.journal.record(JOB, [task(2)])
+    job.intake.apply(IntakeLimits(downloads=1, in_hand=100, fetch_size=100, held=1))
+    job.images.gate.set()
+    assert job.infer_all() == ["1", "2"]
+
+
 def test_the_last_delivery_is_worked_off_however_late(jobs: Callable[..., Job]) -> None:
     """Nobody gets it after us, and Antenna takes a late result."""
     job = jobs()
