@@ -27,14 +27,14 @@ from adc_worker.settings import Settings
 
 _log = get_logger(__name__)
 
-DRAIN, FLUSH = b"drain\n", b"flush\n"
+DRAIN, FLUSH, ABORT = b"drain\n", b"flush\n", b"abort\n"
 # A terminal and a supervisor signal the whole group and forward it, too: within a second it is the same signal.
 SAME_SIGNAL_S = 1.0
 RESTART_FIRST_S, RESTART_MAX_S = 1.0, 60.0
 FLUSH_S = 10.0  # after the second signal: what is under way may end in this time
 START_S = 600.0  # until a child is ready: torch takes 4-8 s (measurements), from a cold network file system minutes
 HUNG_CHECK_S = 2.0  # a deadline may have passed because the whole host was paused: look again before ending the child
-ABORT_S = 5.0  # to write the stacks; then SIGKILL
+ABORT_S = 5.0  # to write the stacks, first on command, then on SIGABRT; then SIGKILL
 ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
 OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
@@ -214,7 +214,12 @@ class Supervisor:
                 child.silent_until, child.overdue = float(rest), 0
 
     def _end_hung(self) -> None:
-        """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that."""
+        """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that.
+
+        On command first: the thread that writes them holds the GIL then. A signal's handler does not, and running threads
+        change under its eyes, which has ended it in a segmentation fault. Where the command is not heard, the GIL is held
+        by the code that hangs, and nothing changes.
+        """
         for child, process in self._running():
             if time.monotonic() < child.silent_until:
                 continue
@@ -222,8 +227,10 @@ class Supervisor:
             child.silent_until = time.monotonic() + (HUNG_CHECK_S if child.overdue == 1 else ABORT_S)
             if child.overdue == _HUNG:
                 _log.error("child_hung", pid=process.pid, next="stacks of all its threads, and a restart")
-            if child.overdue >= _HUNG:
-                process.send_signal(signal.SIGABRT if child.overdue == _HUNG else signal.SIGKILL)
+                with suppress(BrokenPipeError):
+                    os.write(child.commands, ABORT)
+            elif child.overdue > _HUNG:
+                process.send_signal(signal.SIGABRT if child.overdue == _HUNG + 1 else signal.SIGKILL)
 
     def _reap(self) -> None:
         for child, process in self._running():

@@ -64,6 +64,10 @@ class Stop:
         """Read commands from stdin; its end means that the parent is gone."""
         # Not sys.stdin: a thread that waits in its buffer aborts the interpreter when the process ends.
         while commands := os.read(0, _COMMAND_BYTES):
+            if b"abort" in commands:
+                faulthandler.dump_traceback()
+                faulthandler.disable()  # SIGABRT would write them again
+                os.abort()
             self.draining.set()
             if b"flush" in commands:
                 self.flushing.set()
@@ -331,7 +335,7 @@ def _client_info(instance: int) -> dict[str, str | int | None]:
 
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
-    faulthandler.enable()  # SIGABRT is how the parent ends a child that hangs: the stacks are the evidence
+    faulthandler.enable()  # the stacks are the evidence of a crash, and of a hang that holds the GIL
     threading.excepthook = _thread_died
     options = WorkerOptions.from_json(sys.argv[1])
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])

@@ -19,7 +19,7 @@ from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from adc_worker.runtime.supervisor import SAME_SIGNAL_S
 from tests.support import faulty_pipeline
-from tests.support.faulty_pipeline import CRASH, HANG, HELPER, photograph
+from tests.support.faulty_pipeline import CRASH, HANG, HANG_WITH_GIL, HELPER, photograph
 from tests.support.image_server import ImageServer, Reply
 from tests.support.images import jpeg
 from tests.support.process_tree import alive, anonymous_peak_bytes, decoders, family, ignores
@@ -187,10 +187,13 @@ def test_an_image_that_crashes_the_decoder_or_the_model_costs_itself_only(server
     assert not left, "what a dead child started is gone, too"
 
 
-def test_a_hang_ends_with_the_stacks_of_all_threads_and_a_restart(server: DevServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hang", [HANG, HANG_WITH_GIL])
+def test_a_hang_ends_with_the_stacks_of_all_threads_and_a_restart(
+    server: DevServer, tmp_path: Path, hang: tuple[int, int, int]
+) -> None:
     """What hangs is suspect then, and the child that follows begins with something else."""
     files = [photograph(tmp_path / f"{number}.png") for number in range(6)]
-    files.insert(3, photograph(tmp_path / "hang.png", HANG))
+    files.insert(3, photograph(tmp_path / "hang.png", hang))
     server.add_job("faulty", files)
     env = environment(server, tmp_path / "data", FAULTY | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "6"})
     with worker(env) as running:

@@ -14,7 +14,7 @@ from PIL import Image
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Pipeline
 from adc_worker.models.registry import PipelineSpec
 
-CRASH, HANG, EAT = (1, 0, 7), (2, 0, 7), (3, 0, 7)
+CRASH, HANG, EAT, HANG_WITH_GIL = (1, 0, 7), (2, 0, 7), (3, 0, 7), (4, 0, 7)
 SECONDS_PER_IMAGE = 0.02
 HELPER = ("sleep", "98765.4321")
 _MEAL_BYTES = 64 << 20
@@ -33,6 +33,8 @@ class Faulty:
                 ctypes.string_at(0)  # a real SIGSEGV
             if pixel == HANG:
                 time.sleep(1e6)
+            if pixel == HANG_WITH_GIL:
+                ctypes.PyDLL(None).sleep(1_000_000)
             meals = []
             while pixel == EAT:
                 meals.append(np.ones(_MEAL_BYTES, np.uint8))
