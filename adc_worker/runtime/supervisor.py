@@ -38,13 +38,14 @@ ABORT_S = 5.0  # to write the stacks, first on command, then on SIGABRT; then SI
 ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
 OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
-# glibc's threshold adapts upwards, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
-# (measurements, "Other costs"). With a fixed threshold the heap is trimmed at every 128 kB unless told otherwise, which
-# cost Pillow's decodes 38 000 page faults each. A tensor above the threshold is fresh pages each time: torch's variable
-# makes them huge ones, a tenth of the 1.1 million page faults an image that were a quarter of inference on a CPU.
+# glibc's threshold adapts upwards to 32 MiB, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
+# (measurements, "Other costs"). Fixed at 16 MiB, photographs and decoders' blocks for them are mapped and given back
+# whole, while most tensors between a network's layers stay in the heap, whose free end is kept up to 128 MiB: fresh
+# pages for each slow inference on a CPU down (benchmarks/inference.py, page faults). torch's variable makes the pages
+# of large tensors huge ones.
 CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-    "MALLOC_TRIM_THRESHOLD_": "33554432",
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 _KILLED = 3
@@ -216,9 +217,9 @@ class Supervisor:
     def _end_hung(self) -> None:
         """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that.
 
-        On command first: the thread that writes them holds the GIL then. A signal's handler does not, and running threads
-        change under its eyes, which has ended it in a segmentation fault. Where the command is not heard, the GIL is held
-        by the code that hangs, and nothing changes.
+        On command first: the thread that writes them holds the GIL then. A signal's handler does not, and running
+        threads change under its eyes, which has ended it in a segmentation fault. Where the command is not heard, the
+        GIL is held by the code that hangs, and nothing changes.
         """
         for child, process in self._running():
             if time.monotonic() < child.silent_until:
