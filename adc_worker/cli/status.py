@@ -214,5 +214,8 @@ def report_command(config: settings.Settings, output: Path) -> None:
     latest = (
         max(states, key=lambda state: float(state["jobs"][0]["ended_at"])) if states else json.loads(kept.read_bytes())
     )
-    output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
+    try:
+        output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
+    except OSError as error:
+        raise click.ClickException(f"cannot write {output}: {error.strerror}") from error
     click.echo(f"job {latest['jobs'][0]['id']}: {output}")
