@@ -179,12 +179,13 @@ def _serve(connection: socket.socket, board: Board, folder: Path) -> None:
             if line == ASK:
                 connection.sendall(board.to_json())
                 return
-            if board.add(Snapshot.from_json(line)):
-                _write(report_path(folder), board.to_json())
+            if line.endswith(b"\n") and board.add(Snapshot.from_json(line)):  # or its child died in the middle of it
+                with suppress(OSError):  # a full disk must not end what a child tells
+                    _write(report_path(folder), board.to_json())
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")  # jobs of two children may end at once
     with os.fdopen(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
     temporary.replace(path)
