@@ -100,7 +100,7 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
 def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None)
     for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "pipeline")
     for job in jobs:
         counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
         speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))

@@ -248,7 +248,9 @@ class Journal:
         arguments = (job_id, published_until_ns)
         self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
         cursor = self._db.execute(f"UPDATE adc_task SET dead = 1 WHERE {where} AND NOT dead", arguments)  # noqa: S608
-        _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason="the job was stopped or restarted")
+        if cursor.rowcount:  # of a job that came to its end nothing is left
+            reason = "the job was stopped or restarted"
+            _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason=reason)
         kept = self._column("SELECT id FROM adc_task WHERE job_id = ? AND dead AND result_bytes NOT NULL", job_id)
         self._finish({task_id: self._compressed(task_id) for task_id in kept})
 

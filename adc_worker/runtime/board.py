@@ -21,7 +21,7 @@ import orjson
 
 from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
-from adc_worker.errors import ConfigurationError
+from adc_worker.errors import ConfigurationError, WorkerFault
 from adc_worker.log import recent_causes
 from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
 
@@ -208,7 +208,10 @@ def running(folder: Path) -> list[dict[str, Any]]:
             except ConnectionRefusedError:
                 path.unlink(missing_ok=True)  # its worker was killed
                 continue
-            connection.sendall(ASK)
-            answer = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))  # type: ignore[misc]
+            try:
+                connection.sendall(ASK)
+                answer = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))  # type: ignore[misc]
+            except OSError as error:
+                raise WorkerFault(f"the worker that listens at {path} does not answer: {error}") from error
             states.append(orjson.loads(answer))
     return states

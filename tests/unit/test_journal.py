@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
@@ -131,7 +132,10 @@ def test_a_result_of_a_job_that_was_dropped_is_not_kept(journal: Journal) -> Non
     """Its job was cancelled while it was inferred; the others of its batch are kept."""
     (gone,) = journal.record(7, [task(1)])
     (here,) = journal.record(8, [task(2)])
-    assert journal.bury(7) == [gone.id]
+    with capture_logs() as said:
+        assert journal.bury(7) == [gone.id]
+        assert journal.bury(7) == []
+    assert [one["tasks"] for one in said] == [1], "a job that simply ended is nothing to warn of"
     keep(journal, [(gone.id, b"nobody wants it"), (here.id, b"kept")])
     assert bodies(journal) == [b"kept"]
 
