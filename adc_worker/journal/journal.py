@@ -487,6 +487,10 @@ class Journal:
         """Return the jobs this slot holds tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", self.slot))
 
+    def was_used(self) -> bool:
+        """Whether a task was ever on record here, by whatever worker."""
+        return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))
+
     def subjects(self) -> list[str]:
         """Return the leases this slot holds."""
         return self._column("SELECT reply_subject FROM adc_task WHERE slot = ? AND NOT dead", self.slot)

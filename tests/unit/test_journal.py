@@ -59,6 +59,16 @@ def test_tasks_survive_reopening(path: Path) -> None:
     second.close()
 
 
+def test_it_is_known_whether_a_task_was_ever_on_record(path: Path, journal: Journal) -> None:
+    """Also when all of them are forgotten."""
+    assert not journal.was_used()
+    (held,) = journal.record(7, [task(1)])
+    journal.forget([held.id])
+    second = Journal(path)
+    assert second.was_used()
+    second.close()
+
+
 def test_results_survive_reopening(path: Path) -> None:
     """A computed result is never computed again."""
     first = Journal(path)
