@@ -487,6 +487,12 @@ class Journal:
         """Return the jobs this slot holds tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", self.slot))
 
+    def owner_in(self, folder: Path) -> str:
+        """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
+        path = self._path.resolve()
+        beside = folder.resolve().parent == path.parent
+        return "" if beside else f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+
     def was_used(self) -> bool:
         """Whether a task was ever on record here, by whatever worker."""
         return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))

@@ -271,7 +271,9 @@ def run(
     ):
         if share.after_kill:
             _log.warning("predecessor_killed_for_memory", plans_with=share.caution)
-        staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
+        folder = config.effective_staging_path
+        owner = journal.owner_in(folder)
+        staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
         suspects = journal.accuse(died, oom_kills())
         expired, swept = journal.drop_expired(), staging.sweep(journal.unfinished_ids)
         _log.info(
