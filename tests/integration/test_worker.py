@@ -181,7 +181,7 @@ def test_a_token_that_antenna_refuses_is_said_at_once(
 def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
     server: DevServer, sheets: list[Path], tmp_path: Path
 ) -> None:
-    """After a drain the next worker finishes the job: no image is delivered twice, or downloaded again that had come."""
+    """After a drain the next worker finishes the job: nothing is delivered twice, or downloaded again that had come."""
     job_id = server.add_job("simulated", [sheets[index % 4] for index in range(DRAINED)])
     env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
     with worker(env, *SIMULATED) as first:
