@@ -248,7 +248,9 @@ class Journal:
         arguments = (job_id, published_until_ns)
         self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
         cursor = self._db.execute(f"UPDATE adc_task SET dead = 1 WHERE {where} AND NOT dead", arguments)  # noqa: S608
-        _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason="the job was stopped or restarted")
+        if cursor.rowcount:  # of a job that came to its end nothing is left
+            reason = "the job was stopped or restarted"
+            _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason=reason)
         kept = self._column("SELECT id FROM adc_task WHERE job_id = ? AND dead AND result_bytes NOT NULL", job_id)
         self._finish({task_id: self._compressed(task_id) for task_id in kept})
 
@@ -484,6 +486,16 @@ class Journal:
     def job_ids(self) -> set[int]:
         """Return the jobs this slot holds tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", self.slot))
+
+    def owner_in(self, folder: Path) -> str:
+        """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
+        path = self._path.resolve()
+        beside = folder.resolve().parent == path.parent
+        return "" if beside else f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+
+    def was_used(self) -> bool:
+        """Whether a task was ever on record here, by whatever worker."""
+        return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))
 
     def subjects(self) -> list[str]:
         """Return the leases this slot holds."""

@@ -54,6 +54,7 @@ _HUNG = 2  # times overdue
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SIGNS_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+_LIBC = ctypes.CDLL(None, use_errno=True)  # here: the loader's lock may be held by a thread when a child is forked
 # Deaths of a process's own making: evidence against an image that was alone in it.
 _OWN_DEATHS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 _NO_RESTART = frozenset(
@@ -171,7 +172,7 @@ class Supervisor:
             start_new_session=True,
             env=environment,
             pass_fds=[signs_write],
-            preexec_fn=_become_child,  # noqa: PLW1509 (the parent has one thread; exec keeps what it sets)
+            preexec_fn=_become_child,  # noqa: PLW1509 (it takes no lock that a thread may hold; exec keeps what it sets)
         )
         os.close(signs_write)
         os.close(commands)
@@ -303,7 +304,7 @@ def watchdog_period_s() -> float:
 
 
 def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+    if _LIBC.prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
