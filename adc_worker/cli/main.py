@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adc_worker import __version__, log, settings
-from adc_worker.cli.demo import demo_command
-from adc_worker.cli.devserver import devserver_command
+from adc_worker.cli.desk import demo_command, devserver_command
 from adc_worker.errors import (
     AntennaError,
     AntennaRefused,
