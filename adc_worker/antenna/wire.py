@@ -65,7 +65,7 @@ class _Stage(_Wire):
 
 
 def _inside(*path: str) -> Any:
-    return Field(default=None, validation_alias=AliasPath(*path))  # type: ignore[arg-type]
+    return Field(default=None, validation_alias=AliasPath(*path))
 
 
 class JobState(_Wire):

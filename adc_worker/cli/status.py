@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from adc_worker.runtime.board import Board
 
 MB, GB = 1e6, 1e9
 REFRESH_PER_S = 2
-_MINUTE_S, _HOUR_S = 60, 3600
 BAR_COLUMNS = 40
 # Of the log lines that would scroll by, these stay to be read above the live view, with all warnings and errors.
 NOTABLE = frozenset({"start", "worker_ready", "status_page", "job_summary", "stopping", "idle"})
@@ -36,16 +36,6 @@ _STAGES = {"download": "link", "decode": "decode", "inference": "inference"}
 
 def size(value: float) -> str:
     return f"{value / GB:.2f} GB" if value >= GB else f"{value / MB:.0f} MB"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < _MINUTE_S:
-        return f"{seconds:.0f} s"
-    if seconds < _HOUR_S:
-        return f"{seconds // _MINUTE_S:.0f} min {seconds % _MINUTE_S:.0f} s"
-    return f"{seconds // _HOUR_S:.0f} h {seconds % _HOUR_S / _MINUTE_S:.0f} min"
 
 
 def _clock(at: float) -> str:
@@ -77,7 +67,8 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
         total, plan = settled + job["in_hand"] + job["pending"], job["plan"]
         rate = f"{job['images_per_s']:.2f} images/s" if job["images_per_s"] else "measuring"
         rows.append(("job", Text.assemble((str(job["id"]), "bold"), f"  {job['pipeline']}")))
-        rows.append(("progress", _bar(settled, total, f"{settled} of {total}, {duration(one['eta_s'])} left")))
+        left = timedelta(seconds=round(one["eta_s"])) if one["eta_s"] is not None else "unknown time"
+        rows.append(("progress", _bar(settled, total, f"{settled} of {total}, {left} left")))
         if plan:
             rate += f", {plan['images_per_s']:.2f} planned; {plan['binds']} binds"
             memory += f", {size(plan['peak_bytes'])} predicted"
@@ -204,15 +195,12 @@ def status_command(config: settings.Settings, *, as_json: bool) -> ExitCode:
 
 
 def report_command(config: settings.Settings, output: Path) -> None:
-    """Write the page of the last job, from the running worker or from what the last one left."""
+    """Write the page of the last job, as the worker left it at that job's end."""
     from adc_worker.runtime.status_server import rendered_page  # noqa: PLC0415 (status needs no HTTP server)
 
-    states = [state for state in boards.running(config.user_data_path) if state["jobs"]]
     kept = boards.report_path(config.user_data_path)
-    if not states and not kept.is_file():
+    if not kept.is_file():
         raise click.ClickException(f"no job has ended yet with AMI_USER_DATA_PATH={config.user_data_path}")
-    latest = (
-        max(states, key=lambda state: float(state["jobs"][0]["ended_at"])) if states else json.loads(kept.read_bytes())
-    )
+    latest = json.loads(kept.read_bytes())
     output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
     click.echo(f"job {latest['jobs'][0]['id']}: {output}")

@@ -45,7 +45,6 @@ class Api:
             web.get("/api/v2/projects/", self._list_projects, name="projects"),
             web.get(f"{project}pipelines/", self._list_pipelines, name="pipelines"),
             web.post(f"{project}pipelines/", self._register, name="pipelines"),
-            web.get("/api/v2/captures/collections/", self._list_collections, name="collections"),
             web.get("/api/v2/captures/", self._list_captures, name="captures"),
             web.get(r"/images/{id:\d+}/{name}", self._show_image, name="images"),
         ]
@@ -142,11 +141,6 @@ class Api:
 
     async def _list_captures(self, request: web.Request) -> web.StreamResponse:
         return _page(request, [capture.to_json() for capture in self._captures(request)])
-
-    async def _list_collections(self, request: web.Request) -> web.StreamResponse:
-        sizes = Counter(capture.collection for capture in self._captures(request))
-        named = {number: {"id": number, "name": f"collection {number}", "project": PROJECT_ID} for number in sizes}
-        return _page(request, [{**row, "source_images_count": sizes[number]} for number, row in named.items()])
 
     def _captures(self, request: web.Request) -> list[Capture]:
         query = CaptureQuery.model_validate(dict(request.query))
