@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adc_worker import settings
@@ -31,6 +31,7 @@ REFRESH_PER_S = 2
 BAR_COLUMNS = 40
 # Of the log lines that would scroll by, these stay to be read above the live view, with all warnings and errors.
 NOTABLE = frozenset({"start", "worker_ready", "status_page", "job_summary", "stopping", "idle"})
+_SENTENCES = frozenset({"why", "what it said"})  # columns that may take several lines
 _STAGES = {"download": "link", "decode": "decode", "inference": "inference"}
 
 
@@ -42,21 +43,20 @@ def _clock(at: float) -> str:
     return time.strftime("%d %b %H:%M", time.localtime(at))
 
 
-def _grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    for name, value in rows:
-        grid.add_row(name, value)
-    return grid
-
-
 def _bar(value: float, total: float, text: str) -> Table:
     row = Table.grid(padding=(0, 2))
     row.add_row(ProgressBar(total=max(total, 1e-9), completed=value, width=BAR_COLUMNS), text)
     return row
 
 
-def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(*(Column(name, no_wrap=name not in _SENTENCES) for name in names), box=None)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def _worker(one: dict[str, Any]) -> Table:
     snapshot, job = one["snapshot"], one["snapshot"]["job"]
     memory = f"{size(snapshot['memory_bytes'])} of {size(snapshot['budget_bytes'])}"
     rows: list[tuple[str, RenderableType]] = []
@@ -85,27 +85,23 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
             rows.append(("changed", job["decision"]))
     rows.append(("memory", _bar(snapshot["memory_bytes"], snapshot["budget_bytes"], memory)))
     rows.append(("waiting", f"{snapshot['unposted']} results for Antenna, {size(snapshot['staged_bytes'])} on disk"))
-    yield _grid(rows)
+    grid = Table.grid(Column(style="dim", no_wrap=True), "", padding=(0, 2))
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
-def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None)
-    for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
-        table.add_column(name, no_wrap=True)
-    for job in jobs:
-        counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
-        speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))
-        table.add_row(*counts, *speed, _clock(job["ended_at"]))
-    return table
+def _job_row(job: dict[str, Any]) -> Sequence[Any]:
+    rate, peak, binds = f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", "")
+    failed, ended = sum(job["failed"].values()), _clock(job["ended_at"])
+    return job["id"], job["pipeline"], job["done"], failed, rate, peak, binds, ended
 
 
 def plan_table(plan: Mapping[str, Any], why: Mapping[str, str]) -> Table:
-    table = Table("plan", "value", "why", box=None)
-    for name, reason in why.items():
-        value: Any = plan.get(name)
-        shown = size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, reason)
-    return table
+    def shown(name: str, value: Any) -> str:
+        return size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return _table(("plan", "value", "why"), ((name, shown(name, plan.get(name)), why[name]) for name in why))
 
 
 def rendered(state: dict[str, Any], *, details: bool) -> Group:
@@ -115,18 +111,17 @@ def rendered(state: dict[str, Any], *, details: bool) -> Group:
     parts: list[RenderableType] = [title.append(ready, style="red" if state["unready"] else "green")]
     causes = list(state["causes"])
     for one in state["workers"]:
-        parts += _worker(one)
+        parts.append(_worker(one))
         causes += one["snapshot"]["causes"]
         if details and one["snapshot"]["job"] and one["snapshot"]["job"]["why"]:
             parts += ["", plan_table(one["snapshot"]["job"]["plan"], one["snapshot"]["job"]["why"])]
     if details and state["jobs"]:
-        parts += ["", _jobs(state["jobs"])]
+        names = ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended")
+        parts += ["", _table(names, map(_job_row, state["jobs"]))]
     if details and causes:
-        table = Table("warnings and errors", "", "times", "last", box=None)
-        table.columns[3].no_wrap = True
-        for cause in sorted(causes, key=lambda cause: -float(cause["last_at"])):
-            table.add_row(cause["event"], Text(cause["text"]), str(cause["count"]), _clock(cause["last_at"]))
-        parts += ["", table]
+        causes.sort(key=lambda cause: -float(cause["last_at"]))
+        rows = ((cause["event"], cause["text"], cause["count"], _clock(cause["last_at"])) for cause in causes)
+        parts += ["", _table(("warnings and errors", "what it said", "times", "last"), rows)]
     return Group(*parts)
 
 

@@ -14,9 +14,10 @@ from aiohttp.typedefs import Handler
 from aiohttp.web_middlewares import normalize_path_middleware
 from pydantic import ValidationError
 
+from adc_worker.antenna.wire import FINAL_STATES
 from adc_worker.devserver import bodies
 from adc_worker.devserver.bodies import CaptureQuery, Query
-from adc_worker.devserver.state import FINAL, PROJECT, PROJECT_ID, Capture, Desk, Job, now
+from adc_worker.devserver.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def _wanted(job: Job, query: Query) -> bool:
         and query.dispatch_mode in {None, job.dispatch_mode}
         and query.status in {None, job.status}
         and query.project in {None, PROJECT_ID}
-        and not (query.incomplete_only and (job.status in FINAL or job.mostly_failed))
+        and not (query.incomplete_only and (job.status in FINAL_STATES or job.mostly_failed))
     )
 
 

@@ -180,14 +180,10 @@ def _serve(connection: socket.socket, board: Board, folder: Path) -> None:
                 connection.sendall(board.to_json())
                 return
             if board.add(Snapshot.from_json(line)):
-                _write(report_path(folder), board.to_json())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-    temporary.replace(path)
+                partial = folder / f".last-job.{os.getpid()}"
+                partial.touch(mode=0o600)
+                partial.write_bytes(board.to_json())
+                partial.replace(report_path(folder))
 
 
 def report_path(folder: Path) -> Path:

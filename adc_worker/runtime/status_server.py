@@ -132,15 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"/, /snapshot.json, /metrics, /livez, /readyz\n")
 
-    do_HEAD = do_GET  # noqa: N815 (the name http.server looks for)
-
     def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         self.send_response(status)
         for name, value in {**_SECURITY, "Content-Type": content_type, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (http.server's name)
         _log.debug("status_request", line=format % arguments)

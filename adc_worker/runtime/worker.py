@@ -335,11 +335,11 @@ def _client_info(instance: int) -> dict[str, str | int | None]:
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
     faulthandler.enable()  # the stacks are the evidence of a crash, and of a hang that holds the GIL
-    threading.excepthook = _thread_died
     options = WorkerOptions.model_validate_json(sys.argv[1])
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_file)
     log.configure(options.log_format, config.log_level)
+    threading.excepthook = _thread_died  # not before: logging sets one of its own
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:
