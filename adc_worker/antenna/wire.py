@@ -74,7 +74,6 @@ class JobState(_Wire):
     id: int
     status: str
     dispatch_mode: str = "async_api"
-    started_at: str | None = None
     pipeline_slug: str | None = _inside("pipeline", "slug")
     project_id: int | None = _inside("project", "id")
     collection_id: int | None = _inside("source_image_collection", "id")

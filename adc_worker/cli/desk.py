@@ -82,6 +82,8 @@ def demo_command(image_dir: Path | None, count: int, output: Path) -> None:
         _devserver(save_delay_s=SAVE_DELAY_S) as server,
     ):
         files = _images_in(image_dir) if image_dir else _generated(Path(folder) / "images", count, console, stops)
+        if stops:
+            raise click.Abort
         job_id = server.add_job(PIPELINE, files)
         console.print(f"Antenna at {server.url}, job {job_id} with {len(files)} images")
         code = _run_worker(server, Path(folder), stops)
@@ -139,11 +141,11 @@ def _generated(folder: Path, count: int, console: Console, stops: list[int]) -> 
     def draw(number: int) -> list[Path]:
         return [] if stops else write_sheets(folder, 1, SEED + number, sizes=(SIZES[number % len(SIZES)],))
 
+    folder.mkdir()
     with console.status(f"drawing {count - 2} photographs"), ThreadPoolExecutor(2) as threads:
         files = [file for drawn in threads.map(draw, range(count - 2)) for file in drawn]
     broken, missing = folder / "broken.jpg", folder / "missing.jpg"
-    if files:
-        broken.write_bytes(b"\xff\xd8\xff\xe0 this was a photograph once")
+    broken.write_bytes(b"\xff\xd8\xff\xe0 this was a photograph once")
     middle = len(files) // 2
     return [*files[:middle], broken, missing, *files[middle:]]
 

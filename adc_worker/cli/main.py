@@ -253,7 +253,7 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
 def worker_report(output: Path, env_file: Path | None) -> None:
     """Save the last job as one HTML page.
 
-    Plan with reasons, memory over time, errors by cause; from the running worker or from what the last one left.
+    Plan with reasons, memory over time, errors by cause; kept at each job's end, so that no worker need run.
     """
     from adc_worker.cli.status import report_command  # noqa: PLC0415
 

@@ -106,7 +106,8 @@ class DevServer:
 
         It has none when it is finished (see `keep_streams`), cancelled or not started.
         """
-        return self._portal.call(self._broker.state, job_id)
+        found: dict[str, Any] | None = self._portal.call(self._broker.state, job_id)
+        return found
 
     def cancel(self, job_id: int) -> None:
         self._portal.call(self._desk.cancel, self._desk.jobs[job_id])

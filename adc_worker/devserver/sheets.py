@@ -46,16 +46,13 @@ def write_sheets(
     *,
     sizes: Sequence[tuple[int, int]] = ((4096, 2160), (4096, 3072)),
     grain: Grain = TYPICAL,
-    progressive: bool = False,
-    subsampling: str | None = None,
 ) -> list[Path]:
-    """Write `count` JPEGs of `sizes` (width, height) in turn; `subsampling` overrides the grain's."""
+    """Write `count` JPEGs of `sizes` (width, height) in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"sheet-{seed}-{i:03d}.jpg" for i in range(count)]
-    jpeg = {"quality": grain.quality, "subsampling": subsampling or grain.subsampling, "progressive": progressive}
     for i, path in enumerate(paths):
         sheet = draw_sheet(sizes[i % len(sizes)], (seed, i), noise_sigma=grain.noise_sigma)
-        Image.fromarray(sheet.image).save(path, "JPEG", **jpeg)
+        Image.fromarray(sheet.image).save(path, "JPEG", quality=grain.quality, subsampling=grain.subsampling)
     return paths
 
 
