@@ -12,15 +12,10 @@ import click
 
 from adc_worker import __version__, log, settings
 from adc_worker.cli.desk import demo_command, devserver_command
-from adc_worker.errors import (
-    AntennaError,
-    AntennaRefused,
-    AntennaRejected,
-    ConfigurationError,
-    ExitCode,
-    WorkerFault,
-)
+from adc_worker.cli.status import live_view, report_command, status_command
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
 from adc_worker.redaction import redact
+from adc_worker.runtime.board import Board, listening
 from adc_worker.settings import WorkerOptions
 
 if TYPE_CHECKING:
@@ -98,7 +93,6 @@ def worker() -> None:
 def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None) -> None:
     """Run the worker until it is stopped."""
     from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
-    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
     from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
 
     config = settings.load(env_file)
@@ -111,8 +105,6 @@ def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: 
         board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
         stack.enter_context(listening(board, config.user_data_path))
         if watched:
-            from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
-
             stack.enter_context(live_view(board))
         _log_start(config, env_file)
         if config.status_address is not None:
@@ -223,8 +215,6 @@ def worker_status(as_json: bool, env_file: Path | None) -> None:
 
     Exit code 1 when none does, or when it is not ready.
     """
-    from adc_worker.cli.status import status_command  # noqa: PLC0415
-
     sys.exit(status_command(settings.load(env_file), as_json=as_json))
 
 
@@ -255,8 +245,6 @@ def worker_report(output: Path, env_file: Path | None) -> None:
 
     Plan with reasons, memory over time, errors by cause; kept at each job's end, so that no worker need run.
     """
-    from adc_worker.cli.status import report_command  # noqa: PLC0415
-
     report_command(settings.load(env_file), output)
 
 
