@@ -22,8 +22,10 @@ import orjson
 from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
 from adc_worker.errors import ConfigurationError
-from adc_worker.log import recent_causes
+from adc_worker.log import get_logger, recent_causes
 from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
+
+_log = get_logger(__name__)
 
 ASK = b"status\n"
 HISTORY_POINTS = 600  # a curve of a page's width; every second point goes when they are used up
@@ -180,10 +182,17 @@ def _serve(connection: socket.socket, board: Board, folder: Path) -> None:
                 connection.sendall(board.to_json())
                 return
             if board.add(Snapshot.from_json(line)):
-                partial = folder / f".last-job.{os.getpid()}"
-                partial.touch(mode=0o600)
-                partial.write_bytes(board.to_json())
-                partial.replace(report_path(folder))
+                _keep_report(board, folder)
+
+
+def _keep_report(board: Board, folder: Path) -> None:
+    partial = folder / f".last-job.{os.getpid()}"
+    try:
+        partial.touch(mode=0o600)
+        partial.write_bytes(board.to_json())
+        partial.replace(report_path(folder))
+    except OSError as error:  # a full disk: the child goes on telling
+        _log.warning("report_not_kept", error=str(error))
 
 
 def report_path(folder: Path) -> Path:
