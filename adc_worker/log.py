@@ -17,8 +17,6 @@ import structlog
 
 from adc_worker.redaction import redact
 
-LogFormat = Literal["console", "color", "json"]
-
 CAUSES_KEPT = 20
 _TEXT_FIELDS = ("error", "reason", "note", "exit")
 
@@ -73,7 +71,7 @@ def _redact_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) -
     return event
 
 
-def configure(log_format: LogFormat, level: str) -> None:
+def configure(log_format: Literal["console", "color", "json"], level: str) -> None:
     """Send every log line to stderr: readable on a terminal, or one JSON object a line."""
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()

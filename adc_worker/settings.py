@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, IPvAnyNetwork, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from adc_worker.errors import ConfigurationError
@@ -20,15 +29,7 @@ from adc_worker.redaction import redact
 
 ENV_PREFIX = "AMI_"
 Effect = Literal["required", "sets", "limits", "none"]
-_GROUPS = {  # by their first variable
-    "antenna_api_base_url": "antenna",
-    "user_data_path": "paths",
-    "memory_soft_cap": "memory",
-    "ingest_mode": "ingest",
-    "localization_batch_size": "models",
-    "worker_instances": "worker",
-    "image_base_path": "unused",
-}
+LogFormat = Literal["console", "color", "json"]
 
 
 def _split_commas(value: Any) -> Any:
@@ -201,7 +202,7 @@ class Settings(BaseSettings):
         """Host and port of the status page; None where it is off."""
         return _address(self.status_port) if self.status_port is not None else None
 
-    def log_format_on(self, *, terminal: bool) -> Literal["console", "color", "json"]:
+    def log_format_on(self, *, terminal: bool) -> LogFormat:
         """How log lines are written; https://no-color.org wins over a terminal."""
         if self.log_format == "json" or (self.log_format is None and not terminal):
             return "json"
@@ -223,12 +224,9 @@ class Settings(BaseSettings):
             if not token:
                 raise ConfigurationError(f"{name}: the file it names is empty")
         if not token:
-            raise ConfigurationError(
-                f"{name} is not set: copy it from the page of the worker's user in Antenna into .env"
-            )
-        if (
-            not token.isascii() or not token.isprintable() or " " in token
-        ):  # an HTTP library would quote it in its error
+            where = "the page of the worker's user in Antenna"
+            raise ConfigurationError(f"{name} is not set: copy it from {where} into .env")
+        if not token.isascii() or not token.isprintable() or " " in token:  # HTTP libraries quote it in their error
             raise ConfigurationError(f"{name} has characters that no token has: copy it again from Antenna")
         return token
 
@@ -247,6 +245,16 @@ class Settings(BaseSettings):
     @property
     def effective_staging_path(self) -> Path:
         return self.staging_path or self.user_data_path / "staging"
+
+
+class WorkerOptions(BaseModel, frozen=True):
+    """What the command line asks of a worker; travels from the parent to its children as JSON."""
+
+    pipelines: tuple[str, ...] = ()
+    project: int | None = None
+    exit_when_idle: bool = False
+    env_file: Path | None = None
+    log_format: LogFormat = "json"
 
 
 def variable(field_name: str) -> str:
@@ -319,9 +327,8 @@ def _names_set(env_file: Path | None) -> set[str]:
 
 def env_example() -> str:
     """Return the text of .env.example: every variable, only URL and token uncommented."""
-    lines = ["# Settings of the worker. The first two are all it needs; everything else is computed."]
+    lines = ["# Settings of the worker. The first two are all it needs; everything else is computed.", ""]
     for name, info in Settings.model_fields.items():
-        lines += ["", f"# --- {_GROUPS[name]}"] if name in _GROUPS else []
         note = {"none": " No effect on a worker.", "limits": " A limit."}.get(effect_of(name), "")
         shown = "~/.local/share/adc-worker" if name == "user_data_path" else str(info.default or "")
         comment = "" if effect_of(name) == "required" else "#"

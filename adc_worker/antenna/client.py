@@ -81,12 +81,12 @@ class AntennaClient:
         """List some of a job's photographs, from all over its collection; none where Antenna names no collection."""
         about = self._send("GET", f"/jobs/{job_id}/", timeout=CAPTURES_TIMEOUT_S)
         job = _read(wire.parse_job, about)
-        if job.project is None or job.source_image_collection is None:
+        if job.project_id is None or job.collection_id is None:
             return []
-        params = {"project_id": job.project.id, "collections": job.source_image_collection.id, "offset": 0}
+        params = {"project_id": job.project_id, "collections": job.collection_id, "limit": CAPTURES_PER_PAGE}
+        params["offset"] = 0
         found: list[wire.Capture] = []
         for number in range(1, CAPTURE_PAGES + 1):
-            params["limit"] = CAPTURES_PER_PAGE
             body = self._send("GET", "/captures/", params=params, timeout=CAPTURES_TIMEOUT_S)
             count, captures = _read(wire.parse_captures, body)
             found += captures
@@ -125,10 +125,7 @@ class AntennaClient:
 
     def register(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Register pipelines, and return Antenna's account of what was new."""
-        headers = {"Content-Type": "application/json"}
-        answer: dict[str, Any] = _read(
-            orjson.loads, self._send("POST", path, content=orjson.dumps(body), headers=headers)
-        )
+        answer: dict[str, Any] = _read(orjson.loads, self._send("POST", path, json=body))
         return answer
 
     def _send(self, method: str, path: str, **arguments: Any) -> bytes:

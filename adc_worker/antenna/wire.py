@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adc_worker.log import get_logger
 from adc_worker.redaction import public_url
@@ -54,14 +54,6 @@ class JobRef(_Wire):
     pipeline_slug: _Text
 
 
-class _Pipeline(_Wire):
-    slug: str
-
-
-class _Row(_Wire):
-    id: int
-
-
 class _Counter(_Wire):
     key: str
     value: Any = None
@@ -72,8 +64,8 @@ class _Stage(_Wire):
     params: list[_Counter] = Field(default_factory=list)
 
 
-class _Progress(_Wire):
-    stages: list[_Stage] = Field(default_factory=list)
+def _inside(*path: str) -> Any:
+    return Field(default=None, validation_alias=AliasPath(*path))
 
 
 class JobState(_Wire):
@@ -82,11 +74,10 @@ class JobState(_Wire):
     id: int
     status: str
     dispatch_mode: str = "async_api"
-    started_at: str | None = None
-    pipeline: _Pipeline | None = None
-    project: _Row | None = None
-    source_image_collection: _Row | None = None
-    progress: _Progress = _Progress()
+    pipeline_slug: str | None = _inside("pipeline", "slug")
+    project_id: int | None = _inside("project", "id")
+    collection_id: int | None = _inside("source_image_collection", "id")
+    stages: list[_Stage] | None = _inside("progress", "stages")
 
     @property
     def is_served(self) -> bool:
@@ -108,7 +99,7 @@ class JobState(_Wire):
         return (self._counter("results", "captures") or 0) + (self._counter("process", "failed") or 0)
 
     def _counter(self, stage: str, key: str) -> int | None:
-        for one in self.progress.stages:
+        for one in self.stages or ():
             for counter in one.params if one.key == stage else ():
                 if counter.key == key and isinstance(counter.value, int):  # "" before the first count
                     return counter.value
@@ -133,13 +124,12 @@ class _Lists(_Wire):
 
 def parse_tasks(body: bytes) -> list[Task]:
     """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
-    tasks = [task for entry in _Lists.model_validate(_load(body)).tasks if (task := _entry(Task, entry)) is not None]
-    return list(dict.fromkeys(tasks))
+    return list(dict.fromkeys(_entries(Task, _Lists.model_validate(_load(body)).tasks)))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
     """Read the job list; a malformed row is logged and skipped."""
-    return [job for entry in _Lists.model_validate(_load(body)).results if (job := _entry(JobRef, entry)) is not None]
+    return list(_entries(JobRef, _Lists.model_validate(_load(body)).results))
 
 
 def parse_job(body: bytes) -> JobState:
@@ -161,15 +151,16 @@ def _load(body: bytes) -> Any:
 def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
     """Read a page of captures, and how many there are in all; a malformed row is logged and skipped."""
     page = _Lists.model_validate(_load(body))
-    return page.count, [one for entry in page.results if (one := _entry(Capture, entry)) is not None]
+    return page.count, list(_entries(Capture, page.results))
 
 
-def _entry(kind: type[_Entry], entry: Any) -> _Entry | None:
-    try:
-        return kind.model_validate(entry)
-    except ValidationError as error:
-        _log.warning("antenna_entry_malformed", problem=str(error.errors()[0]["msg"]), field=error.errors()[0]["loc"])
-        return None
+def _entries(kind: type[_Entry], entries: Iterable[Any]) -> Iterator[_Entry]:
+    for entry in entries:
+        try:
+            yield kind.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            _log.warning("antenna_entry_malformed", problem=first["msg"], field=first["loc"])
 
 
 @dataclass(frozen=True, slots=True)

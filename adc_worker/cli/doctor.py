@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import os
 import resource
 import shutil
 import socket
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -41,6 +43,7 @@ DISK_MIN_BYTES = 2_000_000_000  # what staging leaves free whatever happens (ing
 MEMORY_MIN_BYTES = 1_500_000_000
 DESCRIPTORS_MIN = 4096  # today's worker needed about 1000 at work; sockets, staged files and GPU drivers add theirs
 NATS_PORT = 4222
+_REFUSED = frozenset({httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN})
 
 ModelFiles = Iterable[tuple[str, str, "WeightStore"]]  # the pipelines a file is of, its URL, its store
 
@@ -55,190 +58,152 @@ class Finding:
     fix: str = ""
 
 
+def _finding(check: str, found: str, *, problem: str = "", note: str = "") -> Finding:
+    """Return a finding whose state follows from what is to be done about it, if anything."""
+    return Finding("problem" if problem else "note" if note else "ok", check, found, problem or note)
+
+
 def findings(config: Settings, model_files: ModelFiles) -> Iterator[Finding]:
     """Check everything, slowest last."""
-    yield from _memory(config)
-    yield from _disk(config)
-    yield from _descriptors()
-    yield from _gpus()
-    yield from _way_out()
-    yield from _models(config, model_files)
-    yield from _nats(config)
+    yield _memory(config)
+    yield _disk(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = "set LimitNOFILE=65536 in its systemd unit, minfds=65536 in supervisord.conf, or --ulimit nofile=65536"
+    text = f"{hard} ({soft} now; the worker raises that itself)"
+    yield _finding("open files", text, problem=fix if hard < DESCRIPTORS_MIN else "")
+    yield _gpus()
+    proxies = [f"{scheme} via {url.rpartition('@')[2]}" for scheme, url in getproxies().items() if scheme != "no"]
+    yield _finding("proxy", ", ".join(proxies) or "none")
+    yield _finding("CA certificates", _authorities())
+    yield _models(config, model_files)
+    if config.antenna_nats_url is not None:
+        yield _nats(config.antenna_nats_url.get_secret_value())
     yield from _antenna(config)
 
 
-def _memory(config: Settings) -> Iterator[Finding]:
+def _memory(config: Settings) -> Finding:
     found = memory.memory_limit()
     limit, source = min(
         (found.limit_bytes, found.source), (int(config.memory_limit_bytes or 1 << 62), "AMI_MEMORY_LIMIT_BYTES")
     )
     text = f"{limit / 1e9:.1f} GB ({source}), {found.available_bytes / 1e9:.1f} GB available"
-    if min(limit, found.available_bytes) < MEMORY_MIN_BYTES:
-        fix = f"give this worker {MEMORY_MIN_BYTES / 1e9:.1f} GB: models take most of that before the first image"
-        yield Finding("problem", "memory", text, fix)
-    else:
-        yield Finding("ok", "memory", f"{text}; plans with {config.memory_soft_cap:.0%} of the limit")
+    fix = f"give this worker {MEMORY_MIN_BYTES / 1e9:.1f} GB: models take most of that before the first image"
+    short = min(limit, found.available_bytes) < MEMORY_MIN_BYTES
+    return _finding(
+        "memory", f"{text}; plans with {config.memory_soft_cap:.0%} of the limit", problem=fix if short else ""
+    )
 
 
-def _disk(config: Settings) -> Iterator[Finding]:
+def _disk(config: Settings) -> Finding:
     folder = config.effective_staging_path.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    text = f"{free / 1e9:.1f} GB free at {folder}"
     elsewhere = "set AMI_USER_DATA_PATH (or AMI_STAGING_PATH) to a folder on a local disk"
-    probe = existing / f".adc-doctor-{time.time_ns()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        yield Finding("problem", "disk", f"{existing} cannot be written: {error.strerror}", elsewhere)
-        return
+    if not os.access(existing, os.W_OK | os.X_OK):  # also on a disk that is mounted to be read
+        return _finding("disk", f"{existing} cannot be written", problem=elsewhere)
     if is_memory(existing):
-        yield Finding("note", "disk", f"{folder} is memory (tmpfs): images are staged in a small buffer", elsewhere)
-    elif free < DISK_MIN_BYTES:
-        yield Finding("problem", "disk", text, f"free {(DISK_MIN_BYTES - free) / 1e9:.1f} GB, or {elsewhere}")
-    else:
-        yield Finding("ok", "disk", text)
+        return _finding("disk", f"{folder} is memory (tmpfs): images are staged in a small buffer", note=elsewhere)
+    more = f"free {(DISK_MIN_BYTES - free) / 1e9:.1f} GB, or {elsewhere}" if free < DISK_MIN_BYTES else ""
+    return _finding("disk", f"{free / 1e9:.1f} GB free at {folder}", problem=more)
 
 
-def _descriptors() -> Iterator[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < DESCRIPTORS_MIN:
-        fix = "set LimitNOFILE=65536 in its systemd unit, minfds=65536 in supervisord.conf, or --ulimit nofile=65536"
-        yield Finding("problem", "open files", f"at most {hard}", fix)
-    else:
-        yield Finding("ok", "open files", f"{hard} ({soft} now; the worker raises that itself)")
-
-
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Finding:
     driver = shutil.which("nvidia-smi")
     if driver is None or not budget.visible_gpus():
-        yield Finding(
-            "note", "GPU", "none found: inference runs on the CPU", "install the NVIDIA driver if there is one"
+        return _finding(
+            "GPU", "none found: inference runs on the CPU", note="install the NVIDIA driver if there is one"
         )
-        return
-    listed = subprocess.run(
-        [driver, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
-    if listed.returncode:
-        yield Finding("problem", "GPU", f"nvidia-smi: {listed.stdout.strip()}", "restart the driver or the host")
-        return
-    yield Finding("ok", "GPU", "; ".join(listed.stdout.strip().splitlines()))
+    command = [driver, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    told = "; ".join(listed.stdout.strip().splitlines())
+    return _finding("GPU", told, problem="restart the driver or the host" if listed.returncode else "")
 
 
-def _models(config: Settings, model_files: ModelFiles) -> Iterator[Finding]:
+def _authorities() -> str:
+    paths = ssl.get_default_verify_paths()
+    usual = {paths.openssl_cafile, paths.openssl_capath, None}
+    found = next((path for path in (paths.cafile, paths.capath) if path not in usual), None)
+    return found or f"Antenna: certifi's; images: {paths.cafile or paths.capath} (SSL_CERT_FILE replaces both)"
+
+
+def _models(config: Settings, model_files: ModelFiles) -> Finding:
     try:
         here = [store.find(url) is not None for _slugs, url, store in model_files]
-    except (ConfigurationError, WorkerFault) as error:  # both say what to do
-        yield Finding("problem", "models", str(error))
-        return
+    except (ConfigurationError, WorkerFault) as error:
+        return Finding("problem", "models", str(error))  # says what to do
     text = f"{sum(here)} of {len(here)} files of Antenna's pipelines are here ({config.models_path})"
     fix = "nothing, a worker fetches what a job needs; before the first job: `ami models fetch [SLUG]...`"
-    yield Finding("ok", "models", text) if all(here) else Finding("note", "models", text, fix)
+    return _finding("models", text, note="" if all(here) else fix)
 
 
-def _way_out() -> Iterator[Finding]:
-    proxies = ", ".join(
-        f"{scheme} via {url.rpartition('@')[2]}" for scheme, url in getproxies().items() if scheme != "no"
-    )
-    yield Finding("ok", "proxy", proxies or "none")
-    paths = ssl.get_default_verify_paths()
-    own = next((path for path, usual in ((paths.cafile, paths.openssl_cafile), (paths.capath, paths.openssl_capath))
-                if path and path != usual), None)  # fmt: skip
-    found = own or f"Antenna: certifi's; images: {paths.cafile or paths.capath} (SSL_CERT_FILE replaces both)"
-    yield Finding("ok", "CA certificates", found)
-
-
-def _nats(config: Settings) -> Iterator[Finding]:
-    if config.antenna_nats_url is None:
-        return
-    parts = urlsplit(config.antenna_nats_url.get_secret_value())
-    address = (parts.hostname or "", parts.port or NATS_PORT)
+def _nats(url: str) -> Finding:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or NATS_PORT
     try:
-        with socket.create_connection(address, TIMEOUT_S) as connection:
-            greeting = connection.recv(5)
+        with socket.create_connection((host, port), TIMEOUT_S) as connection:
+            greeting = connection.recv(5).decode(errors="replace")
     except OSError as error:
-        greeting = str(error).encode()
-    if greeting == b"INFO ":
-        yield Finding("ok", "NATS", f"answers at {address[0]}:{address[1]}")
-    else:
-        fix = "correct AMI_ANTENNA_NATS_URL, or remove it: a worker does without"
-        yield Finding("problem", "NATS", f"{address[0]}:{address[1]}: {greeting.decode(errors='replace')}", fix)
+        greeting = str(error)
+    if greeting == "INFO ":
+        return _finding("NATS", f"answers at {host}:{port}")
+    fix = "correct AMI_ANTENNA_NATS_URL, or remove it: a worker does without"
+    return _finding("NATS", f"{host}:{port}: {greeting}", problem=fix)
 
 
 def _antenna(config: Settings) -> Iterator[Finding]:
-    url = config.antenna_api_base_url
+    url, headers = config.antenna_api_base_url, {}
     try:
         headers = {"Authorization": f"Token {config.token}"}
     except ConfigurationError as error:
-        yield Finding("problem", "token", str(error), "AMI_ANTENNA_API_AUTH_TOKEN=<the token of the worker's user>")
-        headers = {}
+        yield _finding("token", str(error), problem="AMI_ANTENNA_API_AUTH_TOKEN=<the token of the worker's user>")
     with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
         try:
             answer = client.get("/jobs/", params={"dispatch_mode": "async_api", "ids_only": "1", "limit": "1"})
-        except httpx.HTTPError as error:
-            fix = "correct AMI_ANTENNA_API_BASE_URL, or see that this host may reach it"
-            yield Finding("problem", "Antenna", f"{url}: {type(error).__name__}: {error}", fix)
-            return
-        refused = answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}
-        try:
+            refused = answer.status_code in _REFUSED
             jobs = [] if refused else answer.raise_for_status().json()["results"]
-        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
-            fix = "AMI_ANTENNA_API_BASE_URL=https://<host>/api/v2"
-            yield Finding("problem", "Antenna", f"{url}/jobs/ answers {answer.status_code}, not a list of jobs", fix)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            fix = "AMI_ANTENNA_API_BASE_URL=https://<host>/api/v2, as far as this host may reach it"
+            yield _finding("Antenna", f"{url} gives no list of jobs: {str(error).partition(chr(10))[0]}", problem=fix)
             return
-        yield Finding("ok", "Antenna", f"{url} answers in {answer.elapsed.total_seconds():.2f} s")
-        yield from _clock(answer)
+        yield _finding("Antenna", f"{url} answers in {answer.elapsed.total_seconds():.2f} s")
+        if "date" in answer.headers:
+            ahead_s = time.time() - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+            off = abs(ahead_s) > CLOCK_TOLERANCE_S
+            text = f"{ahead_s:+.0f} s off Antenna's" if off else "agrees with Antenna's"
+            yield _finding("clock", text, problem="timedatectl set-ntp true" if off else "")
         if refused:
             fix = "copy the token again from the page of the worker's user in Antenna"
-            yield Finding("problem", "token", f"Antenna answers {answer.status_code}: {answer.text[:100]}", fix)
+            yield _finding("token", f"Antenna answers {answer.status_code}: {answer.text[:100]}", problem=fix)
         elif headers:
-            yield from _permission(client, jobs)
+            yield _permission(client, jobs)
 
 
-def _clock(answer: httpx.Response) -> Iterator[Finding]:
-    if "date" not in answer.headers:
-        return
-    ahead_s = time.time() - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-    if abs(ahead_s) > CLOCK_TOLERANCE_S:
-        yield Finding("problem", "clock", f"{ahead_s:+.0f} s off Antenna's", "timedatectl set-ntp true")
-    else:
-        yield Finding("ok", "clock", "agrees with Antenna's")
-
-
-def _permission(client: httpx.Client, jobs: list[dict[str, int]]) -> Iterator[Finding]:
+def _permission(client: httpx.Client, jobs: list[dict[str, int]]) -> Finding:
     """A poll works without any token; only a fetch tells what the token may do."""
     if not jobs:
         fix = "run this again when Antenna has a job; until then nothing can be proven"
-        yield Finding("note", "token", "not refused; whether it may fetch tasks shows only with a job", fix)
-        return
+        return _finding("token", "not refused; whether it may fetch tasks shows only with a job", note=fix)
     try:
         answer = client.post(f"/jobs/{jobs[0]['id']}/tasks/", json={"batch_size": 0})
     except httpx.HTTPError as error:
-        yield Finding("problem", "token", f"a fetch of no tasks: {type(error).__name__}: {error}", "try again")
-        return
+        return _finding("token", f"a fetch of no tasks: {type(error).__name__}: {error}", problem="try again")
     if answer.status_code == httpx.codes.BAD_REQUEST:
-        yield Finding("ok", "token", f"may fetch tasks (job {jobs[0]['id']} was asked for none)")
-    elif answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
-        fix = "use a superuser's token: Antenna grants fetching to no role today"
-        yield Finding("problem", "token", f"may not fetch tasks: {answer.status_code} {answer.text[:100]}", fix)
-    else:
+        return _finding("token", f"may fetch tasks (job {jobs[0]['id']} was asked for none)")
+    fix = "use a superuser's token: Antenna grants fetching to no role today"
+    if answer.status_code not in _REFUSED:
         fix = "look at Antenna's log"
-        yield Finding("problem", "token", f"a fetch of no tasks: {answer.status_code} {answer.text[:100]}", fix)
+    return _finding("token", f"a fetch of no tasks: {answer.status_code} {answer.text[:100]}", problem=fix)
 
 
 def doctor_command(config: Settings, warnings: list[str], model_files: ModelFiles, *, as_json: bool) -> ExitCode:
     """Print every finding as it is made; OK when none is a problem."""
-    found = [Finding("note", "settings", sentence, "remove the line") for sentence in warnings]
-    console = Console()
-    for one in found if not as_json else ():
-        _show(console, one)
-    with console.status("looking") if not as_json else console.capture():
-        for one in findings(config, model_files):
+    found = []
+    console = Console(quiet=as_json)
+    with console.status("looking"):
+        settings = (_finding("settings", sentence, note="remove the line") for sentence in warnings)
+        for one in chain(settings, findings(config, model_files)):
             found.append(one)
-            if not as_json:
-                _show(console, one)
+            _show(console, one)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=1))
     return ExitCode.FAILED if any(one.state == "problem" for one in found) else ExitCode.OK

@@ -5,25 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from adc_worker import __version__, log, settings
-from adc_worker.cli.demo import demo_command
-from adc_worker.cli.devserver import devserver_command
-from adc_worker.errors import (
-    AntennaError,
-    AntennaRefused,
-    AntennaRejected,
-    ConfigurationError,
-    ExitCode,
-    WorkerFault,
-)
+from adc_worker.cli.desk import demo_command, devserver_command
+from adc_worker.cli.status import live_view, report_command, status_command
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
 from adc_worker.redaction import redact
-from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.board import Board, listening
+from adc_worker.settings import WorkerOptions
 
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
@@ -99,7 +92,52 @@ def worker() -> None:
 @_ENV_FILE
 def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None) -> None:
     """Run the worker until it is stopped."""
-    sys.exit(_run_worker(WorkerOptions(pipelines, project, exit_when_idle, str(env_file) if env_file else None)))
+    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
+
+    config = settings.load(env_file)
+    try:
+        _token = config.token  # missing or unreadable: said before anything starts
+    except ConfigurationError as error:
+        meant = f"did you mean {settings.variable('antenna_api_auth_token')}"
+        misspelt = [one for one in settings.warnings_for(config, env_file) if meant in one]
+        raise ConfigurationError("; ".join([str(error), *misspelt])) from None
+    terminal = sys.stderr.isatty()
+    watched = terminal and config.log_format is None
+    log_format = "json" if watched else config.log_format_on(terminal=terminal)
+    log.configure(log_format, config.log_level)
+    with ExitStack() as stack:
+        board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
+        stack.enter_context(listening(board, config.user_data_path))
+        if watched:
+            stack.enter_context(live_view(board))
+        _log_start(config, env_file)
+        if config.status_address is not None:
+            from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+
+            stack.enter_context(serving(board, config.status_address))
+        options = WorkerOptions(
+            pipelines=pipelines,
+            project=project,
+            exit_when_idle=exit_when_idle,
+            env_file=env_file,
+            log_format=log_format,
+        )
+        code = supervise(options, config)
+    sys.exit(code)
+
+
+def _log_start(config: settings.Settings, env_file: Path | None) -> None:
+    logger = log.get_logger(__name__)
+    logger.info(
+        "start",
+        version=__version__,
+        antenna=config.antenna_api_base_url,
+        mode=config.ingest_mode,
+        limits=settings.limits_set(config),
+    )
+    for sentence in settings.warnings_for(config, env_file):
+        logger.warning("setting", note=sentence)
 
 
 @worker.command("register")
@@ -111,16 +149,12 @@ def worker_register(
     name: str | None, projects: tuple[int, ...], pipelines: tuple[str, ...], env_file: Path | None
 ) -> None:
     """Tell Antenna which pipelines this worker serves, under NAME or AMI_ANTENNA_SERVICE_NAME."""
-    config = settings.load(env_file)
-    _register(config, name or config.antenna_service_name, projects, pipelines)
-
-
-def _register(config: settings.Settings, name: str, projects: Sequence[int], pipelines: Sequence[str]) -> None:
     from adc_worker.antenna import registration  # noqa: PLC0415
     from adc_worker.antenna.client import AntennaClient  # noqa: PLC0415
     from adc_worker.models import registry  # noqa: PLC0415 (imports torch)
 
-    service = registration.service_name(name)
+    config = settings.load(env_file)
+    service = registration.service_name(name or config.antenna_service_name)
     entries = [
         registration.pipeline_entry(spec.slug, spec.name, spec.labelled() if spec.labelled else spec.algorithms)
         for spec in registry.choose(registry.available(config), pipelines)
@@ -186,8 +220,6 @@ def worker_status(as_json: bool, env_file: Path | None) -> None:
 
     Exit code 1 when none does, or when it is not ready.
     """
-    from adc_worker.cli.status import status_command  # noqa: PLC0415
-
     sys.exit(status_command(settings.load(env_file), as_json=as_json))
 
 
@@ -216,10 +248,8 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
 def worker_report(output: Path, env_file: Path | None) -> None:
     """Save the last job as one HTML page.
 
-    Plan with reasons, memory over time, errors by cause; from the running worker or from what the last one left.
+    Plan with reasons, memory over time, errors by cause; kept at each job's end, so that no worker need run.
     """
-    from adc_worker.cli.status import report_command  # noqa: PLC0415
-
     report_command(settings.load(env_file), output)
 
 
@@ -249,50 +279,6 @@ def settings_command(env_example: bool, env_file: Path | None) -> None:
     config = settings.load(env_file)
     for name in type(config).model_fields:
         click.echo(redact(f"{settings.variable(name)}={getattr(config, name)}"))
-
-
-def _run_worker(options: WorkerOptions) -> ExitCode:
-    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
-    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
-    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
-
-    config = settings.load(options.env_path)
-    try:
-        _token = config.token  # missing or unreadable: said before anything starts
-    except ConfigurationError as error:
-        meant = f"did you mean {settings.variable('antenna_api_auth_token')}"
-        misspelt = [one for one in settings.warnings_for(config, options.env_path) if meant in one]
-        raise ConfigurationError("; ".join([str(error), *misspelt])) from None
-    terminal = sys.stderr.isatty()
-    watched = terminal and config.log_format is None
-    log_format = "json" if watched else config.log_format_on(terminal=terminal)
-    log.configure(log_format, config.log_level)
-    with ExitStack() as stack:
-        board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
-        stack.enter_context(listening(board, config.user_data_path))
-        if watched:
-            from adc_worker.cli.status import live_view  # noqa: PLC0415 (a service never draws)
-
-            stack.enter_context(live_view(board))
-        _log_start(options, config)
-        if config.status_address is not None:
-            from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
-
-            stack.enter_context(serving(board, config.status_address))
-        return supervise(replace(options, log_format=log_format), config)
-
-
-def _log_start(options: WorkerOptions, config: settings.Settings) -> None:
-    logger = log.get_logger(__name__)
-    logger.info(
-        "start",
-        version=__version__,
-        antenna=config.antenna_api_base_url,
-        mode=config.ingest_mode,
-        limits=settings.limits_set(config),
-    )
-    for sentence in settings.warnings_for(config, options.env_path):
-        logger.warning("setting", note=sentence)
 
 
 cli.add_command(demo_command)

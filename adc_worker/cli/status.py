@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adc_worker import settings
@@ -27,10 +28,10 @@ from adc_worker.runtime.board import Board
 
 MB, GB = 1e6, 1e9
 REFRESH_PER_S = 2
-_MINUTE_S, _HOUR_S = 60, 3600
 BAR_COLUMNS = 40
 # Of the log lines that would scroll by, these stay to be read above the live view, with all warnings and errors.
 NOTABLE = frozenset({"start", "worker_ready", "status_page", "job_summary", "stopping", "idle"})
+_SENTENCES = frozenset({"why", "what it said", "pipeline"})  # columns that may take several lines
 _STAGES = {"download": "link", "decode": "decode", "inference": "inference"}
 
 
@@ -38,26 +39,8 @@ def size(value: float) -> str:
     return f"{value / GB:.2f} GB" if value >= GB else f"{value / MB:.0f} MB"
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < _MINUTE_S:
-        return f"{seconds:.0f} s"
-    if seconds < _HOUR_S:
-        return f"{seconds // _MINUTE_S:.0f} min {seconds % _MINUTE_S:.0f} s"
-    return f"{seconds // _HOUR_S:.0f} h {seconds % _HOUR_S / _MINUTE_S:.0f} min"
-
-
 def _clock(at: float) -> str:
     return time.strftime("%d %b %H:%M", time.localtime(at))
-
-
-def _grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    for name, value in rows:
-        grid.add_row(name, value)
-    return grid
 
 
 def _bar(value: float, total: float, text: str) -> Table:
@@ -66,7 +49,14 @@ def _bar(value: float, total: float, text: str) -> Table:
     return row
 
 
-def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(*(Column(name, no_wrap=name not in _SENTENCES) for name in names), box=None)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def _worker(one: dict[str, Any]) -> Table:
     snapshot, job = one["snapshot"], one["snapshot"]["job"]
     memory = f"{size(snapshot['memory_bytes'])} of {size(snapshot['budget_bytes'])}"
     rows: list[tuple[str, RenderableType]] = []
@@ -77,7 +67,8 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
         total, plan = settled + job["in_hand"] + job["pending"], job["plan"]
         rate = f"{job['images_per_s']:.2f} images/s" if job["images_per_s"] else "measuring"
         rows.append(("job", Text.assemble((str(job["id"]), "bold"), f"  {job['pipeline']}")))
-        rows.append(("progress", _bar(settled, total, f"{settled} of {total}, {duration(one['eta_s'])} left")))
+        left = timedelta(seconds=round(one["eta_s"])) if one["eta_s"] is not None else "unknown time"
+        rows.append(("progress", _bar(settled, total, f"{settled} of {total}, {left} left")))
         if plan:
             rate += f", {plan['images_per_s']:.2f} planned; {plan['binds']} binds"
             memory += f", {size(plan['peak_bytes'])} predicted"
@@ -94,27 +85,23 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
             rows.append(("changed", job["decision"]))
     rows.append(("memory", _bar(snapshot["memory_bytes"], snapshot["budget_bytes"], memory)))
     rows.append(("waiting", f"{snapshot['unposted']} results for Antenna, {size(snapshot['staged_bytes'])} on disk"))
-    yield _grid(rows)
+    grid = Table.grid(Column(style="dim", no_wrap=True), "", padding=(0, 2))
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
-def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None)
-    for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
-        table.add_column(name, no_wrap=name != "pipeline")
-    for job in jobs:
-        counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
-        speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))
-        table.add_row(*counts, *speed, _clock(job["ended_at"]))
-    return table
+def _job_row(job: dict[str, Any]) -> Sequence[Any]:
+    rate, peak, binds = f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", "")
+    failed, ended = sum(job["failed"].values()), _clock(job["ended_at"])
+    return job["id"], job["pipeline"], job["done"], failed, rate, peak, binds, ended
 
 
 def plan_table(plan: Mapping[str, Any], why: Mapping[str, str]) -> Table:
-    table = Table("plan", "value", "why", box=None)
-    for name, reason in why.items():
-        value: Any = plan.get(name)
-        shown = size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, reason)
-    return table
+    def shown(name: str, value: Any) -> str:
+        return size(value) if name.endswith("_bytes") else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return _table(("plan", "value", "why"), ((name, shown(name, plan.get(name)), why[name]) for name in why))
 
 
 def rendered(state: dict[str, Any], *, details: bool) -> Group:
@@ -124,18 +111,17 @@ def rendered(state: dict[str, Any], *, details: bool) -> Group:
     parts: list[RenderableType] = [title.append(ready, style="red" if state["unready"] else "green")]
     causes = list(state["causes"])
     for one in state["workers"]:
-        parts += _worker(one)
+        parts.append(_worker(one))
         causes += one["snapshot"]["causes"]
         if details and one["snapshot"]["job"] and one["snapshot"]["job"]["why"]:
             parts += ["", plan_table(one["snapshot"]["job"]["plan"], one["snapshot"]["job"]["why"])]
     if details and state["jobs"]:
-        parts += ["", _jobs(state["jobs"])]
+        names = ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended")
+        parts += ["", _table(names, map(_job_row, state["jobs"]))]
     if details and causes:
-        table = Table("warnings and errors", "", "times", "last", box=None)
-        table.columns[3].no_wrap = True
-        for cause in sorted(causes, key=lambda cause: -float(cause["last_at"])):
-            table.add_row(cause["event"], Text(cause["text"]), str(cause["count"]), _clock(cause["last_at"]))
-        parts += ["", table]
+        causes.sort(key=lambda cause: -float(cause["last_at"]))
+        rows = ((cause["event"], cause["text"], cause["count"], _clock(cause["last_at"])) for cause in causes)
+        parts += ["", _table(("warnings and errors", "what it said", "times", "last"), rows)]
     return Group(*parts)
 
 
@@ -204,16 +190,13 @@ def status_command(config: settings.Settings, *, as_json: bool) -> ExitCode:
 
 
 def report_command(config: settings.Settings, output: Path) -> None:
-    """Write the page of the last job, from the running worker or from what the last one left."""
+    """Write the page of the last job, as the worker left it at that job's end."""
     from adc_worker.runtime.status_server import rendered_page  # noqa: PLC0415 (status needs no HTTP server)
 
-    states = [state for state in boards.running(config.user_data_path) if state["jobs"]]
     kept = boards.report_path(config.user_data_path)
-    if not states and not kept.is_file():
+    if not kept.is_file():
         raise click.ClickException(f"no job has ended yet with AMI_USER_DATA_PATH={config.user_data_path}")
-    latest = (
-        max(states, key=lambda state: float(state["jobs"][0]["ended_at"])) if states else json.loads(kept.read_bytes())
-    )
+    latest = json.loads(kept.read_bytes())
     try:
         output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
     except OSError as error:

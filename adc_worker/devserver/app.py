@@ -14,9 +14,10 @@ from aiohttp.typedefs import Handler
 from aiohttp.web_middlewares import normalize_path_middleware
 from pydantic import ValidationError
 
+from adc_worker.antenna.wire import FINAL_STATES
 from adc_worker.devserver import bodies
 from adc_worker.devserver.bodies import CaptureQuery, Query
-from adc_worker.devserver.state import FINAL, PROJECT, PROJECT_ID, Capture, Desk, Job, now
+from adc_worker.devserver.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
 
 T = TypeVar("T")
 
@@ -45,7 +46,6 @@ class Api:
             web.get("/api/v2/projects/", self._list_projects, name="projects"),
             web.get(f"{project}pipelines/", self._list_pipelines, name="pipelines"),
             web.post(f"{project}pipelines/", self._register, name="pipelines"),
-            web.get("/api/v2/captures/collections/", self._list_collections, name="collections"),
             web.get("/api/v2/captures/", self._list_captures, name="captures"),
             web.get(r"/images/{id:\d+}/{name}", self._show_image, name="images"),
         ]
@@ -143,11 +143,6 @@ class Api:
     async def _list_captures(self, request: web.Request) -> web.StreamResponse:
         return _page(request, [capture.to_json() for capture in self._captures(request)])
 
-    async def _list_collections(self, request: web.Request) -> web.StreamResponse:
-        sizes = Counter(capture.collection for capture in self._captures(request))
-        named = {number: {"id": number, "name": f"collection {number}", "project": PROJECT_ID} for number in sizes}
-        return _page(request, [{**row, "source_images_count": sizes[number]} for number, row in named.items()])
-
     def _captures(self, request: web.Request) -> list[Capture]:
         query = CaptureQuery.model_validate(dict(request.query))
         captures = self.desk.captures.values() if query.project_id == PROJECT_ID else ()
@@ -167,7 +162,7 @@ def _wanted(job: Job, query: Query) -> bool:
         and query.dispatch_mode in {None, job.dispatch_mode}
         and query.status in {None, job.status}
         and query.project in {None, PROJECT_ID}
-        and not (query.incomplete_only and (job.status in FINAL or job.mostly_failed))
+        and not (query.incomplete_only and (job.status in FINAL_STATES or job.mostly_failed))
     )
 
 

@@ -10,9 +10,10 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adc_worker.antenna.registration import DETECTOR_TYPES
+
 _B = TypeVar("_B", bound=BaseModel)
 
-DETECTOR_TYPES = ("detection", "localization", "segmentation")
 Mode = Literal["internal", "sync_api", "async_api"]
 Box = Annotated[dict[Literal["x1", "y1", "x2", "y2"], float], Field(min_length=4)]
 
@@ -21,12 +22,9 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", coerce_numbers_to_str=True)
 
 
-class AlgorithmRef(_Body):
+class Algorithm(_Body):
     name: str
     key: str
-
-
-class Algorithm(AlgorithmRef):
     task_type: str | None = None
 
 
@@ -35,7 +33,7 @@ class Classification(_Body):
     labels: list[str] | None = None
     scores: list[float]
     logits: list[float] | None = None
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     terminal: bool
     timestamp: datetime
 
@@ -43,7 +41,7 @@ class Classification(_Body):
 class Detection(_Body):
     source_image_id: str
     bbox: Box | None = None
-    algorithm: AlgorithmRef
+    algorithm: Algorithm
     timestamp: datetime
     classifications: list[Classification]
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
+import anyio
 from aiohttp import web
+from anyio.from_thread import start_blocking_portal
 
 from adc_worker.devserver.app import MEMBER, OUTSIDER, SUPERUSER, Api
 from adc_worker.devserver.bodies import Algorithm, Mode, Pipeline
 from adc_worker.devserver.broker import Broker, NatsServer
 from adc_worker.devserver.state import PROJECT_ID, Capture, Desk, Job
 
-T = TypeVar("T")
-
 HOST = "127.0.0.1"  # the server has no security to speak of
 new_token = partial(secrets.token_hex, 20)
-CALL_TIMEOUT_S = 60.0
 HANDLER_GRACE_S = 0.5  # for requests in flight when the server stops
 
 
@@ -55,22 +52,14 @@ class DevServer:
         self._api = Api(self._desk, roles)
 
     def __enter__(self) -> Self:
-        # The loop is made here, and told to stop before it is waited for: an interrupt may come at any moment.
-        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-        self._loop, self._stop, self._ready = self._runner.get_loop(), asyncio.Event(), Future[None]()
         with ExitStack() as stack:
-            thread = stack.enter_context(ThreadPoolExecutor(1, "devserver"))
-            stack.callback(self._tell_to_stop)
-            self._ended = thread.submit(self._run)
-            wait((self._ready, self._ended), return_when=FIRST_COMPLETED)
-            if self._ended.done():
-                self._ended.result()
+            self._portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(self._portal.wrap_async_context_manager(self._serving()))
             self._running = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._running.close()
-        self._ended.result()
 
     @property
     def url(self) -> str:
@@ -106,45 +95,46 @@ class DevServer:
         pipeline = Pipeline(name=pipeline_slug, slug=pipeline_slug, version=1, algorithms=known)
         collection = next(self._desk.ids)
         captures = [self._capture(collection, image) for image in images]
-        return self._wait_for(self._desk.add_job(pipeline, captures, dispatch_mode))
+        return self._portal.call(self._desk.add_job, pipeline, captures, dispatch_mode)
 
     def job(self, job_id: int) -> Job:
         """Return a job as it is at this moment: a copy, of what goes on changing."""
-        return self._call(self._desk.jobs[job_id].snapshot)
+        return self._portal.call(self._desk.jobs[job_id].snapshot)
 
     def consumer_info(self, job_id: int) -> dict[str, Any] | None:
         """Return what JetStream counts, such as `num_ack_pending`; None for a job without a stream.
 
         It has none when it is finished (see `keep_streams`), cancelled or not started.
         """
-        return self._wait_for(self._broker.state(job_id))
+        found: dict[str, Any] | None = self._portal.call(self._broker.state, job_id)
+        return found
 
     def cancel(self, job_id: int) -> None:
-        self._wait_for(self._desk.cancel(self._desk.jobs[job_id]))
+        self._portal.call(self._desk.cancel, self._desk.jobs[job_id])
 
     def retry(self, job_id: int) -> None:
         """Start the job again, from nothing: a new stream of the old name."""
-        self._wait_for(self._desk.retry(self._desk.jobs[job_id]))
+        self._portal.call(self._desk.retry, self._desk.jobs[job_id])
 
     def services(self) -> dict[str, set[int]]:
         """Return the names that workers registered under, and with which projects."""
-        return self._call(lambda: dict(self._desk.services))
+        return self._portal.call(dict, self._desk.services)
 
     def pipeline(self, slug: str) -> dict[str, Any]:
         """Return what is registered under a slug."""
-        return self._call(self._desk.pipelines[slug].model_dump)
+        return self._portal.call(self._desk.pipelines[slug].model_dump)
 
     def kill_nats(self, *, wipe: bool = False) -> None:
         """As kill -9 does; the store stays, unless it is to be wiped."""
         self._nats.kill(wipe=wipe)
 
     def delete_stream(self, job_id: int) -> None:
-        self._wait_for(self._broker.delete(job_id))
+        self._portal.call(self._broker.delete, job_id)
 
     def start_nats(self) -> None:
         """After `kill_nats`: the same port, the same store."""
-        self._call(self._nats.start)
-        self._wait_for(self._broker.connected())
+        self._portal.call(self._nats.start)
+        self._portal.call(self._broker.connected)
 
     def _capture(self, collection: int, image: Path | str) -> Capture:
         number = next(self._desk.ids)
@@ -153,24 +143,8 @@ class DevServer:
         file = self.image_dir / image
         return Capture(number, collection, f"{self.url}/images/{number}/{quote(file.name)}", file)
 
-    def _call(self, function: Callable[[], T]) -> T:
-        async def call() -> T:
-            return function()
-
-        return self._wait_for(call())
-
-    def _wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_TIMEOUT_S)
-
-    def _tell_to_stop(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed already
-            self._loop.call_soon_threadsafe(self._stop.set)
-
-    def _run(self) -> None:
-        with self._runner:
-            self._runner.run(self._serve())
-
-    async def _serve(self) -> None:
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
         http = web.AppRunner(self._api.build(self.max_body_bytes), access_log=None, shutdown_timeout=HANDLER_GRACE_S)
         with tempfile.TemporaryDirectory(prefix="adc-devserver-") as folder:
             self._nats = NatsServer(Path(folder))
@@ -180,12 +154,12 @@ class DevServer:
                 await http.setup()
                 await web.TCPSite(http, HOST, self.port).start()
                 self.port = http.addresses[0][1]
-                self._ready.set_result(None)
-                tasks = [asyncio.create_task(work) for work in (self._stop.wait(), self._desk.save_for_ever())]
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                async with anyio.create_task_group() as saving:  # what ends it is raised here
+                    saving.start_soon(self._desk.save_for_ever)
+                    yield
+                    saving.cancel_scope.cancel()
             finally:
-                await http.cleanup()
-                await self._broker.close()
+                with anyio.CancelScope(shield=True):
+                    await http.cleanup()
+                    await self._broker.close()
                 self._nats.kill()
-        for task in done:
-            task.result()  # raises what ended the saving, if anything did

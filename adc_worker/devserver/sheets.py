@@ -46,16 +46,13 @@ def write_sheets(
     *,
     sizes: Sequence[tuple[int, int]] = ((4096, 2160), (4096, 3072)),
     grain: Grain = TYPICAL,
-    progressive: bool = False,
-    subsampling: str | None = None,
 ) -> list[Path]:
-    """Write `count` JPEGs of `sizes` (width, height) in turn; `subsampling` overrides the grain's."""
+    """Write `count` JPEGs of `sizes` (width, height) in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"sheet-{seed}-{i:03d}.jpg" for i in range(count)]
-    jpeg = {"quality": grain.quality, "subsampling": subsampling or grain.subsampling, "progressive": progressive}
     for i, path in enumerate(paths):
         sheet = draw_sheet(sizes[i % len(sizes)], (seed, i), noise_sigma=grain.noise_sigma)
-        Image.fromarray(sheet.image).save(path, "JPEG", **jpeg)
+        Image.fromarray(sheet.image).save(path, "JPEG", quality=grain.quality, subsampling=grain.subsampling)
     return paths
 
 
@@ -97,31 +94,21 @@ def _free_place(rng: np.random.Generator, size: tuple[int, int], length: int, ta
 def _insect(rng: np.random.Generator, length: int) -> Image.Image:
     """RGBA, square: mottled wings of an earth colour, a dark body, antennae, turned by any angle."""
     side = 2 * length  # drawn at twice the size and reduced, for smooth edges
-    wings, dark = Image.new("L", (side, side)), Image.new("L", (side, side))
-    angle, span, sweep = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.46), rng.uniform(-0.1, 0.35)
-    forewing = [(0.3, -0.03), (0.26, 0.6 * span), (0.2 - sweep, span), (-0.05 - sweep, 0.9 * span), (-0.05, -0.03)]
-    hindwing = [(0.1, -0.03), (-sweep, 0.8 * span), (-0.25 - sweep / 2, 0.65 * span), (-0.3, -0.03)]
-    body = [(0.42, -0.03), (0.34, 0.06), (0.1, 0.08), (-0.28, 0.06), (-0.4, -0.03)]
-    for hand in (-1, 1):
-        turn = side * np.array([(np.cos(angle), np.sin(angle)), (-hand * np.sin(angle), hand * np.cos(angle))])
-        for mask, shape in ((wings, forewing), (wings, hindwing), (dark, body)):
-            ImageDraw.Draw(mask).polygon((side / 2 + _rounded(np.array(shape)) @ turn).ravel().tolist(), fill=255)
-        antenna = side / 2 + np.array([(0.36, 0.02), (0.42, 0.09), (0.47, 0.12)]) @ turn
-        ImageDraw.Draw(dark).line(antenna.ravel().tolist(), fill=255, width=max(1, side // 120))
+    outline, dark = Image.new("L", (side, side)), Image.new("L", (side, side))
+    span, back = rng.uniform(0.32, 0.44), rng.uniform(0.2, 0.35)
+    for top, bottom in ((0.2, 0.55), (back, back + 0.4)):
+        for left, right in ((0.5 - span, 0.54), (0.46, 0.5 + span)):
+            ImageDraw.Draw(outline).ellipse((left * side, top * side, right * side, bottom * side), fill=255)
+    ImageDraw.Draw(dark).ellipse((0.44 * side, 0.14 * side, 0.56 * side, 0.84 * side), fill=255)
+    for tip in (0.4, 0.6):
+        feeler = (tip * side, 0.06 * side, side / 2, 0.17 * side)
+        ImageDraw.Draw(dark).line(feeler, fill=255, width=max(1, side // 120))
     earth = rng.uniform(70, 150) * np.array([1, rng.uniform(0.65, 0.85), rng.uniform(0.4, 0.7)])
     mottle = Image.fromarray((rng.uniform(0.5, 1.3, (14, 14, 1)) * earth).clip(0, 255).astype(np.uint8))
     insect = mottle.resize((side, side))
     insect.paste((46, 37, 31), mask=dark)
-    insect.putalpha(ImageChops.lighter(wings, dark))
-    return insect.reduce(2)
-
-
-def _rounded(shape: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Chaikin's corner cutting, twice."""
-    for _ in range(2):
-        step = (np.roll(shape, -1, axis=0) - shape) / 4
-        shape = np.stack((shape + step, shape + 3 * step), axis=1).reshape(-1, 2)
-    return shape
+    insect.putalpha(ImageChops.lighter(outline, dark))
+    return insect.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR).reduce(2)
 
 
 def _lay(image: Bytes, insect: Image.Image, place: Box, headroom: int) -> Box:

@@ -17,11 +17,10 @@ from typing import Any
 from nats.errors import Error as NatsError
 from PIL import Image
 
+from adc_worker.antenna.wire import FINAL_STATES, SERVED_STATES
 from adc_worker.devserver.bodies import Failure, Mode, Pipeline, Success
 from adc_worker.devserver.broker import Broker
 
-FINAL = ("SUCCESS", "FAILURE", "REVOKED")
-SERVED = ("STARTED", "RETRY")  # tasks are handed out in these
 MAX_FAILED_SHARE = 0.5
 PROJECT_ID = 1  # the only one, and public
 PROJECT = {"id": PROJECT_ID, "name": "Desk"}  # others are empty, and share its pipelines
@@ -213,7 +212,7 @@ class Desk:
             job.move("FAILURE")
 
     async def cancel(self, job: Job) -> None:
-        if job.status not in FINAL:
+        if job.status not in FINAL_STATES:
             job.move("REVOKED")
             await self.broker.delete(job.id)
 
@@ -222,7 +221,7 @@ class Desk:
         await self.start(job)
 
     async def fetch(self, job: Job, n_tasks: int) -> list[dict[str, str]]:
-        tasks = await self.broker.fetch(job.id, n_tasks) if job.status in SERVED else []
+        tasks = await self.broker.fetch(job.id, n_tasks) if job.status in SERVED_STATES else []
         job.deliveries.update(task["image_id"] for task in tasks)
         return tasks
 
@@ -237,7 +236,7 @@ class Desk:
     async def _save(self, job: Job, reply_subject: str, result: Success | Failure) -> None:
         if job.dispatch_mode != "async_api":
             job.move("FAILURE")
-        if job.status in FINAL:
+        if job.status in FINAL_STATES:
             return
         in_job = set(job.image_ids)
         image_ids = [image_id for image_id in result.image_ids if image_id in in_job]
@@ -248,7 +247,7 @@ class Desk:
             job.refused.append(result.model_dump(mode="json"))
             return
         job.record(image_ids, result)
-        if job.counted == job.total and job.status not in FINAL and (repeated or not self.race_at_end):
+        if job.counted == job.total and job.status not in FINAL_STATES and (repeated or not self.race_at_end):
             job.move("FAILURE" if job.mostly_failed else "SUCCESS")
             if not self.keep_streams:
                 await self.broker.delete(job.id)

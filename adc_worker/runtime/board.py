@@ -22,8 +22,10 @@ import orjson
 from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
 from adc_worker.errors import ConfigurationError, WorkerFault
-from adc_worker.log import recent_causes
+from adc_worker.log import get_logger, recent_causes
 from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
+
+_log = get_logger(__name__)
 
 ASK = b"status\n"
 HISTORY_POINTS = 600  # a curve of a page's width; every second point goes when they are used up
@@ -180,15 +182,17 @@ def _serve(connection: socket.socket, board: Board, folder: Path) -> None:
                 connection.sendall(board.to_json())
                 return
             if line.endswith(b"\n") and board.add(Snapshot.from_json(line)):  # or its child died in the middle of it
-                with suppress(OSError):  # a full disk must not end what a child tells
-                    _write(report_path(folder), board.to_json())
+                _keep_report(board, folder)
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")  # jobs of two children may end at once
-    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-    temporary.replace(path)
+def _keep_report(board: Board, folder: Path) -> None:
+    partial = folder / f".last-job.{os.getpid()}.{threading.get_ident()}"  # jobs of two children may end at once
+    try:
+        partial.touch(mode=0o600)
+        partial.write_bytes(board.to_json())
+        partial.replace(report_path(folder))
+    except OSError as error:  # a full disk: the child goes on telling
+        _log.warning("report_not_kept", error=str(error))
 
 
 def report_path(folder: Path) -> Path:

@@ -302,7 +302,7 @@ class JobPoller:
             task_ids = self._journal.bury(job_id)
             self._lost.append((job_id, task_ids))
             _log.info("job_over", job_id=job_id, status=state.status if state else "unknown", dropped=len(task_ids))
-        elif state.pipeline is not None and state.pipeline.slug in self._slugs:
+        elif state.pipeline_slug in self._slugs:
             if state.is_served:
-                self._board.add([JobRef(id=job_id, pipeline_slug=state.pipeline.slug)])
+                self._board.add([JobRef(id=job_id, pipeline_slug=state.pipeline_slug)])
             self._board.describe(job_id, state.total)

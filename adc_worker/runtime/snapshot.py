@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
+from pydantic import TypeAdapter
 
 from adc_worker.log import Cause, get_logger, recent_causes
 
@@ -111,23 +110,19 @@ class Snapshot:
         return self.unposted > 0 or (self.job is not None and self.job.in_hand > 0)
 
     def to_json(self) -> bytes:
-        return orjson.dumps(self, option=orjson.OPT_SERIALIZE_DATACLASS)
+        return _SNAPSHOT.dump_json(self)
 
     @classmethod
     def from_json(cls, line: bytes) -> Snapshot:
-        fields = orjson.loads(line)
-        job = fields.pop("job")
-        causes = tuple(Cause(**cause) for cause in fields.pop("causes"))
-        view = job and JobView(**{**job, "stages": tuple(StageView(**stage) for stage in job["stages"])})
-        return cls(**fields, job=view, causes=causes)
+        return _SNAPSHOT.validate_json(line)
+
+
+_SNAPSHOT = TypeAdapter(Snapshot)
 
 
 @contextmanager
 def socket_address(path: Path) -> Iterator[str]:
     """Return an address of a Unix socket: those take 107 bytes, and through its folder's descriptor any path fits."""
-    if sys.platform != "linux":
-        yield str(path)
-        return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"

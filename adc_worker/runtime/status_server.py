@@ -32,26 +32,25 @@ _SECURITY = {
     "Cache-Control": "no-store",
 }
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
+_G, _C = GaugeMetricFamily, CounterMetricFamily
 
-# Base units, and one label, bounded by the configuration: worker is a process's slot.
-_GAUGES: dict[str, tuple[str, Callable[[Snapshot, JobView], float]]] = {
-    "memory_bytes": ("Memory of its processes, decoded pixels included.", lambda one, _: one.memory_bytes),
-    "memory_budget_bytes": ("Memory the worker plans with.", lambda one, _: one.budget_bytes),
-    "memory_limit_bytes": ("The memory limit that binds.", lambda one, _: one.limit_bytes),
-    "results_waiting": ("Results that Antenna has not accepted yet.", lambda one, _: one.unposted),
-    "staged_bytes": ("Compressed images on disk.", lambda one, _: one.staged_bytes),
-    "tasks_in_hand": ("Tasks fetched and without an outcome.", lambda _, job: job.in_hand),
-    "batch_readiness_ratio": ("Share of the batches that were ready when asked for.", lambda _, job: job.readiness),
-    "job_images_per_second": ("Outcomes a second of the job that runs.", lambda _, job: job.images_per_s),
-    "last_progress_timestamp_seconds": ("When a task last got an outcome.", lambda one, _: one.moved_at),
-}
 _NO_JOB = JobView(id=0, pipeline="", started_at=0.0)
-_COUNTERS = {
-    "images_done": ("done", "Images with a result."),
-    "images_failed": ("failed", "Images with an error result."),
-    "tasks_left_to_lease": ("left_to_lease", "Tasks given up knowingly."),
-    "detections": ("detections", "Insects found."),
-    "inference_seconds": ("inference_s", "Time spent in inference."),
+# Base units, and one label, bounded by the configuration: worker is a process's slot. Counters get their _total.
+_METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, Callable[[Snapshot, JobView], float]]] = {
+    "memory_bytes": (_G, "Memory of its processes, decoded pixels included.", lambda one, _: one.memory_bytes),
+    "memory_budget_bytes": (_G, "Memory the worker plans with.", lambda one, _: one.budget_bytes),
+    "memory_limit_bytes": (_G, "The memory limit that binds.", lambda one, _: one.limit_bytes),
+    "results_waiting": (_G, "Results that Antenna has not accepted yet.", lambda one, _: one.unposted),
+    "staged_bytes": (_G, "Compressed images on disk.", lambda one, _: one.staged_bytes),
+    "tasks_in_hand": (_G, "Tasks fetched and without an outcome.", lambda _, job: job.in_hand),
+    "batch_readiness_ratio": (_G, "Share of the batches that were ready when asked for.", lambda _, job: job.readiness),
+    "job_images_per_second": (_G, "Outcomes a second of the job that runs.", lambda _, job: job.images_per_s),
+    "last_progress_timestamp_seconds": (_G, "When a task last got an outcome.", lambda one, _: one.moved_at),
+    "images_done": (_C, "Images with a result.", lambda one, _: one.totals.get("done", 0)),
+    "images_failed": (_C, "Images with an error result.", lambda one, _: one.totals.get("failed", 0)),
+    "tasks_left_to_lease": (_C, "Tasks given up knowingly.", lambda one, _: one.totals.get("left_to_lease", 0)),
+    "detections": (_C, "Insects found.", lambda one, _: one.totals.get("detections", 0)),
+    "inference_seconds": (_C, "Time spent in inference.", lambda one, _: one.totals.get("inference_s", 0)),
 }
 
 
@@ -71,18 +70,12 @@ class Collector:
         ready = GaugeMetricFamily("adc_worker_ready", "Whether /readyz is green.", labels=[])
         ready.add_metric([], 0.0 if self._board.unready() else 1.0)
         yield ready
-        snapshots = self._board.snapshots()
-        for name, (text, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"adc_worker_{name}", text, labels=["worker"])
-            for one in snapshots:
+        for name, (family, text, value) in _METRICS.items():
+            metric = family(f"adc_worker_{name}", text, labels=["worker"])
+            for one in self._board.snapshots():
                 job = one.job if one.job and one.job.ended_at is None else _NO_JOB
-                gauge.add_metric([str(one.slot)], value(one, job))
-            yield gauge
-        for name, (key, text) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"adc_worker_{name}", text, labels=["worker"])
-            for one in snapshots:
-                counter.add_metric([str(one.slot)], one.totals.get(key, 0))
-            yield counter
+                metric.add_metric([str(one.slot)], value(one, job))
+            yield metric
 
 
 class _Server(ThreadingHTTPServer):
@@ -138,15 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"/, /snapshot.json, /metrics, /livez, /readyz\n")
 
-    do_HEAD = do_GET  # noqa: N815 (the name http.server looks for)
-
     def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         self.send_response(status)
         for name, value in {**_SECURITY, "Content-Type": content_type, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (http.server's name)
         _log.debug("status_request", line=format % arguments)

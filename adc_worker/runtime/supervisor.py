@@ -21,9 +21,8 @@ import psutil
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
 from adc_worker.log import get_logger
-from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import READY, STATUS, UNTIL
-from adc_worker.settings import Settings
+from adc_worker.settings import Settings, WorkerOptions
 
 _log = get_logger(__name__)
 
@@ -165,7 +164,7 @@ class Supervisor:
         commands, child.commands = os.pipe2(os.O_CLOEXEC)
         child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(signs_write, True)
-        arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]
+        arguments = [self._options.model_dump_json(), str(signs_write), json.dumps(child.died)]
         child.process = subprocess.Popen(
             [sys.executable, "-m", "adc_worker.runtime.worker", *arguments],
             stdin=commands,

@@ -40,11 +40,10 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
-from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
-from adc_worker.settings import Settings
+from adc_worker.settings import Settings, WorkerOptions
 from adc_worker.tuning.policy import IngestPolicy
 
 _log = log.get_logger(__name__)
@@ -341,11 +340,11 @@ def _client_info(instance: int) -> dict[str, str | int | None]:
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
     faulthandler.enable()  # the stacks are the evidence of a crash, and of a hang that holds the GIL
-    threading.excepthook = _thread_died
-    options = WorkerOptions.from_json(sys.argv[1])
+    options = WorkerOptions.model_validate_json(sys.argv[1])
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
-    config = settings.load(options.env_path)
+    config = settings.load(options.env_file)
     log.configure(options.log_format, config.log_level)
+    threading.excepthook = _thread_died  # not before: logging sets one of its own
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Shell:
     def close(self) -> None:
         family = psutil.Process(self._bash.pid).children(recursive=True)
         for member in family:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):  # it died with its parent
+                member.kill()
         self._bash.kill()
         self._bash.communicate()
         psutil.wait_procs(family, 10)

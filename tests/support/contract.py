@@ -75,7 +75,6 @@ JOB = {
 }
 CAPTURE = {"id": int, "url": str, "path": str, "timestamp": TEXT_OR_NULL, "width": SIZE, "height": SIZE, "size": SIZE}
 CAPTURE |= {"deployment": (dict, type(None)), "event": (dict, type(None)), "detections_count": int}
-COLLECTION = {"id": int, "name": str, "source_images_count": int}
 PIPELINE_ROW = {"slug": str, "name": str, "algorithms": [{"name": str, "key": str}]}
 RECEIPT = {"reply_subject": str, "status": "queued", "task_id": str}
 ACCEPTED = {"status": "accepted", "job_id": int, "results_queued": int, "tasks": [RECEIPT]}
@@ -223,7 +222,6 @@ BROWSING = [
     _get(CAPTURES, 200, page(CAPTURE), "captures-01-collection-worker", "captures-02-project-admin"),
     _get(CAPTURES, 200, page(CAPTURE), "captures-05-noauth", "captures-15-page2", role="none"),
     _get("captures/?limit=1", 400, {"project_id": [str]}, "captures-03-no-project-400"),
-    _get("captures/collections/?project_id={project}", 200, page(COLLECTION), "collections-01-list"),
 ]
 LATE = ("cancel-06-late-result", "cancel-07-late-error")
 CHANGING_JOBS = [

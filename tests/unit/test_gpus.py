@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from adc_worker.host.budget import parse_gpu_list, visible_gpus
-from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.supervisor import Supervisor
-from adc_worker.settings import Settings
+from adc_worker.settings import Settings, WorkerOptions
 
 LISTED = """\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)

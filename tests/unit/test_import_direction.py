@@ -124,7 +124,7 @@ def test_only_three_packages_know_torch() -> None:
 def test_the_parent_never_imports_torch() -> None:
     """Neither directly nor through what the supervisor and the command line pull in."""
     code = (
-        "import sys, adc_worker.cli.main, adc_worker.runtime.supervisor, adc_worker.runtime.options;"
+        "import sys, adc_worker.cli.main, adc_worker.runtime.supervisor;"
         "print([name for name in sys.modules if name.split('.')[0] in {'torch', 'torchvision'}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -145,7 +145,7 @@ def test_settings_alone_read_the_environment() -> None:
         for module in MODULES
         if any(_reads_environment(node) for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
     }
-    to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.demo"}
+    to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.desk"}
     assert readers == {"adc_worker.settings", "adc_worker.host.budget", *to_children}
 
 
