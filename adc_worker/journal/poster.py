@@ -96,7 +96,6 @@ class Poster:
         self._under_way: Counter[int] = Counter()  # by job
         self._retries: dict[int, _Retry] = {}
         self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
-        self._oversize = False
         self._draining = False
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post
@@ -151,7 +150,7 @@ class Poster:
         with self._changed:
             while not self._closing and self.failure is None:
                 self._journal.check_writable()
-                if self._under_way.total() < self._limits.pending_posts and not self._oversize:
+                if self._under_way.total() < self._limits.pending_posts:
                     work = self._claim_group() or self._claim_ending()
                     if work is not None:
                         return work
@@ -164,16 +163,11 @@ class Poster:
         """Claim one post's worth of one job's results."""
         now = time.monotonic()
         waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
-        # A post that exceeds the limit takes minutes; nothing beside it makes that longer.
-        alone = self._under_way.total() == 0
-        results = self._journal.unposted(
-            self._posting, RESULTS_PER_POST, self._limits.post_bytes, alone=alone, excluding_jobs=waiting
-        )
+        results = self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes, waiting)
         if not results:
             return None
         job_id = results[0].job_id
         group = list(takewhile(lambda kept: kept.job_id == job_id, results))
-        self._oversize = sum(kept.result_bytes or 0 for kept in group) > self._limits.post_bytes
         self._posting.update(kept.id for kept in group)
         self._under_way[job_id] += 1
         return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
@@ -205,7 +199,6 @@ class Poster:
             with self._changed:
                 self._posting.difference_update(kept.id for kept in group)
                 self._under_way[job_id] -= 1
-                self._oversize = False  # if it was, nothing else is under way
                 self._changed.notify_all()
 
     def _back_off(self, job_id: int, error: AntennaError) -> None:

@@ -216,9 +216,9 @@ class Supervisor:
     def _end_hung(self) -> None:
         """Abort children whose deadline passed, which writes their stacks; kill those that cannot even do that.
 
-        On command first: the thread that writes them holds the GIL then. A signal's handler does not, and running threads
-        change under its eyes, which has ended it in a segmentation fault. Where the command is not heard, the GIL is held
-        by the code that hangs, and nothing changes.
+        On command first: the thread that writes them holds the GIL then. A signal's handler does not, and running
+        threads change under its eyes, which has ended it in a segmentation fault. Where the command is not heard, the
+        GIL is held by the code that hangs, and nothing changes.
         """
         for child, process in self._running():
             if time.monotonic() < child.silent_until:

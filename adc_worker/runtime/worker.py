@@ -270,13 +270,12 @@ def run(
             _log.warning("predecessor_killed_for_memory", plans_with=share.caution)
         staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
         suspects = journal.accuse(died, oom_kills())
-        expired, swept = journal.drop_expired(), staging.sweep(journal.unfinished_ids)
+        swept = staging.sweep(journal.unfinished_ids)
         _log.info(
             "journal_open",
             path=str(config.journal_path),
             slot=journal.slot,
             suspects=suspects,
-            expired_tasks=expired,
             swept_files=swept,
         )
         limit = memory_limit()
