@@ -38,8 +38,8 @@ TICK_S = 1.0
 CONTACT_S = 60.0
 # After its last accepted result a job is looked at, then looked at with a repeat, at ever longer intervals. Antenna
 # takes 0.3-0.9 s to save a result (contract).
-LOOKS_S = (0.5, 5.0)
-LOOK_FACTOR = 3.0
+LOOK_FIRST_S, LOOK_FACTOR = 0.5, 10.0
+LOOKS = 2  # until a job that is not over was tried to be ended
 _JOB_UNKNOWN, _TOO_LARGE, _INVALID = 404, 413, 400
 _FINAL = frozenset({_JOB_UNKNOWN, _TOO_LARGE, _INVALID})
 
@@ -109,7 +109,7 @@ class Poster:
     def jobs_ended(self) -> bool:
         """Whether every job whose results are accepted was seen to be over, or had one of them repeated."""
         with self._changed:
-            return all(ending.looks >= len(LOOKS_S) for ending in self._endings.values())
+            return all(ending.looks >= LOOKS for ending in self._endings.values())
 
     def wake(self) -> None:
         """Tell the poster that results were kept."""
@@ -227,14 +227,14 @@ class Poster:
             self.accepted[job_id] += len(group)
             self._journal.settle([kept.id for kept in group])
             with self._changed:
-                self._endings[job_id] = _Ending(time.monotonic() + LOOKS_S[0])
+                self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
 
     def _is_served(self, job_id: int) -> bool:
         """After a silence: whether the job is served and its kept results may be posted at once.
 
         One task is fetched, for its subject: it tells whether the job's stream is still the one of what is kept.
         """
-        status = self._status(job_id)
+        status = self._receiver.job(job_id).status
         if status not in SERVED_STATES:
             self._journal.bury(job_id)
             with self._changed:
@@ -245,20 +245,12 @@ class Poster:
         self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
         return False
 
-    def _status(self, job_id: int) -> str:
-        try:
-            return self._receiver.job(job_id).status
-        except AntennaRejected as error:
-            if error.status != _JOB_UNKNOWN:
-                raise
-            return "FAILURE"
-
     def _see_end(self, job_id: int, ending: _Ending) -> None:
         """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
 
         Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
         """
-        status = self._status(job_id)
+        status = self._receiver.job(job_id).status
         if status in FINAL_STATES:
             if status != "REVOKED":  # a retry asks for the same images
                 self._journal.close_job(job_id)
@@ -273,9 +265,7 @@ class Poster:
                 self._receiver.post_results(job_id, [entry])
                 _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
         ending.looks += 1
-        last = ending.looks >= len(LOOKS_S)
-        wait_s = LOOKS_S[-1] * LOOK_FACTOR ** (ending.looks - 1) if last else LOOKS_S[ending.looks]
-        ending.look_at = time.monotonic() + wait_s
+        ending.look_at = time.monotonic() + LOOK_FIRST_S * LOOK_FACTOR**ending.looks
 
     def _settle_rejected(self, group: Sequence[HeldTask], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""

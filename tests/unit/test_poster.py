@@ -445,7 +445,7 @@ def test_a_job_that_stays_open_with_all_results_accepted_gets_one_of_them_again(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is closed when that has ended it."""
-    monkeypatch.setattr("adc_worker.journal.poster.LOOKS_S", (0.01, 0.02))
+    monkeypatch.setattr("adc_worker.journal.poster.LOOK_FIRST_S", 0.002)
     keep(journal, [1, 2])
     receiver = Receiver()
     with posting(journal, receiver) as poster:
