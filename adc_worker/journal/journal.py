@@ -17,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -155,28 +155,33 @@ class Journal:
         try:
             with self._writing():
                 self._bury_earlier_streams(job_id, tasks)
-                held = [self._rejoin(job_id, task, now) or self._insert(job_id, task, now) for task in tasks]
+                for task in tasks:
+                    if not self._rejoin(job_id, task, now):
+                        self._insert(job_id, task, now)
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
-        once = {one.id: one for one in reversed(held) if one.result_bytes is None}  # an answer may name a task twice
-        return list(reversed(once.values()))
+        subjects = {task.reply_subject for task in tasks}
+        return [held for held in self.unfinished(job_id) if held.task.reply_subject in subjects]
 
     def find(self, job_id: int, task: Task) -> HeldTask | None:
         """Return the task that this is another delivery of; None when we do not hold it."""
         rows = self._rows("job_id = ? AND image_id = ?", job_id, task.image_id)
         return next((held for held in rows if same_message(held.task.reply_subject, task.reply_subject)), None)
 
-    def _rejoin(self, job_id: int, task: Task, now: float) -> HeldTask | None:
+    def _rejoin(self, job_id: int, task: Task, now: float) -> bool:
         held = self.find(job_id, task)
         if held is None:
-            return None
-        lease = (task.reply_subject, now, held.id)
-        self._db.execute("UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?", lease)
+            return False
+        self._db.execute(
+            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, image_url = iif(url_erased, image_url, ?)"
+            " WHERE id = ?",
+            (task.reply_subject, now, task.image_url, held.id),
+        )
         _log.info("delivery_joined", job_id=job_id, image_id=task.image_id)
-        return replace(held, task=task, fetched_at=now, url_erased=False)
+        return True
 
-    def _insert(self, job_id: int, task: Task, now: float) -> HeldTask:
+    def _insert(self, job_id: int, task: Task, now: float) -> None:
         delivery = parse_reply_subject(task.reply_subject)
         message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
         cursor = self._db.execute(
@@ -184,17 +189,11 @@ class Journal:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
         )
-        task_id = int(cursor.lastrowid or 0)
-        return HeldTask(task_id, job_id, task, now, result_bytes=self._answer(task_id, job_id, task.image_id))
-
-    def _answer(self, task_id: int, job_id: int, image_id: str) -> int | None:
-        """Keep the result that was accepted for this image before, and return its size; None when there is none."""
-        rows = self._column("SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?", job_id, image_id)
-        body = zlib.decompress(rows[0]) if rows else b""
-        if not body or is_error_result(body):  # what was wrong with the image may have been put right
-            return None
-        _log.info("answered_from_journal", job_id=job_id, image_id=image_id)
-        return self._keep(task_id, [body])
+        query = "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?"
+        for body in map(zlib.decompress, self._column(query, job_id, task.image_id)):
+            if not is_error_result(body):  # what was wrong with the image may have been put right
+                _log.info("answered_from_journal", job_id=job_id, image_id=task.image_id)
+                self._keep(int(cursor.lastrowid or 0), [body])
 
     def erase_url(self, held: HeldTask) -> None:
         """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""

@@ -368,7 +368,8 @@ def test_tasks_whose_disk_never_gets_space_do_not_wait_past_their_lease(jobs: Ca
     job.images.faults = {task(number).image_url: FULL for number in (1, 2)}
     job.start(tasks=2, downloads=1)
     wait_until(lambda: not job.staging.disk.has_room() and job.intake._downloading == 0)
-    job.lease.ack_wait_s = 0.01
+    job.lease.ack_wait_s = 0.001
+    wait_until(lambda: all(job.lease.left_s(one.fetched_at, lease_clock()) < 0 for one in job.journal.unfinished(JOB)))
     job.pass_time(PAUSE_S)
     assert job.infer_all() == []
     assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0, 2)
