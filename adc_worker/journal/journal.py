@@ -438,8 +438,8 @@ class Journal:
 
     def is_full(self) -> bool:
         """Whether so much waits for Antenna that nothing should be computed meanwhile."""
-        kept = self._kept()
-        return len(kept) > UNPOSTED_RESULTS_MAX or sum(one.result_bytes or 0 for one in kept) > self.most_bytes
+        sizes = self._column("SELECT result_bytes FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot)
+        return len(sizes) > UNPOSTED_RESULTS_MAX or sum(sizes) > self.most_bytes
 
     def job_ids(self) -> set[int]:
         """Return the jobs this slot holds tasks or results of."""
@@ -464,15 +464,21 @@ class Journal:
         return set(self._column("SELECT id FROM adc_task WHERE result_bytes IS NULL"))
 
     def unposted(
-        self, excluding: Collection[int], limit: int, most_bytes: int, excluding_jobs: Collection[int] = ()
+        self, excluding: Collection[int], limit: int, most_bytes: int, excluding_jobs: Iterable[int] = ()
     ) -> list[HeldTask]:
         """Return tasks with kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
 
         A result that exceeds `most_bytes` comes by itself.
         """
         chosen: list[HeldTask] = []
-        for held in self._kept():
-            if held.id not in excluding and held.job_id not in excluding_jobs:
+        with self._lock:
+            unwritten, jobs = (",".join(map(str, ids)) for ids in (self._unwritten, excluding_jobs))
+            waiting = self._rows(
+                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs})",
+                limit=limit + len(excluding) + len(self._unwritten),
+            )
+        for held in waiting:
+            if held.id not in excluding:
                 most_bytes -= held.result_bytes or 0
                 if len(chosen) == limit or (most_bytes < 0 and chosen):
                     break
@@ -480,25 +486,24 @@ class Journal:
         return chosen
 
     def unposted_count(self) -> int:
-        return len(self._kept())
-
-    def _kept(self) -> list[HeldTask]:
         with self._lock:
-            unwritten = ",".join(map(str, self._unwritten))
-            return self._rows(f"(result_bytes NOT NULL OR id IN ({unwritten}))")
+            kept = set(self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot))
+            for task_id, result in self._unwritten.items():
+                (kept.discard if result is None else kept.add)(task_id)
+            return len(kept)
 
     def _column(self, query: str, *arguments: object) -> list[Any]:
         """Return the first column of what is asked for."""
         with self._lock:
             return [row[0] for row in self._db.execute(query, arguments)]
 
-    def _rows(self, where: str, *arguments: object) -> list[HeldTask]:
+    def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
         """Return this slot's tasks; results and removals that the file did not take are seen, too."""
-        query = f"SELECT * FROM adc_task WHERE slot = ? AND {where} ORDER BY id"  # noqa: S608 (only this file's literals and integers)
+        query = f"SELECT * FROM adc_task WHERE slot = ? AND {where} ORDER BY id LIMIT ?"  # noqa: S608 (only this file's literals and integers)
         with self._lock:
             cursor = self._db.cursor()
             cursor.row_factory = sqlite3.Row
-            rows = cursor.execute(query, (self.slot, *arguments)).fetchall()
+            rows = cursor.execute(query, (self.slot, *arguments, limit)).fetchall()
             return [self._held(row) for row in rows if self._unwritten.get(row["id"], row) is not None]
 
     def _held(self, row: sqlite3.Row) -> HeldTask:

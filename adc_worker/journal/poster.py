@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -100,10 +99,12 @@ class Poster:
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post
         self.accepted: Counter[int] = Counter()  # results by job
-        self.failure: BaseException | None = None
-        self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
-        self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"post {number}", daemon=True)
+            for number in range(limits.pending_posts)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def jobs_ended(self) -> bool:
@@ -117,15 +118,15 @@ class Poster:
             self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
-        """Wait until every kept result is accepted; False on time-out, when `cut_short` is set or the poster died."""
+        """Wait until every kept result is accepted; False on time-out, or when `cut_short` is set."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self.failure is None and (self._under_way.total() or self._journal.unposted_count()):
+            while self._under_way.total() or self._journal.unposted_count():
                 left = deadline - time.monotonic()
                 if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
                 self._changed.wait(min(left, _FLUSH_CHECK_S))
-        return self.failure is None
+        return True
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
         """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
@@ -134,26 +135,21 @@ class Poster:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
-        try:
-            while work := self._next_work():
-                self._executor.submit(work)
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            self.failure = error
-            self.wake()
+        while work := self._next_work():
+            work()
 
     def _next_work(self) -> Callable[[], None] | None:
-        """Wait for something to do and a free post, and claim it; None when closing."""
+        """Wait for something to do, and claim it; None when closing."""
         with self._changed:
-            while not self._closing and self.failure is None:
+            while not self._closing:
                 self._journal.check_writable()
-                if self._under_way.total() < self._limits.pending_posts:
-                    work = self._claim_group() or self._claim_ending()
-                    if work is not None:
-                        return work
+                work = self._claim_group() or self._claim_ending()
+                if work is not None:
+                    return work
                 now = time.monotonic()
                 due = [retry.at - now for retry in self._retries.values() if retry.at > now]
                 self._changed.wait(min([TICK_S, *due]))
@@ -193,8 +189,6 @@ class Poster:
         except AntennaError as error:
             self.refused = isinstance(error, AntennaRefused)
             self._back_off(job_id, error)
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            self.failure = error
         finally:
             with self._changed:
                 self._posting.difference_update(kept.id for kept in group)

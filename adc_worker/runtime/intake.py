@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -29,7 +28,7 @@ from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
+from adc_worker.tuning.policy import BATCHES_IN_ARENA
 from adc_worker.tuning.probe_report import PROBE_DOWNLOADS
 
 _log = get_logger(__name__)
@@ -77,7 +76,6 @@ class TaskFetch:
     def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
         self.job_id = job_id
         self.error: AntennaError | None = None  # what Antenna said to the last one, if that failed
-        self.failure: BaseException | None = None  # a bug
         self.is_open = self.has_news = False
         self.empty_answers = 0  # in a row, in this turn
         self.next_at = 0.0  # monotonic seconds
@@ -116,9 +114,8 @@ class TaskFetch:
     def _run(self, count: int) -> None:
         try:
             self._ask(count)
-        except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
-            self.failure = error
-        self.is_open = False
+        finally:
+            self.is_open = False
         listener = self._listener
         if listener is not None:
             listener()
@@ -186,7 +183,6 @@ class Intake:
         life: SignsOfLife,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
-        self.failure: BaseException | None = None
         self.parked = 0  # left on record: not their images are at fault
         self.ended_empty = False
         self._fetch = fetch
@@ -208,7 +204,6 @@ class Intake:
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
         self._downloading = 0
         self._over_since: float | None = None
-        self._executor = ThreadPoolExecutor(DOWNLOADS_MAX, thread_name_prefix="download")
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
@@ -242,7 +237,6 @@ class Intake:
         self._outcomes.listen(None)
         if self._thread.is_alive():
             self._thread.join()
-        self._executor.shutdown(wait=True, cancel_futures=True)
         self._life.tasks(float("inf"))
 
     @property
@@ -269,8 +263,6 @@ class Intake:
                     self._fetch.start(count)
                 self._woken.wait(STOP_CHECK_S)
                 self._woken.clear()
-        except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
-            self.failure = error
         finally:
             self.staged.end()
             self._fetch.end_turn(FETCH_GRACE_S)
@@ -283,8 +275,6 @@ class Intake:
             self._over_since = time.monotonic()
 
     def _finished(self) -> bool:
-        if self._fetch.failure is not None:
-            raise self._fetch.failure
         if self._stopped.is_set():
             return self._downloading == 0
         is_open = self._fetch.is_open  # asked first: its answer is on record once it is not
@@ -339,18 +329,15 @@ class Intake:
                 self._downloading += 1
                 held = self._to_download.popleft()
                 self._staging.disk.reserve(held.id)  # here, or all that start at once would find the same room
-                self._executor.submit(self._download, held)
+                threading.Thread(target=self._download, args=(held,), name="download", daemon=True).start()
 
     def _download(self, held: HeldTask) -> None:
         try:
             self._stage_until_settled(held)
-        except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
-            self.failure = error
-            self._stopped.set()
         finally:
             with self._lock:
                 self._downloading -= 1
-            self.wake()
+            self._woken.set()
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:

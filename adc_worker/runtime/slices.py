@@ -198,7 +198,7 @@ class JobPoller:
     def __init__(
         self, board: JobBoard, client: AntennaClient, journal: Journal, slugs: Sequence[str], project: int | None
     ) -> None:
-        self.failure: BaseException | None = None  # an AntennaError where not one poll succeeded so far
+        self.failure: AntennaError | None = None  # of the last poll, where not one succeeded so far
         self.is_fresh = False  # the list was seen since the last turn
         self._board = board
         self._client = client
@@ -239,16 +239,12 @@ class JobPoller:
         return [self._lost.popleft() for _ in range(len(self._lost))]
 
     def _run(self) -> None:
-        try:
-            while not self._closed.is_set():
-                self._due.clear()
-                self._poll_once()
-                pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
-                pause_s = min(pause_s, POLL_BACKOFF_MAX_S) * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
-                (self._closed if self._failures else self._due).wait(pause_s)
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            if not self._closed.is_set():
-                self.failure = error
+        while not self._closed.is_set():
+            self._due.clear()
+            self._poll_once()
+            pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
+            pause_s = min(pause_s, POLL_BACKOFF_MAX_S) * random.uniform(0.8, 1.2)  # noqa: S311 (out of step)
+            (self._closed if self._failures else self._due).wait(pause_s)
 
     def _poll_once(self) -> None:
         try:

@@ -105,12 +105,14 @@ class WorkerLoop:
         self._poller.start()
         try:
             while not self._context.stopping.is_set():
-                self._check_background()
+                self._context.check_threads()
+                if self._poller.failure is not None:
+                    self._first_contact_failed(self._poller.failure)
                 self._discard_lost()
                 if self._had_its_day():
                     _log.info("recycled", jobs=self._jobs_done, anonymous_bytes=anonymous_bytes([os.getpid()]))
                     return ExitCode.RECYCLE
-                turn = self._board.next_turn(self._context.stopping.is_set)
+                turn = self._board.next_turn(self._context.is_stopping)
                 if turn is not None:
                     self._take_turn(turn)
                 elif self._is_idle():
@@ -201,17 +203,6 @@ class WorkerLoop:
             return False
         too_many = most_jobs is not None and self._jobs_done >= most_jobs
         return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
-
-    def _check_background(self) -> None:
-        for name, failure in (
-            ("poller", self._poller.failure),
-            ("poster", self._context.poster.failure),
-            ("leases", self._keeper.failure if self._keeper else None),
-        ):
-            if isinstance(failure, AntennaError):
-                self._first_contact_failed(failure)
-            elif failure is not None:
-                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
     def _pipeline(self, slug: str) -> Pipeline | None:
         """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
@@ -315,10 +306,12 @@ def run(
             reporter=reporter,
             share=share,
         )
+        log_it, threading.excepthook = threading.excepthook, context.died.append
         try:
             with closing(WorkerLoop(options, config, context)) as loop:
                 return loop.run()
         finally:
+            threading.excepthook = log_it
             context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
             reporter.close()
@@ -335,7 +328,6 @@ def _client_info(instance: int) -> dict[str, str | int | None]:
 def main() -> int:
     """Run as a child; the exit code tells the parent whether a restart can help."""
     faulthandler.enable()  # the stacks are the evidence of a crash, and of a hang that holds the GIL
-    threading.excepthook = _thread_died
     options = WorkerOptions.from_json(sys.argv[1])
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_path)
@@ -353,13 +345,6 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 (logged with its traceback; the parent restarts us)
         _log.exception("failed", error=str(error))
         return ExitCode.FAILED
-
-
-def _thread_died(died: threading.ExceptHookArgs) -> None:
-    """End the process: a thread that must live would be missed only much later."""
-    name = died.thread.name if died.thread else "?"
-    _log.error("thread_died", thread=name, exc_info=(died.exc_type, died.exc_value, died.exc_traceback))
-    os._exit(ExitCode.BACKGROUND_TASK_DIED)
 
 
 if __name__ == "__main__":

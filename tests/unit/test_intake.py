@@ -191,7 +191,6 @@ def test_a_task_that_finds_the_disk_full_is_staged_after_the_pause(jobs: Callabl
     job.pass_time(PAUSE_S)
     assert job.infer_all() == ["3", "4", "5", "6"]
     assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (6, 0, 0)
-    assert job.intake.failure is None
 
 
 def test_many_downloads_that_find_the_disk_full_together_are_all_made_up_for(jobs: Callable[..., Job]) -> None:
