@@ -12,7 +12,7 @@ from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.errors import AntennaError, ExitCode, WorkerFault
+from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import anonymous_bytes, stalled_percent
@@ -104,13 +104,11 @@ class JobSummary:
 
     Attributes:
         tasks: how many were worked on.
-        error: what Antenna said to the last fetch, if that failed.
         ended_empty: no more tasks for now, or all that are left wait for an image host at fault.
         switch_s: seconds before its first batch; None where there was none.
     """
 
     tasks: int
-    error: AntennaError | None
     ended_empty: bool
     switch_s: float | None
 
@@ -163,7 +161,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     worked = intake.fetched - intake.parked
     if worked:
         run.log_summary()
-    return JobSummary(worked, memory.fetch.error, intake.ended_empty, run.switch_s)
+    return JobSummary(worked, intake.ended_empty, run.switch_s)
 
 
 @dataclass(slots=True)

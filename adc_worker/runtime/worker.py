@@ -78,10 +78,10 @@ class Stop:
 class WorkerLoop:
     """Gives jobs their turns; a thread of its own polls Antenna meanwhile, which is also the heartbeat."""
 
-    def __init__(self, options: WorkerOptions, config: Settings, context: WorkerContext) -> None:
+    def __init__(self, options: WorkerOptions, context: WorkerContext) -> None:
         self._options = options
-        self._config = config
         self._context = context
+        config = context.settings
         specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,13 +152,13 @@ class WorkerLoop:
             summary = _process_job(pipeline, job_id, context, memory, turn)
         del pipeline  # the cache alone decides how long its models live
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
-        if isinstance(summary.error, AntennaRefused) and not summary.tasks:
-            self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
+        error = memory.fetch.error
+        if isinstance(error, AntennaRefused) and not summary.tasks:
+            self._first_contact_failed(error)  # a poll that succeeds proves nothing about the token
         self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
-        answered = summary.error is None
-        self._contacted |= answered
+        self._contacted |= error is None
         self._board.end_turn(
-            turn, summary.tasks, ended_empty=summary.ended_empty, answered=answered, switch_s=summary.switch_s
+            turn, summary.tasks, ended_empty=summary.ended_empty, answered=error is None, switch_s=summary.switch_s
         )
 
     def _is_idle(self) -> bool:
@@ -198,7 +198,8 @@ class WorkerLoop:
 
     def _had_its_day(self) -> bool:
         """Whether AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB ends this process between two jobs."""
-        most_jobs, most_mb = self._config.worker_max_jobs, self._config.worker_max_rss_mb
+        config = self._context.settings
+        most_jobs, most_mb = config.worker_max_jobs, config.worker_max_rss_mb
         if not self._jobs_done:  # what it needs to start with is no reason to start again
             return False
         too_many = most_jobs is not None and self._jobs_done >= most_jobs
@@ -227,7 +228,7 @@ class WorkerLoop:
             raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}{hint}") from error
         if isinstance(error, AntennaUnreachable | AntennaRejected):
             raise ConfigurationError(
-                f"AMI_ANTENNA_API_BASE_URL {self._config.antenna_api_base_url}: {error}"
+                f"AMI_ANTENNA_API_BASE_URL {self._context.settings.antenna_api_base_url}: {error}"
             ) from error
 
 
@@ -308,7 +309,7 @@ def run(
         )
         log_it, threading.excepthook = threading.excepthook, context.died.append
         try:
-            with closing(WorkerLoop(options, config, context)) as loop:
+            with closing(WorkerLoop(options, context)) as loop:
                 return loop.run()
         finally:
             threading.excepthook = log_it
