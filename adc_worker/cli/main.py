@@ -22,8 +22,9 @@ from adc_worker.errors import (
     ExitCode,
     WorkerFault,
 )
+from adc_worker.host.budget import visible_gpus
 from adc_worker.redaction import redact
-from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.supervisor import Supervisor, WorkerOptions
 
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
@@ -252,9 +253,7 @@ def settings_command(env_example: bool, env_file: Path | None) -> None:
 
 
 def _run_worker(options: WorkerOptions) -> ExitCode:
-    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
-    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415
-    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
+    from adc_worker.runtime.board import Board, listening  # noqa: PLC0415 (help and version need none of it)
 
     config = settings.load(options.env_path)
     _token = config.token  # missing or unreadable: said before anything starts
@@ -274,7 +273,7 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
             from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
 
             stack.enter_context(serving(board, config.status_address))
-        return supervise(replace(options, log_format=log_format), config)
+        return Supervisor(replace(options, log_format=log_format), config).run()
 
 
 def _log_start(options: WorkerOptions, config: settings.Settings) -> None:

@@ -547,11 +547,8 @@ class Journal:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version={len(_SCHEMA)}")
 
-    def _lock_path(self, slot: int) -> Path:
-        return self._path.with_name(f"{self._path.stem}.{slot}.lock")
-
     def _try_lock(self, slot: int) -> int | None:
-        fd = os.open(self._lock_path(slot), os.O_CREAT | os.O_RDWR, 0o600)
+        fd = os.open(self._path.with_name(f"{self._path.stem}.{slot}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -568,9 +565,7 @@ class Journal:
 
     def _adopt_orphans(self) -> None:
         """Take over the rows of slots whose worker is gone."""
-        with self._lock:
-            slots = [row[0] for row in self._db.execute("SELECT DISTINCT slot FROM adc_task")]
-        for slot in slots:
+        for slot in self._column("SELECT DISTINCT slot FROM adc_task"):
             of_this_host = slot // _SLOTS_MAX == self._first_slot // _SLOTS_MAX
             fd = self._try_lock(slot) if of_this_host and slot != self.slot else None
             if fd is None:

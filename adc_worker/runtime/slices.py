@@ -155,7 +155,8 @@ class JobBoard:
                 entry.begun, entry.last_task_at, self._worked_at = True, now, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
             if ended_empty:
-                entry.not_before = now + self._random.uniform(0.8, 1.2) * self._pause_s(entry.empty_turns)
+                pause_s = min(self._idle_s * 2 ** min(entry.empty_turns, 10), EMPTY_BACKOFF_MAX_S)
+                entry.not_before = now + self._random.uniform(0.8, 1.2) * pause_s
                 entry.empty_turns += 1
 
     def is_over(self, turn: Turn, work_left_s: float) -> bool:
@@ -187,9 +188,6 @@ class JobBoard:
     def _waiting(self, besides: JobEntry | None) -> list[JobEntry]:
         now = self._now()
         return [one for one in self._entries.values() if one is not besides and now >= one.not_before]
-
-    def _pause_s(self, empty_turns: int) -> float:
-        return float(min(self._idle_s * 2 ** min(empty_turns, 10), EMPTY_BACKOFF_MAX_S))
 
 
 class JobPoller:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -20,8 +20,7 @@ import psutil
 
 from adc_worker.errors import ExitCode
 from adc_worker.host.budget import raise_descriptor_limit, visible_gpus
-from adc_worker.log import get_logger
-from adc_worker.runtime.options import WorkerOptions
+from adc_worker.log import LogFormat, get_logger
 from adc_worker.runtime.signs_of_life import READY, STATUS, UNTIL
 from adc_worker.settings import Settings
 
@@ -64,6 +63,26 @@ _NO_RESTART = frozenset(
         ExitCode.MACHINE_FAULT,
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What the command line asks of a worker; travels from the parent to its children as JSON."""
+
+    pipelines: tuple[str, ...] = ()
+    project: int | None = None
+    exit_when_idle: bool = False
+    env_file: str | None = None
+    log_format: LogFormat = "json"
+
+    @property
+    def env_path(self) -> Path | None:
+        return Path(self.env_file) if self.env_file else None
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerOptions:
+        fields = json.loads(text)
+        return cls(**{**fields, "pipelines": tuple(fields["pipelines"])})
 
 
 @dataclass(slots=True)
@@ -163,7 +182,7 @@ class Supervisor:
         commands, child.commands = os.pipe2(os.O_CLOEXEC)
         child.signs, signs_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(signs_write, True)
-        arguments = [self._options.to_json(), str(signs_write), json.dumps(child.died)]
+        arguments = [json.dumps(asdict(self._options)), str(signs_write), json.dumps(child.died)]
         child.process = subprocess.Popen(
             [sys.executable, "-m", "adc_worker.runtime.worker", *arguments],
             stdin=commands,
@@ -320,7 +339,3 @@ def _name(code: int) -> str:
     if code < 0:
         return signal.Signals(-code).name
     return ExitCode(code).name if code in set(ExitCode) else str(code)
-
-
-def supervise(options: WorkerOptions, settings: Settings) -> ExitCode:
-    return Supervisor(options, settings).run()

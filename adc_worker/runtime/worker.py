@@ -40,10 +40,10 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
-from adc_worker.runtime.options import WorkerOptions
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
+from adc_worker.runtime.supervisor import WorkerOptions
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
 

@@ -18,7 +18,7 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.runtime import worker
 from adc_worker.runtime.job import ceilings
-from adc_worker.runtime.options import WorkerOptions
+from adc_worker.runtime.supervisor import WorkerOptions
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, PAGE_BYTES, Ceilings, IngestPolicy
 from adc_worker.tuning.probe_report import ProbeReport

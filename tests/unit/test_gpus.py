@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from adc_worker.host.budget import parse_gpu_list, visible_gpus
-from adc_worker.runtime.options import WorkerOptions
-from adc_worker.runtime.supervisor import Supervisor
+from adc_worker.runtime.supervisor import Supervisor, WorkerOptions
 from adc_worker.settings import Settings
 
 LISTED = """\
