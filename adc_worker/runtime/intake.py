@@ -203,6 +203,7 @@ class Intake:
         self._to_download: deque[HeldTask] = deque()
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
         self._downloading = 0
+        self._probing = True
         self._over_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -211,7 +212,7 @@ class Intake:
         self._thread.start()
 
     def apply(self, limits: IntakeLimits) -> None:
-        self._limits = limits
+        self._limits, self._probing = limits, False
         self.wake()
 
     def pace(self, images_per_s: float) -> None:
@@ -303,6 +304,8 @@ class Intake:
         room = min(self._limits.fetch_size, self._limits.in_hand - self._in_hand)
         if room < 1 or time.monotonic() < self._fetch.next_at or not self._outcomes.may_take_more():
             return 0
+        # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
+        room = min(room, 2) if self._probing and self.fetched == 0 else room
         held = self._journal.held_count(self._job_id)
         if self._images_per_s:
             room = min(room, self._lease.held_limit(self._images_per_s) - held)

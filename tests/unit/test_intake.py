@@ -415,15 +415,10 @@ def test_a_staged_task_whose_lease_is_over_is_not_decoded_unless_nobody_else_get
 
 def test_a_second_delivery_of_a_task_in_hand_joins_it(jobs: Callable[..., Job]) -> None:
     """One download, one result, posted with the newer lease; and it shows how long leases really last."""
-
-    class InPairs(Queue):
-        def fetch_tasks(self, job_id: int, count: int) -> list[Task]:
-            return super().fetch_tasks(job_id, min(count, 2))
-
     job = jobs()
     job.images.gate.clear()
     again = [second_delivery(number) for number in (1, 2)]
-    job.start_with([task(1), task(2), *again], InPairs, downloads=2)
+    job.start_with([task(1), task(2), *again], downloads=2)
     wait_until(lambda: job.journal.subjects() == [one.reply_subject for one in again])
     job.images.gate.set()
     assert sorted(job.infer_all()) == ["1", "2"]
