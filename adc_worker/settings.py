@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
@@ -35,16 +35,23 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _has_host(parts: SplitResult) -> bool:
+    try:
+        return bool((parts.hostname or "").encode("idna").decode("idna")) and parts.port != 0
+    except UnicodeError:  # no resolver takes it, and HTTP libraries raise that
+        return False
+
+
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.port == 0:
+    if parts.scheme not in {"http", "https"} or not _has_host(parts) or "@" in parts.netloc:
         raise ValueError("must be an http:// or https:// URL such as https://antenna.example.org/api/v2")
     return value.rstrip("/")
 
 
 def _nats_url(value: SecretStr) -> SecretStr:
     parts = urlsplit(value.get_secret_value())
-    if parts.scheme not in {"nats", "tls"} or not parts.hostname:
+    if parts.scheme not in {"nats", "tls"} or not _has_host(parts):
         raise ValueError("must be a nats:// or tls:// URL such as nats://nats.example.org:4222")
     return value
 
@@ -216,7 +223,9 @@ class Settings(BaseSettings):
             if not token:
                 raise ConfigurationError(f"{name}: the file it names is empty")
         if not token:
-            raise ConfigurationError(f"{name} is not set: copy the token of the worker's user from Antenna into .env")
+            raise ConfigurationError(
+                f"{name} is not set: copy it from the page of the worker's user in Antenna into .env"
+            )
         if (
             not token.isascii() or not token.isprintable() or " " in token
         ):  # an HTTP library would quote it in its error
@@ -263,6 +272,9 @@ def load(env_file: Path | None = None) -> Settings:
         name = variable(str(first["loc"][0])) if first["loc"] else "settings"
         shown = "" if {"TOKEN", "NATS"} & {*name.split("_")} else redact(f" (got {first['input']!r})")
         raise ConfigurationError(f"{name}: {first['msg']}{shown}") from None
+    except (OSError, UnicodeError) as error:
+        read = " or ".join(str(file) for file in _env_files(env_file) if file.exists())
+        raise ConfigurationError(f"{read} cannot be read: {error}") from None
 
 
 def _env_files(env_file: Path | None) -> tuple[Path, ...]:

@@ -6,7 +6,8 @@ size, no results written. Each way has a process of its own; all load the same f
 They take turns image by image, in changing order, so that a machine that slows down slows all. Plain runs twice: with
 the system's memory allocator as it is, and as a worker's child has it, which gives large blocks back at once, so that
 memory stays what was planned. `overhead` is what our code costs, `with allocator` what we cost in all: seconds of ours
-over those of the one plain and the other, - 1. Memory is how far the resident memory rose above the loaded models.
+over those of the one plain and the other, - 1. Memory is how far the resident memory rose above the loaded models;
+page faults, in thousands per photograph, are what most of the allocator's cost consists of.
 
 Weights are random, and shifted: the detector finds some tens of boxes, and the filter lets some of them through.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -156,7 +158,7 @@ def classes_of(card: ClassifierCard) -> int:
 
 
 def serve(name: str, folder: Path, device: torch.device) -> None:
-    """Answer each line, a slug and a photograph's seed, with seconds, bytes and boxes."""
+    """Answer each line, a slug and a photograph's seed, with seconds, bytes, page faults and boxes."""
     log.configure("json", "warning")
     way, slug = WAYS[name](folder, device), ""
     for line in sys.stdin:
@@ -165,9 +167,15 @@ def serve(name: str, folder: Path, device: torch.device) -> None:
             slug = wanted
             way.load(slug)
             way.run(draw_sheet(WARM_UP_PX, 0).image)
-        image, memory, started = draw_sheet(SIZE_PX, seed).image, PeakResidentMemory(), time.perf_counter()
+        image, memory, faults = draw_sheet(SIZE_PX, seed).image, PeakResidentMemory(), _page_faults()
+        started = time.perf_counter()
         found = way.run(image)
-        print(json.dumps([time.perf_counter() - started, memory.growth_bytes(), found]), flush=True)
+        spent_s, faults = time.perf_counter() - started, _page_faults() - faults
+        print(json.dumps([spent_s, memory.growth_bytes(), faults, found]), flush=True)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Server:
@@ -179,12 +187,12 @@ class Server:
             command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, slug: str, seed: int) -> tuple[float, int, list[int]]:
+    def run(self, slug: str, seed: int) -> tuple[float, int, int, list[int]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps([slug, seed]), file=self._process.stdin, flush=True)
-        seconds, peak_bytes, found = json.loads(self._process.stdout.readline())
-        return seconds, peak_bytes, found
+        spent_s, peak_bytes, faults, found = json.loads(self._process.stdout.readline())
+        return spent_s, peak_bytes, faults, found
 
     def close(self) -> None:
         self._process.communicate()
@@ -230,17 +238,19 @@ def overheads(folder: Path, device: str, slugs: Sequence[str], images: int) -> s
             for seed in range(images):
                 for name in list(WAYS)[:: -1 if seed % 2 else 1]:
                     runs[name, seed] = servers[name].run(slug, seed)
-            found = [runs["ours", seed][2] for seed in range(images)]
-            assert all(runs[name, seed][2] == found[seed] for name, seed in runs), "the same boxes"
+            found = [runs["ours", seed][3] for seed in range(images)]
+            assert all(runs[name, seed][3] == found[seed] for name, seed in runs), "the same boxes"
             spent_s = np.array([sum(runs[name, seed][0] for seed in range(images)) for name in WAYS])
             peaks = [report.mb(max(runs[name, seed][1] for seed in range(images))) for name in WAYS]
-            crops = f"{sum(map(sum, found)) / images:.0f}"
-            rows.append((slug, f"{sum(map(len, found)) / images:.0f}", crops, *_compared(spent_s, images), *peaks))
+            faults = [sum(runs[name, seed][2] for seed in range(images)) / images for name in WAYS]
+            crops, faulted = f"{sum(map(sum, found)) / images:.0f}", " / ".join(f"{one / 1e3:.0f}" for one in faults)
+            boxes = f"{sum(map(len, found)) / images:.0f}"
+            rows.append((slug, boxes, crops, *_compared(spent_s, images), *peaks, faulted))
             total_s += spent_s
             print(*rows[-1], flush=True)
-    rows.append(("all", "", "", *_compared(total_s, len(slugs) * images), "", "", ""))
+    rows.append(("all", "", "", *_compared(total_s, len(slugs) * images), "", "", "", ""))
     speeds, peaks = ([f"{name} {of}" for name in WAYS] for of in ("images/s", "peak"))
-    head = ("pipeline", "boxes", "crops scored", *speeds, "overhead", "with allocator", *peaks)
+    head = ("pipeline", "boxes", "crops scored", *speeds, "overhead", "with allocator", *peaks, "1000 page faults")
     return (
         f"{images} photographs of {SIZE_PX[0]}x{SIZE_PX[1]} a row; boxes and scored crops are means per photograph."
         " Page faults make single rows scatter by a fifth and more; `all` sums up.\n\n" + report.table(head, rows)

@@ -256,7 +256,12 @@ def _run_worker(options: WorkerOptions) -> ExitCode:
     from adc_worker.runtime.board import Board, listening  # noqa: PLC0415 (help and version need none of it)
 
     config = settings.load(options.env_path)
-    _token = config.token  # missing or unreadable: said before anything starts
+    try:
+        _token = config.token  # missing or unreadable: said before anything starts
+    except ConfigurationError as error:
+        meant = f"did you mean {settings.variable('antenna_api_auth_token')}"
+        misspelt = [one for one in settings.warnings_for(config, options.env_path) if meant in one]
+        raise ConfigurationError("; ".join([str(error), *misspelt])) from None
     terminal = sys.stderr.isatty()
     watched = terminal and config.log_format is None
     log_format = "json" if watched else config.log_format_on(terminal=terminal)

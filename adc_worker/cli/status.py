@@ -100,7 +100,7 @@ def _worker(one: dict[str, Any]) -> Iterator[RenderableType]:
 def _jobs(jobs: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None)
     for name in ("job", "pipeline", "done", "failed", "images/s", "peak", "binds", "ended"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "pipeline")
     for job in jobs:
         counts = (str(job["id"]), job["pipeline"], str(job["done"]), str(sum(job["failed"].values())))
         speed = (f"{job['images_per_s']:.2f}", size(job["peak_bytes"]), job["plan"].get("binds", ""))
@@ -214,5 +214,8 @@ def report_command(config: settings.Settings, output: Path) -> None:
     latest = (
         max(states, key=lambda state: float(state["jobs"][0]["ended_at"])) if states else json.loads(kept.read_bytes())
     )
-    output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
+    try:
+        output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
+    except OSError as error:
+        raise click.ClickException(f"cannot write {output}: {error.strerror}") from error
     click.echo(f"job {latest['jobs'][0]['id']}: {output}")

@@ -36,7 +36,11 @@ class StagedImage:
 
 
 class StagingArea:
-    """A private folder of compressed images, one file per held task, named by the task's number alone."""
+    """A private folder of compressed images, one file per held task, named by the task's number alone.
+
+    Workers whose journals are different files number their tasks alike: in a folder that they share each has its own,
+    named by `owner`.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,9 @@ class StagingArea:
         max_pixels: int,
         most_bytes: int | None = None,
         now: Callable[[], float] = time.monotonic,
+        owner: str = "",
     ) -> None:
-        self._folder = folder
+        self._folder = folder / owner
         self._client = client
         self._max_pixels = max_pixels
         try:
@@ -60,8 +65,9 @@ class StagingArea:
             raise ConfigurationError(
                 f"AMI_STAGING_PATH: anybody may write to {folder}, and could swap images there: name a folder below it"
             )
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         self._now = now
-        self.disk = DiskBudget(folder, most_bytes, now)
+        self.disk = DiskBudget(self._folder, most_bytes, now)
 
     def stage(
         self, task_id: int, task: Task, cancelled: Callable[[], bool], *, url_erased: bool = False

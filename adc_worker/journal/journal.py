@@ -224,7 +224,8 @@ class Journal:
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
         self._finish({task_id: self._compressed(task_id) for task_id in dead})
         self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
-        _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
+        if dead:  # of a job that came to its end nothing is left
+            _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
     def bury(self, job_id: int) -> list[int]:
         """The job is served no more: no subject of it may be used; results stay for images that come again.
@@ -444,6 +445,16 @@ class Journal:
     def job_ids(self) -> set[int]:
         """Return the jobs this slot holds tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ?", self.slot))
+
+    def owner_in(self, folder: Path) -> str:
+        """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
+        path = self._path.resolve()
+        beside = folder.resolve().parent == path.parent
+        return "" if beside else f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+
+    def was_used(self) -> bool:
+        """Whether a task was ever on record here, by whatever worker."""
+        return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))
 
     def subjects(self) -> list[str]:
         """Return the leases this slot holds."""

@@ -21,7 +21,7 @@ import orjson
 
 from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
-from adc_worker.errors import ConfigurationError
+from adc_worker.errors import ConfigurationError, WorkerFault
 from adc_worker.log import recent_causes
 from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
 
@@ -179,12 +179,13 @@ def _serve(connection: socket.socket, board: Board, folder: Path) -> None:
             if line == ASK:
                 connection.sendall(board.to_json())
                 return
-            if board.add(Snapshot.from_json(line)):
-                _write(report_path(folder), board.to_json())
+            if line.endswith(b"\n") and board.add(Snapshot.from_json(line)):  # or its child died in the middle of it
+                with suppress(OSError):  # a full disk must not end what a child tells
+                    _write(report_path(folder), board.to_json())
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")  # jobs of two children may end at once
     with os.fdopen(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
     temporary.replace(path)
@@ -207,7 +208,10 @@ def running(folder: Path) -> list[dict[str, Any]]:
             except ConnectionRefusedError:
                 path.unlink(missing_ok=True)  # its worker was killed
                 continue
-            connection.sendall(ASK)
-            answer = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))  # type: ignore[misc]
+            try:
+                connection.sendall(ASK)
+                answer = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))  # type: ignore[misc]
+            except OSError as error:
+                raise WorkerFault(f"the worker that listens at {path} does not answer: {error}") from error
             states.append(orjson.loads(answer))
     return states

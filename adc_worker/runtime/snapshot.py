@@ -151,9 +151,8 @@ class Reporter:
         self._moved = ((0.0, 0), time.time())
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._listener = listener
         self._socket: socket.socket | None = None
-        if listener is not None and listener.exists():
-            self._connect(listener)
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
@@ -182,10 +181,12 @@ class Reporter:
         if self._socket is not None:
             self._socket.close()
 
-    def _connect(self, listener: Path) -> None:
+    def _connect(self) -> None:
+        if self._listener is None or not self._listener.exists():
+            return
         connection = socket.socket(socket.AF_UNIX)
         try:
-            with socket_address(listener) as address:
+            with socket_address(self._listener) as address:
                 connection.connect(address)
         except OSError as error:
             connection.close()
@@ -200,6 +201,8 @@ class Reporter:
 
     def _send(self, ended: JobView | None = None) -> None:
         with self._lock:
+            if self._socket is None:  # the first time, or after the parent was too busy to listen
+                self._connect()
             if self._socket is None:
                 return
             try:

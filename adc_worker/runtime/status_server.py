@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -98,12 +99,17 @@ class _Server(ThreadingHTTPServer):
 
     def knows(self, host: str) -> bool:
         """Whether a request's Host is ours; a page elsewhere whose name was made to resolve to us is not."""
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        name = ""
         try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
             ipaddress.ip_address(name)
         except ValueError:
             return name in self.host_names
         return True
+
+    def handle_error(self, *_: object) -> None:
+        """Write no traceback between the log lines: a reader went away in the middle."""
+        _log.debug("status_request_failed", error=repr(sys.exception()))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -157,7 +163,8 @@ def serving(board: Board, address: tuple[str, int]) -> Iterator[None]:
         ) from error
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status-page", daemon=True)
     thread.start()
-    _log.info("status_page", url=f"http://{address[0]}:{server.server_address[1]}/")
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    _log.info("status_page", url=f"http://{host}:{server.server_address[1]}/")
     try:
         yield
     finally:

@@ -37,13 +37,14 @@ ABORT_S = 5.0  # to write the stacks, first on command, then on SIGABRT; then SI
 ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
 OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
-# glibc's threshold adapts upwards, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
-# (measurements, "Other costs"). With a fixed threshold the heap is trimmed at every 128 kB unless told otherwise, which
-# cost Pillow's decodes 38 000 page faults each. A tensor above the threshold is fresh pages each time: torch's variable
-# makes them huge ones, a tenth of the 1.1 million page faults an image that were a quarter of inference on a CPU.
+# glibc's threshold adapts upwards to 32 MiB, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
+# (measurements, "Other costs"). Fixed at 16 MiB, photographs and decoders' blocks for them are mapped and given back
+# whole, while most tensors between a network's layers stay in the heap, whose free end is kept up to 128 MiB: fresh
+# pages for each slow inference on a CPU down (benchmarks/inference.py, page faults). torch's variable makes the pages
+# of large tensors huge ones.
 CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-    "MALLOC_TRIM_THRESHOLD_": "33554432",
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 _KILLED = 3
@@ -52,6 +53,7 @@ _HUNG = 2  # times overdue
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SIGNS_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+_LIBC = ctypes.CDLL(None, use_errno=True)  # here: the loader's lock may be held by a thread when a child is forked
 # Deaths of a process's own making: evidence against an image that was alone in it.
 _OWN_DEATHS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 _NO_RESTART = frozenset(
@@ -189,7 +191,7 @@ class Supervisor:
             start_new_session=True,
             env=environment,
             pass_fds=[signs_write],
-            preexec_fn=_become_child,  # noqa: PLW1509 (the parent has one thread; exec keeps what it sets)
+            preexec_fn=_become_child,  # noqa: PLW1509 (it takes no lock that a thread may hold; exec keeps what it sets)
         )
         os.close(signs_write)
         os.close(commands)
@@ -321,7 +323,7 @@ def watchdog_period_s() -> float:
 
 
 def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+    if _LIBC.prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 

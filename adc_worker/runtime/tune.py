@@ -185,7 +185,9 @@ def _tasks(
     """Take two tasks and stage them; what they come to is kept in the journal, and posted in the end."""
     with closing(Journal(config.journal_path)) as journal:
         poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
-        staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
+        folder = config.effective_staging_path
+        owner = journal.owner_in(folder)
+        staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
         outcomes = JobOutcomes(job_id, journal, staging, poster)
         try:
             for held in journal.record(job_id, client.fetch_tasks(job_id, PROBE_IMAGES)):

@@ -220,8 +220,11 @@ class WorkerLoop:
             return None
 
     def _first_contact_failed(self, error: AntennaError) -> None:
-        """At start an unreachable or refusing Antenna is a setting to correct; later it is an outage to wait out."""
-        if self._contacted:
+        """At start a refusing Antenna is a setting to correct; later it is an outage to wait out.
+
+        So is an unreachable one at the first start here: a host that comes back before Antenna does needs nobody.
+        """
+        if self._contacted or (isinstance(error, AntennaUnreachable) and self._context.journal.was_used()):
             return
         if isinstance(error, AntennaRefused):
             hint = " (fetching tasks takes a superuser's token)" if "/tasks/" in str(error) else ""
@@ -260,7 +263,9 @@ def run(
     ):
         if share.after_kill:
             _log.warning("predecessor_killed_for_memory", plans_with=share.caution)
-        staging = StagingArea(config.effective_staging_path, images, config.image_max_pixels, config.staging_max_bytes)
+        folder = config.effective_staging_path
+        owner = journal.owner_in(folder)
+        staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
         suspects = journal.accuse(died, oom_kills())
         swept = staging.sweep(journal.unfinished_ids)
         _log.info(

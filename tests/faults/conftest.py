@@ -68,7 +68,7 @@ class Desk:
         """Count the requests for each image."""
         return Counter(request.target for request in self.images.requests)
 
-    def done(self, job_id: int, timeout_s: float = 40.0) -> Job:
+    def done(self, job_id: int, timeout_s: float = 120.0) -> Job:
         """Wait for the job's success and return it: one result per image, and no error."""
         wait_until(lambda: self.antenna.job(job_id).status == "SUCCESS", timeout_s)
         job = self.antenna.job(job_id)

@@ -134,7 +134,7 @@ def test_a_worker_killed_at_any_stage_loses_nothing_and_repeats_at_most_one_batc
     with worker(env) as first:
         first.wait_for("worker_ready")
         start_s = time.monotonic() - started
-        wait_until(lambda: stage.reached(desk, first) and _no_fetch_is_open(desk), timeout_s=30)
+        wait_until(lambda: stage.reached(desk, first) and _no_fetch_is_open(desk), timeout_s=90)
         os.killpg(first.process.pid, signal.SIGKILL)
         wait_until(lambda: first.process.poll() is not None)
     cut_off = _cut_off(desk)
@@ -166,12 +166,12 @@ def test_two_workers_on_one_data_folder_share_a_job_and_one_that_dies_leaves_its
         second.wait_for("journal_open")
         slots = [log.events("journal_open")[0]["slot"] for log in (first, second)]
         assert sorted(slots) == [0, 1]
-        wait_until(lambda: _staged(desk) == 20, timeout_s=30)  # each has ten: no fetch is open whose answer could die
+        wait_until(lambda: _staged(desk) == 20, timeout_s=90)  # each has ten: no fetch is open whose answer could die
         os.killpg(second.process.pid, signal.SIGKILL)
         wait_until(lambda: second.process.poll() is not None)
         cut_off = _cut_off(desk)
         desk.switch("hold", on=False)
-        wait_until(lambda: first.events("job_summary"), timeout_s=30)
+        wait_until(lambda: first.events("job_summary"), timeout_s=90)
         code, _third = run_to_end(env, "--exit-when-idle")
         assert code == ExitCode.OK
         job = desk.done(job_id)

@@ -44,15 +44,15 @@ def test_one_image_host_that_is_down_stops_the_tasks_that_need_it_and_no_other_j
         after_the_worker.callback(over.set)
         mute.replies |= {f"/{number}.png": partial(_when, over, number) for number in range(300, 320)}
         desk.add_job(20, first=300, host=mute)
-        wait_until(lambda: mute.requests, 20.0)
+        wait_until(lambda: mute.requests, timeout_s=60)
         later = desk.add_job(8, first=200)
-        desk.done(later, timeout_s=READ_TIMEOUT_S / 2)
+        desk.done(later, timeout_s=0.9 * READ_TIMEOUT_S)  # it does not wait until the mute one is given up
         back = after_the_worker.enter_context(ImageServer(port=port))
         back.replies |= {f"/{number}.png": Reply(numbered(number)) for number in range(8)}
         job = desk.done(waiting)
         running.wait_for("image_host_back")
     assert set(job.deliveries.values()) == {1}
-    assert len(running.events("image_host_at_fault")) == 1
+    assert [one["host"] for one in running.events("image_host_at_fault")].count(f"127.0.0.1:{port}") == 1
 
 
 def _when(over: threading.Event, number: int) -> Reply:
@@ -86,7 +86,7 @@ def test_many_images_that_fail_alike_are_the_hosts_fault(desk: Desk) -> None:
         assert "in a browser" in running.wait_for("image_host_at_fault")["do"]
         for number in range(40):
             desk.images.replies[f"/{number}.png"] = Reply(numbered(number))
-        wait_until(lambda: desk.antenna.job(job_id).status == "SUCCESS", timeout_s=40)
+        wait_until(lambda: desk.antenna.job(job_id).status == "SUCCESS", timeout_s=120)
     job = desk.antenna.job(job_id)
     assert len(job.errors) <= 4
     assert len(job.results) == 40 - len(job.errors)
@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk
         {"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8", "COUNTING_SECONDS": "0.01"}
     )
     with worker(env) as running:
-        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=30)
+        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=90)
         filler = _fill(small_disk)
         fetches = desk.gate.requests["POST tasks"]
         desk.switch("hold", on=False)
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk
         assert desk.gate.requests["POST tasks"] <= fetches + 2, (
             "what was under way before the disk was known to be full"
         )
-        wait_until(lambda: desk.antenna.job(job_id).processed > 0, timeout_s=30)
+        wait_until(lambda: desk.antenna.job(job_id).processed > 0, timeout_s=90)
         filler.unlink()
         running.wait_for("machine_fault_over")
         job = desk.done(job_id)
@@ -182,7 +182,7 @@ def test_a_fault_of_the_machine_that_lasts_ends_the_process_by_name(desk: Desk, 
     job_id = desk.add_job(30)
     env = desk.environment({"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8"})
     with worker(env | {"COUNTING_MACHINE_FAULT_S": "2"}) as running:
-        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=30)
+        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=90)
         filler = _fill(small_disk)
         desk.switch("hold", on=False)
         assert running.wait() == ExitCode.MACHINE_FAULT

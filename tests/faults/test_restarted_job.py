@@ -30,7 +30,7 @@ def test_kept_results_are_posted_into_the_new_stream_of_a_restarted_job_only_wit
     job_id = desk.add_job(IMAGES)
     env = desk.environment()
     with worker(env) as running:
-        wait_until(lambda: sum(desk.inferred.values()) == IMAGES, timeout_s=30)
+        wait_until(lambda: sum(desk.inferred.values()) == IMAGES, timeout_s=90)
         running.wait_for("post_failed")
         if killed:
             os.killpg(running.process.pid, signal.SIGKILL)
@@ -38,7 +38,7 @@ def test_kept_results_are_posted_into_the_new_stream_of_a_restarted_job_only_wit
         desk.antenna.cancel(job_id)
         desk.antenna.retry(job_id)
         if not killed:
-            running.wait_for("subjects_dead", timeout_s=30)
+            running.wait_for("subjects_dead", timeout_s=90)
         desk.gate.open()
         if killed:
             code, _log = run_to_end(env, "--exit-when-idle")

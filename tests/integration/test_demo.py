@@ -38,7 +38,7 @@ def left_behind(folder: Path, family: list[psutil.Process]) -> list[str]:
 def test_the_demo_shows_a_whole_job_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Six images, one broken and one missing: a table, a contact sheet, and no process or temporary file."""
     with start_demo(tmp_path, "--count", "6") as demo:
-        output, _ = demo.communicate(timeout=100)
+        output, _ = demo.communicate(timeout=240)
     assert demo.returncode == ExitCode.OK, output
     told = [line.strip("│ ").split("│") for line in output.splitlines() if line.startswith("│")]
     table = {cells[0].strip(): cells[1].strip() for cells in told if len(cells) > 1}
@@ -61,7 +61,7 @@ def test_a_demo_of_nothing_but_bad_images_still_reports(tmp_path: Path) -> None:
     bad.mkdir()
     (bad / "broken.jpg").write_bytes(b"no photograph")
     with start_demo(tmp_path, "--images", str(bad)) as demo:
-        output, _ = demo.communicate(timeout=100)
+        output, _ = demo.communicate(timeout=240)
     assert demo.returncode == ExitCode.OK, output
     assert "not an image this worker takes" in output
     assert "Traceback" not in output
@@ -75,9 +75,9 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path, when: str)
         if when == "Antenna at":
             next(line for line in demo.stdout if when in line)
         else:
-            wait_until(lambda: list((tmp_path / "tmp").glob("adc-demo-*/data/staging/*.img")), timeout_s=60)
+            wait_until(lambda: list((tmp_path / "tmp").glob("adc-demo-*/data/staging/*.img")), timeout_s=120)
         family = psutil.Process(demo.pid).children(recursive=True)
         assert family, "a NATS server and a worker were running"
         demo.send_signal(signal.SIGINT)
-        demo.communicate(timeout=60)
-    wait_until(lambda: not left_behind(tmp_path, family), timeout_s=10)
+        demo.communicate(timeout=120)
+    wait_until(lambda: not left_behind(tmp_path, family), timeout_s=30)

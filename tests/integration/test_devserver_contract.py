@@ -31,6 +31,7 @@ from tests.support.contract import (
     post,
     success,
 )
+from tests.support.process_tree import alive
 from tests.support.waiting import wait_until
 
 ALGORITHMS = [("D", "sheet_detector", "detection"), ("C", "sheet_classifier", "classification")]
@@ -406,11 +407,11 @@ def test_the_command_prints_two_settings_and_takes_nats_with_it(number: signal.S
         lines = [process.stdout.readline().strip() for _ in range(4)]
         (nats,) = psutil.Process(process.pid).children()
         process.send_signal(number)
-        assert process.wait(10) == (0 if number != signal.SIGKILL else -number)
+        assert process.wait(30) == (0 if number != signal.SIGKILL else -number)
     assert lines[1].startswith("AMI_ANTENNA_API_BASE_URL=http://127.0.0.1:")
     assert lines[2] == "AMI_ANTENNA_API_AUTH_TOKEN=t0"
     assert "1 images for light_sheet_blobs" in lines[3]
-    wait_until(lambda: not nats.is_running() or nats.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not alive([nats]))
 
 
 def test_the_shape_language_tells_differences() -> None:

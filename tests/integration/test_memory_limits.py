@@ -87,10 +87,10 @@ def test_a_worker_that_arrives_in_the_others_peak_kills_neither(
         worker(env, "--pipeline", "greedy", within=group.within) as second,
     ):
         second.wait_for("worker_ready")
-        wait_until(lambda: any(one["memory_bytes"] > 1200 * MB for one in first.events("batch")), timeout_s=60)
+        wait_until(lambda: any(one["memory_bytes"] > 1200 * MB for one in first.events("batch")), timeout_s=120)
         jobs.append(server.add_job("greedy", [large] * 40))
         for job_id in jobs:
-            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=90)  # type: ignore[misc]
+            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=180)  # type: ignore[misc]
         second.process.terminate()
         assert (second.wait(), first.wait()) == (ExitCode.OK, ExitCode.OK)
         assert group.oom_kills() == 0

@@ -36,7 +36,7 @@ from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end
 
-pytestmark = pytest.mark.timeout(400)  # seconds alone; minutes where other work has the cores
+pytestmark = pytest.mark.timeout(900)  # seconds alone; minutes where other work has the cores
 
 SHARED = Path(__file__).parents[3] / "shared"
 LISTINGS = SHARED / "checkpoints"

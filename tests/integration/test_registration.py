@@ -47,7 +47,7 @@ def data(tmp_path: Path) -> Path:
 
 def ami(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "adc_worker", *arguments]
-    return subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False, timeout=110)
+    return subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_all_projects_of_all_pages_learn_of_all_ten_pipelines(server: DevServer, data: Path) -> None:

@@ -50,19 +50,19 @@ def get(url: str, **headers: str) -> tuple[int, str, Any]:
 def ami(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "adc_worker", *arguments],
-        env=env, cwd=env["AMI_USER_DATA_PATH"], capture_output=True, text=True, check=False, timeout=60,
+        env=env, cwd=env["AMI_USER_DATA_PATH"], capture_output=True, text=True, check=False, timeout=180,
     )  # fmt: skip
 
 
 def test_a_running_worker_shows_itself_on_every_way(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
     """Page, data, metrics, health and `ami worker status` agree; a page of another origin gets nothing."""
     job_id = server.add_job("simulated", sheets * 100 + [tmp_path / "missing.jpg"])
-    extra = {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05", "AMI_STATUS_PORT": "0"}
+    extra = {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.2", "AMI_STATUS_PORT": "0"}  # the job outlives the test
     env = environment(server, tmp_path / "data", extra)
     with worker(env, *SIMULATED) as running:
         url = running.wait_for("status_page")["url"].rstrip("/")
         assert get(f"{url}/livez")[0] == 200
-        wait_until(lambda: "batch_size" in get(f"{url}/snapshot.json")[1], timeout_s=60)
+        wait_until(lambda: "batch_size" in get(f"{url}/snapshot.json")[1], timeout_s=120)
         state = json.loads(get(f"{url}/snapshot.json")[1])
         job = state["workers"][0]["snapshot"]["job"]
         assert job["id"] == job_id
@@ -122,7 +122,7 @@ def test_a_worker_that_holds_tasks_and_gets_nowhere_is_not_ready(
     with Gate(server.api_url) as gate, worker({**env, "AMI_ANTENNA_API_BASE_URL": gate.api_url}, *SIMULATED) as running:
         gate.fault = lambda route: 503 if route == "POST result" else None
         url = running.wait_for("status_page")["url"].rstrip("/")
-        wait_until(lambda: "made no progress" in get(f"{url}/readyz")[1], timeout_s=60)
+        wait_until(lambda: "made no progress" in get(f"{url}/readyz")[1], timeout_s=120)
         assert get(f"{url}/readyz")[0] == 503
         assert get(f"{url}/livez")[0] == 200
         assert ami(env, "worker", "status").returncode == ExitCode.FAILED

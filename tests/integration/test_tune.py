@@ -20,7 +20,7 @@ def tune(antenna: DevServer | Gate, token: str, folder: Path, *arguments: str) -
         "AMI_ANTENNA_API_BASE_URL": antenna.api_url,
         "AMI_ANTENNA_API_AUTH_TOKEN": token,
         "AMI_USER_DATA_PATH": str(folder / "data"),
-        "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.02",
+        "AMI_SIMULATED_SECONDS_PER_IMAGE": "0.3",  # far from what a busy machine takes to decode
     }
     command = [sys.executable, "-m", "adc_worker", "worker", "tune", "simulated", "--json", *arguments]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)

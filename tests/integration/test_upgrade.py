@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,25 +25,26 @@ LIMITS = {"AMI_ANTENNA_API_BATCH_SIZE": 4, "AMI_LOCALIZATION_BATCH_SIZE": 2, "AM
           "AMI_NUM_WORKERS": 1}  # fmt: skip
 
 
-def _seconds_between(events: list[dict[str, Any]]) -> float:
-    first, last = (datetime.fromisoformat(event["timestamp"]) for event in (events[0], events[-1]))
-    return (last - first).total_seconds()
+def _s_per_image(batches: list[dict[str, Any]]) -> float:
+    """Return the median over batches, which a moment of another program's does not move."""
+    ends = [datetime.fromisoformat(batch["timestamp"]).timestamp() for batch in batches]
+    images = [int(batch["images"]) for batch in batches]
+    return median((end - start) / count for (start, end), count in zip(pairwise(ends), images[1:], strict=True))
 
 
 @pytest.mark.skipif(not OLD_ENV.is_file(), reason="the operators' file is not beside this checkout")
 def test_the_old_env_file_runs_a_job_as_fast_as_none(tmp_path: Path) -> None:
     """As it is but for the address: within 5 %, and every line that limits or does nothing is named."""
-    rates = []
+    s_per_image = []
     for name, arguments in (("without", ()), ("with", ("--env-file", str(OLD_ENV)))):
         with DevServer(save_delay_s=0.005) as server:
             files = write_sheets(tmp_path / name, 2, seed=3, sizes=((640, 480),))
-            server.add_job("simulated", files * 25)
-            env = environment(server, tmp_path / name / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.1"})
+            server.add_job("simulated", files * 20)
+            env = environment(server, tmp_path / name / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.2"})
             code, log = run_to_end(env, *SIMULATED, "--exit-when-idle", *arguments)
         assert code == ExitCode.OK
-        inferring = log.events("batch")[5:]
-        rates.append(sum(event["images"] for event in inferring[1:]) / _seconds_between(inferring))
-    assert rates[1] > 0.95 * rates[0]
+        s_per_image.append(_s_per_image(log.events("batch")))
+    assert s_per_image[1] < s_per_image[0] / 0.95
     (start,) = log.events("start")
     assert start["limits"].items() >= LIMITS.items()
     notes = " ".join(event["note"] for event in log.events("setting"))
@@ -61,7 +64,7 @@ def test_swapping_back_in_the_middle_of_a_job_loses_nothing(tmp_path: Path) -> N
         done = server.job(job_id).processed
         assert 0 < done < 80
         with worker(environment(server, tmp_path / "second", extra), *SIMULATED):
-            wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s=60)
+            wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s=120)
         job = server.job(job_id)
         assert set(job.results) == set(job.image_ids)
         assert max(job.deliveries.values()) <= 2

@@ -13,11 +13,13 @@ from PIL import Image
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
+from tests.support.gate import Gate
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end, worker
 
 BLOBS = ("--pipeline", "light_sheet_blobs")
 SIMULATED = ("--pipeline", "simulated")
+DRAINED = 120  # images: six seconds, so that a drain finds some to do though this process is slow to ask for it
 
 
 @pytest.fixture
@@ -140,6 +142,25 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert "Traceback" not in "\n".join(log.lines)
 
 
+def test_an_antenna_that_is_away_at_a_later_start_is_waited_for(
+    server: DevServer, sheets: list[Path], tmp_path: Path
+) -> None:
+    """Both may come back from a power cut, the worker first: no supervisor would start it again after exit code 2."""
+    with Gate(server.api_url) as gate:
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        server.add_job("simulated", sheets)
+        assert run_to_end(env, *SIMULATED, "--exit-when-idle")[0] == ExitCode.OK
+        gate.fault = lambda _route: "reset"
+        with worker(env, *SIMULATED) as running:
+            running.wait_for("poll_failed", count=2)
+            gate.open()
+            job_id = server.add_job("simulated", sheets)
+            wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s=120)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK
+    assert not running.events("child_ended")
+
+
 @pytest.mark.parametrize("kind", ["unknown", "member"])
 def test_a_token_that_antenna_refuses_is_said_at_once(
     server: DevServer, sheets: list[Path], tmp_path: Path, kind: str
@@ -158,23 +179,23 @@ def test_a_token_that_antenna_refuses_is_said_at_once(
 def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
     server: DevServer, sheets: list[Path], tmp_path: Path
 ) -> None:
-    """After a drain the job is finished by the next worker: no image downloaded or delivered twice."""
-    files = [sheets[index % 4] for index in range(60)]
-    job_id = server.add_job("simulated", files)
+    """After a drain the next worker finishes the job: nothing is delivered twice, or downloaded again that had come."""
+    job_id = server.add_job("simulated", [sheets[index % 4] for index in range(DRAINED)])
     env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
     with worker(env, *SIMULATED) as first:
         first.wait_for("batch", count=2)
         os.killpg(first.process.pid, signal.SIGTERM)
         assert first.wait() == ExitCode.OK
     done_first = sum(event["done"] for event in first.events("job_summary"))
-    assert 0 < done_first < 60
-    code, _log = run_to_end(env, *SIMULATED, "--exit-when-idle")
+    assert 0 < done_first < DRAINED
+    staged, asked = len(list((tmp_path / "data" / "staging").glob("*.img"))), server.requests["GET images"]
+    code, _log = run_to_end(env | {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}, *SIMULATED, "--exit-when-idle")
     assert code == ExitCode.OK
     wait_until(lambda: server.job(job_id).status == "SUCCESS")
     job = server.job(job_id)
     assert set(job.deliveries.values()) == {1}
     assert set(job.posts.values()) == {1}
-    assert server.requests["GET images"] == 60
+    assert server.requests["GET images"] - asked == DRAINED - done_first - staged
 
 
 def test_an_idle_worker_polls_and_answers_a_job_that_appears(
@@ -185,7 +206,7 @@ def test_an_idle_worker_polls_and_answers_a_job_that_appears(
         running.wait_for("worker_ready")
         for number in (1, 2):
             job_id = server.add_job("light_sheet_blobs", sheets)
-            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=30)  # type: ignore[misc]
+            wait_until(lambda job_id=job_id: server.job(job_id).status == "SUCCESS", timeout_s=90)  # type: ignore[misc]
             running.wait_for("job_summary", count=number)
         running.process.send_signal(signal.SIGINT)
         assert running.wait() == ExitCode.OK

@@ -11,11 +11,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
+
+from tests.support.image_server import BusyServer
 
 # hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
 Fault = Literal["hold", "withhold", "reset", "cut"] | int
@@ -46,7 +48,7 @@ class Gate:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = BusyServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = False  # closing waits for them
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
 

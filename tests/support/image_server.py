@@ -41,6 +41,12 @@ class Request:
     client_port: int
 
 
+class BusyServer(ThreadingHTTPServer):
+    """Takes many connections at once; of more than may wait the kernel drops some, which come again a second later."""
+
+    request_queue_size = 128
+
+
 class ImageServer:
     """Routes by request target (a whole URL where it is a proxy); what is unknown is 404."""
 
@@ -58,7 +64,7 @@ class ImageServer:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http = BusyServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = False  # closing waits for them
         self._scheme = "http"
         if tls is not None:

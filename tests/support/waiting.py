@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 POLL_S = 0.01
 
 
-def wait_until(predicate: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(predicate: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Return as soon as `predicate()` is true.
 
     Raises:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from adc_worker.devserver.server import DevServer
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
-EXIT_TIMEOUT_S = 90.0
+EXIT_TIMEOUT_S = 180.0
 
 
 class WorkerProcess:
@@ -35,7 +35,7 @@ class WorkerProcess:
         parsed = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
         return [event for event in parsed if event["event"] == name]
 
-    def wait_for(self, name: str, count: int = 1, timeout_s: float = 60.0) -> dict[str, Any]:
+    def wait_for(self, name: str, count: int = 1, timeout_s: float = 120.0) -> dict[str, Any]:
         """Wait until an event was logged `count` times and return the last of them."""
         wait_until(lambda: len(self.events(name)) >= count or self.process.poll() is not None, timeout_s)
         found = self.events(name)
@@ -97,7 +97,8 @@ def worker(
     finally:
         family = _family(process.pid)
         for member in family:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):  # a child dies with its parent
+                member.kill()
         psutil.wait_procs(family, EXIT_TIMEOUT_S)
         running.wait()
 

@@ -34,7 +34,28 @@ def test_a_missing_token_is_one_line_whichever_way_the_worker_is_started(command
     done = ami(*command, "--pipeline", "simulated")
     assert done.exit_code == ExitCode.CONFIGURATION
     (line,) = done.output.splitlines()
-    assert line.startswith("ami: AMI_ANTENNA_API_AUTH_TOKEN is not set")
+    assert (
+        line == "ami: AMI_ANTENNA_API_AUTH_TOKEN is not set: "
+        "copy it from the page of the worker's user in Antenna into .env"
+    )
+
+
+def test_a_misspelt_token_variable_is_named_where_the_token_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warnings of the start would come too late."""
+    monkeypatch.setenv("AMI_ANTENNA_API_AUTH_TOKN", "canary-token")
+    (line,) = ami("worker").output.splitlines()
+    assert line.endswith(
+        "; AMI_ANTENNA_API_AUTH_TOKN is not a setting of this worker; did you mean AMI_ANTENNA_API_AUTH_TOKEN?"
+    )
+    assert "canary" not in line
+
+
+def test_a_report_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AMI_USER_DATA_PATH", str(tmp_path))
+    (tmp_path / "last-job.json").write_text('{"jobs": [{"id": 1}]}')
+    done = ami("worker", "report", str(tmp_path / "no" / "folder.html"))
+    assert done.exit_code == ExitCode.FAILED
+    assert "folder.html: No such file or directory" in done.output
 
 
 def test_an_env_file_that_is_not_there_is_said(tmp_path: Path) -> None:

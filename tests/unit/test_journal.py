@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
@@ -55,6 +56,27 @@ def test_tasks_survive_reopening(path: Path) -> None:
     assert [one.task for one in held] == [task(1), task(2)]
     assert second.unfinished(8) == []
     second.close()
+
+
+def test_it_is_known_whether_a_task_was_ever_on_record(path: Path, journal: Journal) -> None:
+    """Also when all of them are forgotten."""
+    assert not journal.was_used()
+    (held,) = journal.record(7, [task(1)])
+    journal.forget([held.id])
+    second = Journal(path)
+    assert second.was_used()
+    second.close()
+
+
+def test_a_journal_is_told_from_others_and_known_again(path: Path, journal: Journal, tmp_path: Path) -> None:
+    """Their workers may stage in one folder; the folder beside a journal is its own."""
+    again, other = Journal(path), Journal(tmp_path / "other" / "adc_journal.db")
+    names = [one.owner_in(tmp_path / "scratch") for one in (journal, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert journal.owner_in(path.with_name("staging")) == ""
+    assert journal.owner_in(tmp_path / "other" / "staging") == names[0]
+    again.close()
+    other.close()
 
 
 def test_results_survive_reopening(path: Path) -> None:
@@ -130,7 +152,10 @@ def test_a_result_of_a_job_that_was_dropped_is_not_kept(journal: Journal) -> Non
     """Its job was cancelled while it was inferred; the others of its batch are kept."""
     (gone,) = journal.record(7, [task(1)])
     (here,) = journal.record(8, [task(2)])
-    assert journal.bury(7) == [gone.id]
+    with capture_logs() as said:
+        assert journal.bury(7) == [gone.id]
+        assert journal.bury(7) == []
+    assert [one["tasks"] for one in said] == [1], "a job that simply ended is nothing to warn of"
     keep(journal, [(gone.id, b"nobody wants it"), (here.id, b"kept")])
     assert bodies(journal) == [b"kept"]
 

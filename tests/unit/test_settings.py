@@ -173,6 +173,8 @@ def test_a_status_port_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch,
         ("AMI_ANTENNA_API_DATALOADER_PIN_MEMORY", "perhaps"),
         ("AMI_ANTENNA_API_BASE_URL", "antenna.example.org/api/v2"),
         ("AMI_ANTENNA_API_BASE_URL", "ftp://antenna.example.org"),
+        ("AMI_ANTENNA_API_BASE_URL", "http://antenna..org/api/v2"),
+        ("AMI_ANTENNA_API_BASE_URL", "http://xn--/api/v2"),
         ("AMI_LOG_LEVEL", "chatty"),
     ],
 )
@@ -182,6 +184,21 @@ def test_a_bad_value_is_shown_with_the_name_of_its_variable(
     """The operator sees at once which line to correct."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"^{name}: .*got '{value}'"):
+        load()
+
+
+@pytest.mark.parametrize("value", ["nats://nats:port", "nats://nats:99999", "nats://nats..org:4222", "nats://[::1"])
+def test_a_nats_url_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """At start, and not where it is first used."""
+    monkeypatch.setenv("AMI_ANTENNA_NATS_URL", value)
+    with pytest.raises(ConfigurationError, match=r"^AMI_ANTENNA_NATS_URL: "):
+        load()
+
+
+def test_an_env_file_that_is_no_text_is_named() -> None:
+    """Editors of old machines write Latin-1."""
+    Path(".env").write_bytes("AMI_ANTENNA_SERVICE_NAME=K\u00e4fer\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"^\.env cannot be read: 'utf-8' codec"):
         load()
 
 
@@ -206,7 +223,7 @@ def test_the_token_is_masked_wherever_settings_are_shown(monkeypatch: pytest.Mon
 def test_a_missing_token_says_which_variable_to_set() -> None:
     """Spaces are no token."""
     write(".env", "AMI_ANTENNA_API_AUTH_TOKEN='  '\n")
-    with pytest.raises(ConfigurationError, match="AMI_ANTENNA_API_AUTH_TOKEN is not set: copy the token"):
+    with pytest.raises(ConfigurationError, match="AMI_ANTENNA_API_AUTH_TOKEN is not set: copy it from"):
         _ = load().token
 
 

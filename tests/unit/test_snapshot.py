@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from adc_worker import log
-from adc_worker.runtime.board import HISTORY_POINTS, SILENT_S, Board
-from adc_worker.runtime.snapshot import JobView, Snapshot, StageView
-from adc_worker.runtime.status_server import rendered_page
+from adc_worker.errors import WorkerFault
+from adc_worker.runtime import board
+from adc_worker.runtime.board import HISTORY_POINTS, SILENT_S, Board, listening, report_path, running
+from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, StageView, socket_address, socket_path
+from adc_worker.runtime.status_server import rendered_page, serving
+from tests.support.waiting import wait_until
 
 LEASE_S = 300.0
 
@@ -83,6 +92,57 @@ def test_a_worker_is_not_ready_when_a_process_is_silent_or_holds_tasks_and_does_
     board.add(told(time.time()))
     (said,) = board.unready()
     assert reason in said
+
+
+def test_a_child_is_heard_again_after_its_line_broke_and_the_report_could_not_be_written(tmp_path: Path) -> None:
+    """Once deaf is not deaf for the months that follow."""
+    board, path = Board(1, LEASE_S), socket_path(tmp_path, os.getpid())
+    report_path(tmp_path).mkdir()  # as good as a full disk
+
+    def latest() -> float:
+        return max((one.at for one in board.snapshots()), default=0.0)
+
+    with (
+        listening(board, tmp_path),
+        closing(Reporter(path, lambda view: snapshot(job=view))) as reporter,
+        reporter.job(lambda: job(done=1)),
+    ):
+        wait_until(latest)
+        assert reporter._socket is not None
+        reporter._socket.shutdown(socket.SHUT_RDWR)
+        broken_at = time.time()
+        wait_until(lambda: latest() > broken_at)
+        reporter._send(job(done=2, ended_at=time.time()))
+        ended_at, connection = time.time(), reporter._socket
+        wait_until(lambda: latest() > ended_at)
+        assert reporter._socket is connection
+
+
+def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped, or whose disk is gone, still takes connections."""
+    monkeypatch.setattr(board, "ANSWER_TIMEOUT_S", 0.1)
+    path = socket_path(tmp_path, 4711)
+    with socket.socket(socket.AF_UNIX) as mute, socket_address(path) as address:
+        mute.bind(address)
+        mute.listen()
+        with pytest.raises(WorkerFault, match=r"4711\.sock does not answer: timed out"):
+            running(tmp_path)
+
+
+def test_readers_that_go_away_and_strange_hosts_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    """Between log lines that programs read."""
+    reset = struct.pack("ii", 1, 0)
+    with serving(Board(1, LEASE_S), ("127.0.0.1", 0)):
+        mine = psutil.Process().net_connections("tcp4")
+        (port,) = [one.laddr.port for one in mine if one.status == psutil.CONN_LISTEN]
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                reader.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", port)) as reader:
+            reader.sendall(b"GET / HTTP/1.1\r\nHost: [\r\n\r\n")
+            assert b" 421 " in reader.recv(100)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_an_idle_worker_stays_ready_for_ever() -> None:

@@ -62,6 +62,18 @@ def test_an_image_is_staged_under_its_tasks_number(tmp_path: Path) -> None:
     assert client.urls == [task(7).image_url]
 
 
+def test_two_owners_of_one_folder_never_see_each_others_files(tmp_path: Path) -> None:
+    """Both journals begin with task 1: one worker's image must not become the other's result, nor be swept away."""
+    large, small = (
+        StagingArea(tmp_path, FakeClient(tmp_path, jpeg(*size)), MAX_PIXELS, owner=f"journal-{size[0]}")
+        for size in ((30, 20), (10, 10))
+    )
+    first = large.stage(1, task(1), lambda: False)
+    assert small.sweep(set) == 0
+    assert small.stage(1, task(1), lambda: False).header.shape == (10, 10, 3)
+    assert first.path.exists()
+
+
 def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> None:
     """It is written under another name and renamed."""
     client = FakeClient(tmp_path, jpeg())
