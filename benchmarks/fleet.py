@@ -99,9 +99,10 @@ class LightWorker:
         fetch = self._fetches.setdefault(
             job_id, TaskFetch(job_id, self._client, self._journal, self._poster, LeaseTerms())
         )
-        fetch.start(FETCH_TASKS, answered.set)
+        fetch.begin_turn(answered.set)
+        fetch.start(FETCH_TASKS)
         answered.wait()
-        held = fetch.take_answer() or []
+        held = self._journal.unfinished(job_id)
         self._stopping.wait(self._image_s * len(held))
         self._journal.keep([(one.id, SuccessResult(one.task, SLUG, [], self._image_s, _now())) for one in held])
         self._poster.wake()

@@ -75,7 +75,13 @@ class AntennaClient:
         return _read(wire.parse_jobs, self._send("GET", "/jobs/", params=params))
 
     def job(self, job_id: int) -> wire.JobState:
-        return _read(wire.parse_job, self._send("GET", f"/jobs/{job_id}/"))
+        """Return a job's detail: the only place where a cancel shows. One that Antenna does not know is over, too."""
+        try:
+            return _read(wire.parse_job, self._send("GET", f"/jobs/{job_id}/"))
+        except AntennaRejected as error:
+            if error.status != httpx.codes.NOT_FOUND:
+                raise
+            return wire.JobState(id=job_id, status="FAILURE")
 
     def captures(self, job_id: int) -> list[wire.Capture]:
         """List some of a job's photographs, from all over its collection; none where Antenna names no collection."""

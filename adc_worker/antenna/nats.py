@@ -35,7 +35,6 @@ class LeaseKeeper:
         self, url: str, lease: LeaseTerms, held: Callable[[], Sequence[str]], unsaved: Callable[[], Sequence[str]]
     ) -> None:
         parts = urlsplit(url)
-        self.failure: BaseException | None = None
         self._url = url
         self._shown = f"{parts.hostname}:{parts.port or 4222}"  # the URL may carry a password
         self._lease = lease
@@ -62,8 +61,6 @@ class LeaseKeeper:
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._keep())
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            self.failure = error
         finally:
             self._loop.close()
 

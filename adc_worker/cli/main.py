@@ -93,7 +93,7 @@ def worker() -> None:
 def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None) -> None:
     """Run the worker until it is stopped."""
     from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
-    from adc_worker.runtime.supervisor import supervise  # noqa: PLC0415
+    from adc_worker.runtime.supervisor import Supervisor  # noqa: PLC0415
 
     config = settings.load(env_file)
     try:
@@ -123,7 +123,7 @@ def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: 
             env_file=env_file,
             log_format=log_format,
         )
-        code = supervise(options, config)
+        code = Supervisor(options, config).run()
     sys.exit(code)
 
 

@@ -14,9 +14,10 @@ import sqlite3
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from adc_worker.redaction import public_url
 _log = get_logger(__name__)
 
 
-TASK_LIFE_S = 24 * 3600.0  # max_age of a job's stream (contract, "NATS")
 _BUSY_TIMEOUT_S = 30.0
 _SLOTS_MAX = 256
 # Write-ahead logging needs memory that all readers share, which these cannot give (sqlite.org/wal.html).
@@ -52,58 +52,34 @@ CREATE TABLE adc_task (
     job_id INTEGER NOT NULL,
     image_id TEXT NOT NULL,
     image_url TEXT NOT NULL,
+    url_erased INTEGER NOT NULL DEFAULT 0,  -- what opens it is gone
     reply_subject TEXT NOT NULL,
-    fetched_at REAL NOT NULL
-);
-CREATE TABLE adc_result (
-    task_id INTEGER PRIMARY KEY REFERENCES adc_task (id) ON DELETE CASCADE,
-    size_bytes INTEGER NOT NULL,
-    kept_at REAL NOT NULL
-);
-CREATE TABLE adc_result_part (
-    task_id INTEGER NOT NULL REFERENCES adc_result (task_id) ON DELETE CASCADE,
-    number INTEGER NOT NULL,
-    body BLOB NOT NULL,
-    PRIMARY KEY (task_id, number)
-);
-CREATE INDEX adc_task_slot ON adc_task (slot, job_id)
-""",
-    """
-ALTER TABLE adc_task ADD COLUMN seq INTEGER;  -- of reply_subject, and the next one, NULL in an unknown form
-ALTER TABLE adc_task ADD COLUMN published_ns INTEGER;
-ALTER TABLE adc_task ADD COLUMN dead INTEGER NOT NULL DEFAULT 0;  -- its subject would acknowledge another image
-CREATE TABLE adc_finished (  -- results that need no post any more, compressed, to answer images that come again
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    job_id INTEGER NOT NULL,
-    image_id TEXT NOT NULL,
-    reply_subject TEXT,  -- NULL when dead
-    seq INTEGER,
+    seq INTEGER,  -- of reply_subject, and the next one, NULL in an unknown form
     published_ns INTEGER,
-    body BLOB NOT NULL,
-    UNIQUE (job_id, image_id)
+    fetched_at REAL NOT NULL,
+    runner INTEGER,  -- pid of the process that decodes or infers it
+    oom_kills INTEGER,  -- what the kernel had counted when that began
+    strikes TEXT,  -- NULL unless a suspect, else how the processes died that it was alone in
+    result_bytes INTEGER  -- NULL until it has a result
 );
-CREATE INDEX adc_task_image ON adc_task (job_id, image_id)
-""",
-    # runner: pid of the process that decodes or infers it; oom_kills: what the kernel had counted when that began;
-    # strikes: NULL unless a suspect, else how the processes died that it was alone in.
-    """
-ALTER TABLE adc_task ADD COLUMN runner INTEGER;
-ALTER TABLE adc_task ADD COLUMN oom_kills INTEGER;
-ALTER TABLE adc_task ADD COLUMN strikes TEXT
-""",
-    """
-ALTER TABLE adc_task ADD COLUMN url_erased INTEGER NOT NULL DEFAULT 0;  -- what opens it is gone
-ALTER TABLE adc_task ADD COLUMN result_bytes INTEGER;  -- NULL until it has a result
-UPDATE adc_task SET result_bytes = (SELECT size_bytes FROM adc_result WHERE task_id = adc_task.id);
+CREATE INDEX adc_task_slot ON adc_task (slot, job_id);
+CREATE INDEX adc_task_image ON adc_task (job_id, image_id);
 CREATE TABLE adc_part (  -- a serialised result in pieces of about a megabyte: no whole one is ever in memory
     task_id INTEGER NOT NULL REFERENCES adc_task (id) ON DELETE CASCADE,
     number INTEGER NOT NULL,
     body BLOB NOT NULL,
     PRIMARY KEY (task_id, number)
 );
-INSERT INTO adc_part SELECT task_id, number, body FROM adc_result_part;
-DROP TABLE adc_result_part;
-DROP TABLE adc_result
+CREATE TABLE adc_finished (  -- results that need no post any more, compressed, to answer images that come again
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id INTEGER NOT NULL,
+    image_id TEXT NOT NULL,
+    reply_subject TEXT,  -- NULL where it would acknowledge another image by now
+    seq INTEGER,
+    published_ns INTEGER,
+    body BLOB NOT NULL,
+    UNIQUE (job_id, image_id)
+)
 """,
 )
 _PART_BYTES = 1_000_000
@@ -139,8 +115,8 @@ class Journal:
         self._path = path
         self._lock = threading.RLock()
         self.fault: str | None = None  # why the file cannot be written
-        self._in_memory: dict[int, tuple[int, Iterable[bytes]]] = {}  # size and parts of results kept meanwhile
-        self._to_forget: set[int] = set()
+        # What the file did not take meanwhile: size and parts of results; None where a task is to be forgotten.
+        self._unwritten: dict[int, tuple[int, Iterable[bytes]] | None] = {}
         self._contacts: dict[int, float] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,28 +155,33 @@ class Journal:
         try:
             with self._writing():
                 self._bury_earlier_streams(job_id, tasks)
-                held = [self._rejoin(job_id, task, now) or self._insert(job_id, task, now) for task in tasks]
+                for task in tasks:
+                    if not self._rejoin(job_id, task, now):
+                        self._insert(job_id, task, now)
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
-        once = {one.id: one for one in reversed(held) if one.result_bytes is None}  # an answer may name a task twice
-        return list(reversed(once.values()))
+        subjects = {task.reply_subject for task in tasks}
+        return [held for held in self.unfinished(job_id) if held.task.reply_subject in subjects]
 
     def find(self, job_id: int, task: Task) -> HeldTask | None:
         """Return the task that this is another delivery of; None when we do not hold it."""
         rows = self._rows("job_id = ? AND image_id = ?", job_id, task.image_id)
         return next((held for held in rows if same_message(held.task.reply_subject, task.reply_subject)), None)
 
-    def _rejoin(self, job_id: int, task: Task, now: float) -> HeldTask | None:
+    def _rejoin(self, job_id: int, task: Task, now: float) -> bool:
         held = self.find(job_id, task)
         if held is None:
-            return None
-        lease = (task.reply_subject, now, held.id)
-        self._db.execute("UPDATE adc_task SET reply_subject = ?, fetched_at = ? WHERE id = ?", lease)
+            return False
+        self._db.execute(
+            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, image_url = iif(url_erased, image_url, ?)"
+            " WHERE id = ?",
+            (task.reply_subject, now, task.image_url, held.id),
+        )
         _log.info("delivery_joined", job_id=job_id, image_id=task.image_id)
-        return replace(held, task=task, fetched_at=now, url_erased=False)
+        return True
 
-    def _insert(self, job_id: int, task: Task, now: float) -> HeldTask:
+    def _insert(self, job_id: int, task: Task, now: float) -> None:
         delivery = parse_reply_subject(task.reply_subject)
         message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
         cursor = self._db.execute(
@@ -208,17 +189,11 @@ class Journal:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
         )
-        task_id = int(cursor.lastrowid or 0)
-        return HeldTask(task_id, job_id, task, now, result_bytes=self._answer(task_id, job_id, task.image_id))
-
-    def _answer(self, task_id: int, job_id: int, image_id: str) -> int | None:
-        """Keep the result that was accepted for this image before, and return its size; None when there is none."""
-        rows = self._column("SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?", job_id, image_id)
-        body = zlib.decompress(rows[0]) if rows else b""
-        if not body or is_error_result(body):  # what was wrong with the image may have been put right
-            return None
-        _log.info("answered_from_journal", job_id=job_id, image_id=image_id)
-        return self._keep(task_id, [body])
+        query = "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?"
+        for body in map(zlib.decompress, self._column(query, job_id, task.image_id)):
+            if not is_error_result(body):  # what was wrong with the image may have been put right
+                _log.info("answered_from_journal", job_id=job_id, image_id=task.image_id)
+                self._keep(int(cursor.lastrowid or 0), [body])
 
     def erase_url(self, held: HeldTask) -> None:
         """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
@@ -235,7 +210,7 @@ class Journal:
             return
         first = min(found, key=lambda delivery: delivery.stream_seq)
         (dead_until,) = self._db.execute(
-            "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job AND NOT dead"
+            "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job"
             " UNION ALL SELECT seq, published_ns FROM adc_finished WHERE job_id = :job AND reply_subject NOT NULL)"
             " WHERE seq >= :seq AND published_ns < :ns",
             {"job": job_id, "seq": first.stream_seq, "ns": first.timestamp_ns},
@@ -246,13 +221,11 @@ class Journal:
     def _bury(self, job_id: int, published_until_ns: int) -> None:
         where = "job_id = ? AND coalesce(published_ns, 0) <= ?"
         arguments = (job_id, published_until_ns)
-        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
-        cursor = self._db.execute(f"UPDATE adc_task SET dead = 1 WHERE {where} AND NOT dead", arguments)  # noqa: S608
-        if cursor.rowcount:  # of a job that came to its end nothing is left
-            reason = "the job was stopped or restarted"
-            _log.warning("subjects_dead", job_id=job_id, tasks=cursor.rowcount, reason=reason)
-        kept = self._column("SELECT id FROM adc_task WHERE job_id = ? AND dead AND result_bytes NOT NULL", job_id)
-        self._finish({task_id: self._compressed(task_id) for task_id in kept})
+        dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
+        self._finish({task_id: self._compressed(task_id) for task_id in dead})
+        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
+        if dead:  # of a job that came to its end nothing is left
+            _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
     def bury(self, job_id: int) -> list[int]:
         """The job is served no more: no subject of it may be used; results stay for images that come again.
@@ -260,7 +233,7 @@ class Journal:
         Return the tasks whose staged files nobody needs.
         """
         unfinished = [held.id for held in self.unfinished(job_id)]
-        with self._removing():
+        with self._writing_loosely():
             self._bury(job_id, time.time_ns())
         return unfinished
 
@@ -284,26 +257,21 @@ class Journal:
         `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
         a process that ended while the kernel killed for want of memory, gets a strike.
         """
-        in_work = "slot = ? AND runner IS NOT NULL AND result_bytes IS NULL"
         with self._writing():
-            groups = self._db.execute(
-                f"SELECT runner, count(*), min(id), min(oom_kills) FROM adc_task WHERE {in_work} GROUP BY runner",  # noqa: S608
-                (self.slot,),
-            ).fetchall()
-            for runner, count, task_id, oom_kills_before in groups:
-                cause = died[1] if died is not None and died[0] == runner else None
-                if cause is None and oom_kills > oom_kills_before:
-                    cause = "out of memory"
-                if count == 1 and cause is not None:
-                    self._db.execute(
-                        "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?", (cause, task_id)
-                    )
-            self._db.execute(
-                f"UPDATE adc_task SET strikes = coalesce(strikes, '') WHERE {in_work}",  # noqa: S608
-                (self.slot,),
-            )
+            where = "slot = ? AND runner NOT NULL AND result_bytes IS NULL"
+            query = f"SELECT id, runner, oom_kills FROM adc_task WHERE {where}"  # noqa: S608 (a literal)
+            in_work = self._db.execute(query, (self.slot,)).fetchall()
+            together = Counter(runner for _task_id, runner, _oom_kills in in_work)
+            for task_id, runner, oom_kills_before in in_work:
+                cause = "out of memory" if oom_kills > oom_kills_before else ""
+                if died is not None and died[0] == runner:
+                    cause = died[1]
+                self._db.execute(
+                    "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?",
+                    (cause if together[runner] == 1 else "", task_id),
+                )
             self._db.execute("UPDATE adc_task SET runner = NULL WHERE slot = ?", (self.slot,))
-        return sum(count for _runner, count, _task_id, _oom_kills in groups)
+        return len(in_work)
 
     def pardon(self, task_ids: Iterable[int]) -> None:
         """Take the strikes of suspects back: they died of something else."""
@@ -322,12 +290,11 @@ class Journal:
         except sqlite3.OperationalError:
             sized = {task_id: (sum(map(len, parts)), parts) for task_id, parts in results}
             with self._lock:
-                self._in_memory.update(sized)
+                self._unwritten.update(sized)
             return sum(size_bytes for size_bytes, _parts in sized.values())
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
-        (dead,) = self._column("SELECT dead FROM adc_task WHERE id = ?", task_id) or (None,)
-        if dead is None:
+        if not self._column("SELECT id FROM adc_task WHERE id = ?", task_id):
             return 0  # its job was cancelled meanwhile
         self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
@@ -335,14 +302,12 @@ class Journal:
             self._db.execute("INSERT INTO adc_part VALUES (?, ?, ?)", (task_id, number, part))
             size_bytes += len(part)
         self._db.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
-        if dead:
-            self._finish({task_id: self._compressed(task_id)})
         return size_bytes
 
     def settle(self, task_ids: Collection[int]) -> None:
         """Antenna has accepted these results: keep them compressed, in case their images come again."""
         bodies = {task_id: self._compressed(task_id) for task_id in task_ids}  # beside whoever keeps results
-        with self._removing(task_ids):
+        with self._writing_loosely(task_ids):
             self._finish(bodies)
 
     def _compressed(self, task_id: int) -> bytes | None:
@@ -356,7 +321,7 @@ class Journal:
             if body is not None:
                 self._db.execute(
                     "INSERT OR REPLACE INTO adc_finished (job_id, image_id, reply_subject, seq, published_ns, body)"
-                    " SELECT job_id, image_id, iif(dead, NULL, reply_subject), seq, published_ns, ?"
+                    " SELECT job_id, image_id, reply_subject, seq, published_ns, ?"
                     " FROM adc_task WHERE id = ?",
                     (body, task_id),
                 )
@@ -392,7 +357,7 @@ class Journal:
 
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
-        with self._removing():
+        with self._writing_loosely():
             self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,))
 
     def contact_age_s(self, job_id: int) -> float:
@@ -402,7 +367,7 @@ class Journal:
     def parts(self, task_id: int) -> Iterator[bytes]:
         """Return a kept result piece by piece; another may be kept or forgotten meanwhile."""
         with self._lock:
-            kept = self._in_memory.get(task_id)
+            kept = self._unwritten.get(task_id)
         if kept is not None:
             yield from kept[1]
             return
@@ -413,25 +378,13 @@ class Journal:
 
     def forget(self, task_ids: Collection[int]) -> None:
         """Remove tasks whose outcome nobody wants."""
-        with self._removing(task_ids):
+        with self._writing_loosely(task_ids):
             self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in task_ids])
 
     def give_up(self, task_id: int, reply_subject: str) -> None:
         """Leave a task to its lease, unless it has another one by now."""
-        with self._removing():
+        with self._writing_loosely():
             self._db.execute("DELETE FROM adc_task WHERE id = ? AND reply_subject = ?", (task_id, reply_subject))
-
-    @contextmanager
-    def _removing(self, task_ids: Collection[int] = ()) -> Iterator[None]:
-        """One transaction; where the file takes nothing, these tasks are out of sight, and removed once it does."""
-        with self._lock:
-            try:
-                with self._writing():
-                    yield
-            except sqlite3.OperationalError:
-                self._to_forget.update(task_ids)
-            for task_id in task_ids:
-                self._in_memory.pop(task_id, None)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -445,13 +398,18 @@ class Journal:
                 raise
 
     @contextmanager
-    def _writing_loosely(self) -> Iterator[None]:
-        """One transaction that a power cut may undo, or a fault prevent: `fault` tells, and nobody else is told."""
-        with self._lock, suppress(sqlite3.OperationalError):
+    def _writing_loosely(self, to_forget: Collection[int] = ()) -> Iterator[None]:
+        """One transaction that a power cut may undo: what it brings back is looked at, posted or worked on again.
+
+        Where the file takes nothing, `fault` tells; tasks `to_forget` are out of sight, and removed once it does.
+        """
+        with self._lock:
             self._db.execute("PRAGMA synchronous=NORMAL")
             try:
                 with self._writing():
                     yield
+            except sqlite3.OperationalError:
+                self._unwritten.update(dict.fromkeys(to_forget))
             finally:
                 self._db.execute("PRAGMA synchronous=FULL")
 
@@ -472,11 +430,12 @@ class Journal:
     def _catch_up(self) -> None:
         with self._writing():
             self._db.execute(f"PRAGMA user_version={len(_SCHEMA)}")  # or there may be nothing to write
-            for task_id, (_size_bytes, parts) in self._in_memory.items():
-                self._keep(task_id, parts)
-            self._db.executemany("DELETE FROM adc_task WHERE id = ?", [(task_id,) for task_id in self._to_forget])
-        self._in_memory.clear()
-        self._to_forget.clear()
+            for task_id, kept in self._unwritten.items():
+                if kept is not None:
+                    self._keep(task_id, kept[1])
+                else:
+                    self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
+        self._unwritten.clear()
 
     def is_full(self) -> bool:
         """Whether so much waits for Antenna that nothing should be computed meanwhile."""
@@ -485,7 +444,7 @@ class Journal:
 
     def job_ids(self) -> set[int]:
         """Return the jobs this slot holds tasks or results of."""
-        return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ? AND NOT dead", self.slot))
+        return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ?", self.slot))
 
     def owner_in(self, folder: Path) -> str:
         """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
@@ -499,11 +458,11 @@ class Journal:
 
     def subjects(self) -> list[str]:
         """Return the leases this slot holds."""
-        return self._column("SELECT reply_subject FROM adc_task WHERE slot = ? AND NOT dead", self.slot)
+        return self._column("SELECT reply_subject FROM adc_task WHERE slot = ?", self.slot)
 
     def held_count(self, job_id: int) -> int:
         """Count a job's tasks that Antenna may still be waiting for."""
-        query = "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND NOT dead"
+        query = "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ?"
         return int(self._column(query, self.slot, job_id)[0])
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
@@ -516,43 +475,33 @@ class Journal:
         return set(self._column("SELECT id FROM adc_task WHERE result_bytes IS NULL"))
 
     def unposted(
-        self,
-        excluding: Collection[int],
-        limit: int,
-        most_bytes: int,
-        *,
-        alone: bool = True,
-        excluding_jobs: Iterable[int] = (),
+        self, excluding: Collection[int], limit: int, most_bytes: int, excluding_jobs: Iterable[int] = ()
     ) -> list[HeldTask]:
         """Return tasks with kept results, oldest first, without those in `excluding`: up to `limit` and `most_bytes`.
 
-        A result that exceeds `most_bytes` comes by itself, and only to a caller that says it is `alone`.
+        A result that exceeds `most_bytes` comes by itself.
         """
         chosen: list[HeldTask] = []
         with self._lock:
-            memory, jobs = (",".join(map(str, ids)) for ids in (self._in_memory, excluding_jobs))
+            unwritten, jobs = (",".join(map(str, ids)) for ids in (self._unwritten, excluding_jobs))
             waiting = self._rows(
-                f"(result_bytes NOT NULL OR id IN ({memory})) AND job_id NOT IN ({jobs})",
-                limit=limit + len(excluding) + len(self._to_forget),
+                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs})",
+                limit=limit + len(excluding) + len(self._unwritten),
             )
         for held in waiting:
             if held.id not in excluding:
                 most_bytes -= held.result_bytes or 0
-                if len(chosen) == limit or (most_bytes < 0 and (chosen or not alone)):
+                if len(chosen) == limit or (most_bytes < 0 and chosen):
                     break
                 chosen.append(held)
         return chosen
 
     def unposted_count(self) -> int:
         with self._lock:
-            kept = self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot)
-            return len((self._in_memory.keys() | kept) - self._to_forget)
-
-    def drop_expired(self) -> int:
-        """Remove unfinished tasks that no stream holds any more, and say how many."""
-        query = "DELETE FROM adc_task WHERE slot = ? AND (fetched_at < ? OR dead) AND result_bytes IS NULL"
-        with self._writing():
-            return self._db.execute(query, (self.slot, time.time() - TASK_LIFE_S)).rowcount
+            kept = set(self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot))
+            for task_id, result in self._unwritten.items():
+                (kept.discard if result is None else kept.add)(task_id)
+            return len(kept)
 
     def _column(self, query: str, *arguments: object) -> list[Any]:
         """Return the first column of what is asked for."""
@@ -561,15 +510,15 @@ class Journal:
 
     def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
         """Return this slot's tasks; results and removals that the file did not take are seen, too."""
-        query = f"SELECT * FROM adc_task WHERE slot = ? AND NOT dead AND {where} ORDER BY id LIMIT ?"  # noqa: S608 (only this file's literals and integers)
+        query = f"SELECT * FROM adc_task WHERE slot = ? AND {where} ORDER BY id LIMIT ?"  # noqa: S608 (only this file's literals and integers)
         with self._lock:
             cursor = self._db.cursor()
             cursor.row_factory = sqlite3.Row
             rows = cursor.execute(query, (self.slot, *arguments, limit)).fetchall()
-            return [self._held(row) for row in rows if row["id"] not in self._to_forget]
+            return [self._held(row) for row in rows if self._unwritten.get(row["id"], row) is not None]
 
     def _held(self, row: sqlite3.Row) -> HeldTask:
-        result_bytes, _parts = self._in_memory.get(row["id"], (row["result_bytes"], ()))
+        result_bytes, _parts = self._unwritten.get(row["id"]) or (row["result_bytes"], ())
         return HeldTask(
             id=row["id"],
             job_id=row["job_id"],
@@ -609,11 +558,8 @@ class Journal:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version={len(_SCHEMA)}")
 
-    def _lock_path(self, slot: int) -> Path:
-        return self._path.with_name(f"{self._path.stem}.{slot}.lock")
-
     def _try_lock(self, slot: int) -> int | None:
-        fd = os.open(self._lock_path(slot), os.O_CREAT | os.O_RDWR, 0o600)
+        fd = os.open(self._path.with_name(f"{self._path.stem}.{slot}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -630,9 +576,7 @@ class Journal:
 
     def _adopt_orphans(self) -> None:
         """Take over the rows of slots whose worker is gone."""
-        with self._lock:
-            slots = [row[0] for row in self._db.execute("SELECT DISTINCT slot FROM adc_task")]
-        for slot in slots:
+        for slot in self._column("SELECT DISTINCT slot FROM adc_task"):
             of_this_host = slot // _SLOTS_MAX == self._first_slot // _SLOTS_MAX
             fd = self._try_lock(slot) if of_this_host and slot != self.slot else None
             if fd is None:

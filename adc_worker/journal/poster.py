@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -38,8 +37,8 @@ TICK_S = 1.0
 CONTACT_S = 60.0
 # After its last accepted result a job is looked at, then looked at with a repeat, at ever longer intervals. Antenna
 # takes 0.3-0.9 s to save a result (contract).
-LOOKS_S = (0.5, 5.0)
-LOOK_FACTOR = 3.0
+LOOK_FIRST_S, LOOK_FACTOR = 0.5, 10.0
+LOOKS = 2  # until a job that is not over was tried to be ended
 _JOB_UNKNOWN, _TOO_LARGE, _INVALID = 404, 413, 400
 _FINAL = frozenset({_JOB_UNKNOWN, _TOO_LARGE, _INVALID})
 
@@ -96,21 +95,22 @@ class Poster:
         self._under_way: Counter[int] = Counter()  # by job
         self._retries: dict[int, _Retry] = {}
         self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
-        self._oversize = False
         self._draining = False
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post
         self.accepted: Counter[int] = Counter()  # results by job
-        self.failure: BaseException | None = None
-        self._executor = ThreadPoolExecutor(limits.pending_posts, thread_name_prefix="post")
-        self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"post {number}", daemon=True)
+            for number in range(limits.pending_posts)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def jobs_ended(self) -> bool:
         """Whether every job whose results are accepted was seen to be over, or had one of them repeated."""
         with self._changed:
-            return all(ending.looks >= len(LOOKS_S) for ending in self._endings.values())
+            return all(ending.looks >= LOOKS for ending in self._endings.values())
 
     def wake(self) -> None:
         """Tell the poster that results were kept."""
@@ -118,15 +118,15 @@ class Poster:
             self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
-        """Wait until every kept result is accepted; False on time-out, when `cut_short` is set or the poster died."""
+        """Wait until every kept result is accepted; False on time-out, or when `cut_short` is set."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self.failure is None and (self._under_way.total() or self._journal.unposted_count()):
+            while self._under_way.total() or self._journal.unposted_count():
                 left = deadline - time.monotonic()
                 if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
                 self._changed.wait(min(left, _FLUSH_CHECK_S))
-        return self.failure is None
+        return True
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
         """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
@@ -135,26 +135,21 @@ class Poster:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
-        try:
-            while work := self._next_work():
-                self._executor.submit(work)
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            self.failure = error
-            self.wake()
+        while work := self._next_work():
+            work()
 
     def _next_work(self) -> Callable[[], None] | None:
-        """Wait for something to do and a free post, and claim it; None when closing."""
+        """Wait for something to do, and claim it; None when closing."""
         with self._changed:
-            while not self._closing and self.failure is None:
+            while not self._closing:
                 self._journal.check_writable()
-                if self._under_way.total() < self._limits.pending_posts and not self._oversize:
-                    work = self._claim_group() or self._claim_ending()
-                    if work is not None:
-                        return work
+                work = self._claim_group() or self._claim_ending()
+                if work is not None:
+                    return work
                 now = time.monotonic()
                 due = [retry.at - now for retry in self._retries.values() if retry.at > now]
                 self._changed.wait(min([TICK_S, *due]))
@@ -164,16 +159,11 @@ class Poster:
         """Claim one post's worth of one job's results."""
         now = time.monotonic()
         waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
-        # A post that exceeds the limit takes minutes; nothing beside it makes that longer.
-        alone = self._under_way.total() == 0
-        results = self._journal.unposted(
-            self._posting, RESULTS_PER_POST, self._limits.post_bytes, alone=alone, excluding_jobs=waiting
-        )
+        results = self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes, waiting)
         if not results:
             return None
         job_id = results[0].job_id
         group = list(takewhile(lambda kept: kept.job_id == job_id, results))
-        self._oversize = sum(kept.result_bytes or 0 for kept in group) > self._limits.post_bytes
         self._posting.update(kept.id for kept in group)
         self._under_way[job_id] += 1
         return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
@@ -199,13 +189,10 @@ class Poster:
         except AntennaError as error:
             self.refused = isinstance(error, AntennaRefused)
             self._back_off(job_id, error)
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            self.failure = error
         finally:
             with self._changed:
                 self._posting.difference_update(kept.id for kept in group)
                 self._under_way[job_id] -= 1
-                self._oversize = False  # if it was, nothing else is under way
                 self._changed.notify_all()
 
     def _back_off(self, job_id: int, error: AntennaError) -> None:
@@ -234,14 +221,14 @@ class Poster:
             self.accepted[job_id] += len(group)
             self._journal.settle([kept.id for kept in group])
             with self._changed:
-                self._endings[job_id] = _Ending(time.monotonic() + LOOKS_S[0])
+                self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
 
     def _is_served(self, job_id: int) -> bool:
         """After a silence: whether the job is served and its kept results may be posted at once.
 
         One task is fetched, for its subject: it tells whether the job's stream is still the one of what is kept.
         """
-        status = self._status(job_id)
+        status = self._receiver.job(job_id).status
         if status not in SERVED_STATES:
             self._journal.bury(job_id)
             with self._changed:
@@ -252,20 +239,12 @@ class Poster:
         self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
         return False
 
-    def _status(self, job_id: int) -> str:
-        try:
-            return self._receiver.job(job_id).status
-        except AntennaRejected as error:
-            if error.status != _JOB_UNKNOWN:
-                raise
-            return "FAILURE"
-
     def _see_end(self, job_id: int, ending: _Ending) -> None:
         """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
 
         Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
         """
-        status = self._status(job_id)
+        status = self._receiver.job(job_id).status
         if status in FINAL_STATES:
             if status != "REVOKED":  # a retry asks for the same images
                 self._journal.close_job(job_id)
@@ -280,9 +259,7 @@ class Poster:
                 self._receiver.post_results(job_id, [entry])
                 _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
         ending.looks += 1
-        last = ending.looks >= len(LOOKS_S)
-        wait_s = LOOKS_S[-1] * LOOK_FACTOR ** (ending.looks - 1) if last else LOOKS_S[ending.looks]
-        ending.look_at = time.monotonic() + wait_s
+        ending.look_at = time.monotonic() + LOOK_FIRST_S * LOOK_FACTOR**ending.looks
 
     def _settle_rejected(self, group: Sequence[HeldTask], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""

@@ -9,13 +9,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
+from adc_worker.antenna.wire import Task
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staged_queue import StagedQueue
@@ -28,7 +28,7 @@ from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import BATCHES_IN_ARENA, DOWNLOADS_MAX
+from adc_worker.tuning.policy import BATCHES_IN_ARENA
 from adc_worker.tuning.probe_report import PROBE_DOWNLOADS
 
 _log = get_logger(__name__)
@@ -39,7 +39,7 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
 LAST_CHANCE_SHARE = 0.2
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
-FETCH_GRACE_S = 10.0  # the end of a turn waits so long for a fetch under way: its tasks would lie idle
+FETCH_GRACE_S = 10.0  # a worker that stops waits so long for a fetch under way: its tasks would be lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,47 +68,42 @@ class IntakeLimits:
 
 
 class TaskFetch:
-    """One job's fetches. With NATS down Antenna answers after 120 s: nobody waits for it here."""
+    """One job's fetches. With NATS down Antenna answers after 120 s: nobody waits for it here. What comes is on record.
+
+    `has_news`: there may be tasks on record that nobody has taken up.
+    """
 
     def __init__(self, job_id: int, client: AntennaClient, journal: Journal, poster: Poster, lease: LeaseTerms) -> None:
         self.job_id = job_id
         self.error: AntennaError | None = None  # what Antenna said to the last one, if that failed
-        self.is_open = False
-        self.delivered = 0  # with the last answer, those answered from the journal among them
-        self.looked_only = False  # the last answer is empty because Antenna's saving has to come first
+        self.is_open = self.has_news = False
+        self.empty_answers = 0  # in a row, in this turn
+        self.next_at = 0.0  # monotonic seconds
+        self.pending = 0  # tasks of the job that nobody had at the last fetch
         self._client = client
         self._journal = journal
         self._poster = poster
         self._lease = lease
         self._saves = SaveWatch(poster.accepted[job_id])
         self._looking = threading.Lock()
-        self._answer: list[HeldTask] | None = None
-        self._failure: BaseException | None = None
         self._listener: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
-    @property
-    def has_answer(self) -> bool:
-        return self._answer is not None
+    def begin_turn(self, listener: Callable[[], None]) -> None:
+        """Begin anew; `listener` hears of every answer, also of one to a fetch of the turn before."""
+        self._listener, self.has_news, self.empty_answers, self.next_at = listener, True, 0, 0.0
 
-    def start(self, count: int, listener: Callable[[], None]) -> None:
-        """Ask for up to `count` tasks; `listener` is called when there is an answer. None may be open."""
-        self.is_open, self._listener = True, listener
-        self._thread = threading.Thread(target=self._run, args=(count,), name=f"fetch {self.job_id}", daemon=True)
-        self._thread.start()
-
-    def take_answer(self) -> list[HeldTask] | None:
-        """Return what the last fetch brought, once; None while it brought nothing yet. Raises what ended it."""
-        if self._failure is not None:
-            raise self._failure
-        answer, self._answer = self._answer, None
-        return answer
-
-    def settle(self, listener: Callable[[], None] | None, timeout_s: float) -> None:
-        """Wait for a fetch that is open, change who hears of it; what it brought is in the journal."""
+    def end_turn(self, timeout_s: float) -> None:
+        """Wait for a fetch that is open."""
         if self._thread is not None:
             self._thread.join(timeout_s)
-        self._listener, self._answer = listener, None
+        self._listener = None
+
+    def start(self, count: int) -> None:
+        """Ask for up to `count` tasks. None may be open."""
+        self.is_open = True
+        self._thread = threading.Thread(target=self._run, args=(count,), name=f"fetch {self.job_id}", daemon=True)
+        self._thread.start()
 
     def unsaved(self) -> list[str]:
         """Look at the job, and return the leases of results that were accepted and not saved, as far as known."""
@@ -118,40 +113,45 @@ class TaskFetch:
 
     def _run(self, count: int) -> None:
         try:
-            self._answer = self._ask(count)
-        except Exception as error:  # noqa: BLE001 (raised where the answer is taken)
-            self._failure = error
+            self._ask(count)
         finally:
             self.is_open = False
-            listener = self._listener
-            if listener is not None:
-                listener()
+        listener = self._listener
+        if listener is not None:
+            listener()
 
-    def _ask(self, count: int) -> list[HeldTask]:
-        self.delivered = 0
+    def _ask(self, count: int) -> None:
+        tasks: list[Task] = []
         try:
             if (count := self._within_saves(count)) < 1:
-                return []
+                self.next_at = time.monotonic() + LOOK_SHARE * self._lease.ack_wait_s
+                return
             sent_at = lease_clock()
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
             tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
+            self.error = None
         except AntennaError as error:
             _log.warning("fetch_failed", job_id=self.job_id, error=str(error), do=advice(error))
             self.error = error
-            return []
-        self.error, self.delivered = None, len(tasks)
+        if not tasks:
+            pause_s = min(EMPTY_RETRY_MAX_S, EMPTY_RETRY_FIRST_S * 2**self.empty_answers)
+            self.next_at = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
+            self.empty_answers += 1
+            return
         for task in tasks:
             before = self._journal.find(self.job_id, task)
             self._lease.learn(task.reply_subject, before.fetched_at if before else None, lease_clock())
-        return self._journal.record(self.job_id, tasks, sent_at)
+        self._journal.record(self.job_id, tasks, sent_at)
+        found = [parse_reply_subject(task.reply_subject) for task in tasks]
+        self.pending = min((delivery.pending for delivery in found if delivery), default=self.pending)
+        self.empty_answers, self.has_news = 0, True
+        self._poster.wake()  # some may have been answered from the journal
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
         if self._room() < count and self._unsaved() and self._saves.is_due(self._lease, time.monotonic()):
             self._look()
-        count = min(count, self._room())
-        self.looked_only = count < 1
-        return count
+        return min(count, self._room())
 
     def _look(self) -> None:
         with self._looking:  # fetching and the extension of leases both come here
@@ -183,11 +183,8 @@ class Intake:
         life: SignsOfLife,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
-        self.failure: BaseException | None = None
-        self.fetched = 0
         self.parked = 0  # left on record: not their images are at fault
         self.ended_empty = False
-        self.pending = 0  # tasks of the job that nobody had at the last fetch
         self._fetch = fetch
         self._job_id = fetch.job_id
         self._journal = journal
@@ -200,18 +197,14 @@ class Intake:
         self._life = life
         self._images_per_s = 0.0  # measured; 0 until it is
         self._done_before = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
-        self._unstarted: dict[int, HeldTask] = {}  # until a batch takes them
-        self._taken: set[int] = set()
+        self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
         self._downloading = 0
         self._probing = True
-        self._woken = False
         self._over_since: float | None = None
-        self._empty_answers = 0
-        self._next_fetch_at = 0.0
-        self._executor = ThreadPoolExecutor(DOWNLOADS_MAX, thread_name_prefix="download")
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
@@ -233,9 +226,7 @@ class Intake:
 
     def wake(self) -> None:
         self.moved()
-        with self._changed:
-            self._woken = True
-            self._changed.notify_all()
+        self._woken.set()
 
     def stop(self) -> None:
         """Fetch nothing more and break off downloads; what is on record stays there."""
@@ -247,8 +238,15 @@ class Intake:
         self._outcomes.listen(None)
         if self._thread.is_alive():
             self._thread.join()
-        self._executor.shutdown(wait=True, cancel_futures=True)
         self._life.tasks(float("inf"))
+
+    @property
+    def fetched(self) -> int:
+        return len(self._held)
+
+    @property
+    def pending(self) -> int:
+        return self._fetch.pending
 
     @property
     def _in_hand(self) -> int:
@@ -256,23 +254,19 @@ class Intake:
 
     def _run(self) -> None:
         try:
-            self._fetch.settle(self.wake, FETCH_GRACE_S)
-            self._take(self._journal.unfinished(self._job_id))
+            self._fetch.begin_turn(self.wake)
             while not self._finished():
                 journal_fault = self._journal.fault
                 self._faults.watch("journal", OSError(journal_fault) if journal_fault else None)
                 self._heed_turn()
-                self._take_answer()
-                self._drop_expired()
                 self._start_downloads()
                 if (count := self._wanted_tasks()) > 0:
-                    self._fetch.start(count, self.wake)
-                self._wait()
-        except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
-            self.failure = error
+                    self._fetch.start(count)
+                self._woken.wait(STOP_CHECK_S)
+                self._woken.clear()
         finally:
             self.staged.end()
-            self._fetch.settle(None, FETCH_GRACE_S)
+            self._fetch.end_turn(FETCH_GRACE_S)
 
     def _heed_turn(self) -> None:
         over_s = time.monotonic() - self._over_since if self._over_since is not None else 0.0
@@ -284,51 +278,31 @@ class Intake:
     def _finished(self) -> bool:
         if self._stopped.is_set():
             return self._downloading == 0
-        if not self._in_hand and self._over_since is None:
-            self._take(self._journal.unfinished(self._job_id))  # the poster may have fetched one, for its subject
-        if self._in_hand:
+        is_open = self._fetch.is_open  # asked first: its answer is on record once it is not
+        if self._fetch.has_news or not (self._in_hand or self._over_since):  # the poster fetches, too, for a subject
+            self._take_up()
+        if self._in_hand or is_open:
             return False
-        if self._fetch.is_open or self._fetch.has_answer:
-            return self._over_since is not None and time.monotonic() - self._over_since > FETCH_GRACE_S
-        self.ended_empty = self._over_since is None and (self._empty_answers > 0 or self.parked > 0)
+        self.ended_empty = self._over_since is None and (self._fetch.empty_answers > 0 or self.parked > 0)
         return self.ended_empty or self._over_since is not None
 
-    def _take(self, tasks: Iterable[HeldTask]) -> None:
-        """Take tasks in, those on their last delivery first; one that is in hand already has a newer lease."""
-        for held in tasks:
-            if held.id in self._unstarted or held.id not in self._taken:
-                self._unstarted[held.id] = held
-            if held.id not in self._taken:
-                self._taken.add(held.id)
-                self.fetched += 1
+    def _take_up(self) -> None:
+        """Take up what is on record, tasks on their last delivery first; one that is in hand may have a newer lease."""
+        self._fetch.has_news = False
+        for held in self._journal.unfinished(self._job_id):
+            if held.id not in self._held and not held.struck_out:
                 last = self._lease.is_last(held.task.reply_subject)
-                if not held.struck_out:
-                    (self._to_download.appendleft if last else self._to_download.append)(held)
+                (self._to_download.appendleft if last else self._to_download.append)(held)
+            if self._held.get(held.id, held) is not None:
+                self._held[held.id] = held
         self.moved()
-
-    def _take_answer(self) -> None:
-        answer = self._fetch.take_answer()
-        if answer is None:
-            return
-        self._take(answer)
-        self._outcomes.wake_poster()  # some may have been answered from the journal
-        if self._fetch.delivered:
-            self._empty_answers = 0
-            found = [parse_reply_subject(held.task.reply_subject) for held in answer]
-            self.pending = min((delivery.pending for delivery in found if delivery), default=self.pending)
-        elif self._fetch.looked_only:
-            self._next_fetch_at = time.monotonic() + LOOK_SHARE * self._lease.ack_wait_s
-        else:
-            pause_s = min(EMPTY_RETRY_MAX_S, EMPTY_RETRY_FIRST_S * 2**self._empty_answers)
-            self._next_fetch_at = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (jitter)
-            self._empty_answers += 1
 
     def _wanted_tasks(self) -> int:
         """Return how many tasks to ask for now: within what may be in hand, and within the lease horizon."""
         if self._stopped.is_set() or self._over_since is not None or self._fetch.is_open or self.parked:
             return 0
         room = min(self._limits.fetch_size, self._limits.in_hand - self._in_hand)
-        if room < 1 or time.monotonic() < self._next_fetch_at or not self._outcomes.may_take_more():
+        if room < 1 or time.monotonic() < self._fetch.next_at or not self._outcomes.may_take_more():
             return 0
         # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
         room = min(room, 2) if self._probing and self.fetched == 0 else room
@@ -337,57 +311,36 @@ class Intake:
             room = min(room, self._lease.held_limit(self._images_per_s) - held)
         return min(room, self._limits.held - held)
 
-    def _drop_expired(self) -> None:
-        """Leave tasks to their lease that could not be downloaded within it, where Antenna hands them out again."""
-        for held in tuple(self._to_download):
-            current = self._unstarted.get(held.id, held)
-            if self._lease.is_last(current.task.reply_subject):
-                continue  # nobody else will get it, and a late result still counts
-            if self._lease.left_s(current.fetched_at, lease_clock()) < 0:
-                with self._changed:
-                    if held not in self._to_download:
-                        continue
-                    self._to_download.remove(held)
-                self._outcomes.give_up(held.id, held.task, "its lease ended before it could be downloaded")
-
     def _still_wanted(self, image: StagedImage) -> bool:
         """Whether to decode an image: not when Antenna hands its task to somebody else by now."""
-        held = self._unstarted.pop(image.id, None)
-        if held is None or self._lease.is_last(held.task.reply_subject):  # nobody else will get it
-            return True
+        held, self._held[image.id] = self._held.get(image.id), None
+        return held is None or self._is_ours(held)
+
+    def _is_ours(self, held: HeldTask) -> bool:
+        """Whether to go on with a task: its lease lasts, or nobody gets it after us, and a late result still counts."""
         late_s = -self._lease.left_s(held.fetched_at, lease_clock())
-        if late_s > 0:
-            self._outcomes.give_up(held.id, held.task, f"its lease ended {late_s:.1f} s before it could be decoded")
-        return late_s <= 0
-
-    def _wait(self) -> None:
-        with self._changed:
-            if not self._woken:
-                self._changed.wait(STOP_CHECK_S)
-            self._woken = False
-
-    def _may_download(self) -> bool:
-        busy = self._downloading >= self._limits.downloads
-        return bool(self._to_download) and not busy and self._staging.disk.has_room()
+        if late_s <= 0 or self._lease.is_last(held.task.reply_subject):
+            return True
+        self._outcomes.give_up(held.id, held.task, f"its lease ended {late_s:.1f} s before it was started")
+        return False
 
     def _start_downloads(self) -> None:
-        with self._changed:
-            while not self._stopped.is_set() and self._may_download():
+        with self._lock:
+            while self._to_download and self._downloading < self._limits.downloads and self._staging.disk.has_room():
+                if self._stopped.is_set():
+                    return
                 self._downloading += 1
                 held = self._to_download.popleft()
                 self._staging.disk.reserve(held.id)  # here, or all that start at once would find the same room
-                self._executor.submit(self._download, held)
+                threading.Thread(target=self._download, args=(held,), name="download", daemon=True).start()
 
     def _download(self, held: HeldTask) -> None:
         try:
             self._stage_until_settled(held)
-        except Exception as error:  # noqa: BLE001 (recorded: the job raises it)
-            self.failure = error
-            self._stopped.set()
         finally:
-            with self._changed:
+            with self._lock:
                 self._downloading -= 1
-            self.wake()
+            self._woken.set()
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
     def _stage_until_settled(self, held: HeldTask) -> None:
@@ -399,19 +352,21 @@ class Intake:
 
     def _try_to_stage(self, held: HeldTask) -> float | None:
         """Return the seconds until another attempt may be made; None when none is needed now."""
+        held = self._newest(held)
+        if not self._is_ours(held):
+            return None
         last, host = self._lease.is_last(held.task.reply_subject), _host(held.task.image_url)
         fault = self._faults.blocks(host, held.task.image_id)
         if fault is not None and not (last and self._lapses_soon(held)):  # nobody gets that one after us
             self._park_or_settle(held, fault)
             return None
         try:
-            now = self._unstarted.get(held.id, held)  # another delivery brings its URL
-            image = self._staging.stage(held.id, now.task, self._cancelled, url_erased=now.url_erased)
+            image = self._staging.stage(held.id, held.task, self._cancelled, url_erased=held.url_erased)
         except StagedFileLost as error:
             self._outcomes.give_up(held.id, held.task, str(error))
         except StagingFull as error:
             self._faults.watch("staging", error)
-            with self._changed:
+            with self._lock:
                 self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
         except (ImageError, LinkError) as error:
             return None if self._stopped.is_set() else self._blame(host, held, error)
@@ -429,8 +384,12 @@ class Intake:
         self.moved()  # a download has a deadline of its own
         return self._stopped.is_set()
 
+    def _newest(self, held: HeldTask) -> HeldTask:
+        """Return a task as its last delivery brought it."""
+        return self._held.get(held.id) or held
+
     def _lease_left_s(self, held: HeldTask) -> float:
-        return self._lease.left_s(self._unstarted.get(held.id, held).fetched_at, lease_clock())
+        return self._lease.left_s(self._newest(held).fetched_at, lease_clock())
 
     def _lapses_soon(self, held: HeldTask) -> bool:
         return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s
@@ -466,7 +425,7 @@ class Intake:
         An address that the settings forbid is never an image's fault: its operator is to be asked again.
         """
         if not self._lapses_soon(held):
-            with self._changed:
+            with self._lock:
                 self.parked += 1
         elif self._lease.is_last(held.task.reply_subject) and not isinstance(error, AddressRefused):
             what = "downloadable" if isinstance(error, LinkError) else "readable"

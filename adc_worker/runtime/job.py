@@ -12,7 +12,7 @@ from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.errors import AntennaError, ExitCode, WorkerFault
+from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import anonymous_bytes, stalled_percent
@@ -62,6 +62,18 @@ class WorkerContext:
     share: MemoryShare
     reporter: Reporter
     faults: Faults = field(default_factory=Faults)
+    died: list[threading.ExceptHookArgs] = field(default_factory=list)  # threads that must live
+
+    def is_stopping(self) -> bool:
+        return self.stopping.is_set() or bool(self.died)
+
+    def check_threads(self) -> None:
+        """Raise what ended a thread; it would be missed only much later."""
+        for died in self.died:
+            if isinstance(died.exc_value, WorkerFault):
+                raise died.exc_value
+            name = died.thread.name if died.thread else "?"
+            raise WorkerFault(f"{name} died: {died.exc_value!r}", ExitCode.BACKGROUND_TASK_DIED) from died.exc_value
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
         """Measure the host, and this worker with the decoders and pixels of a loader."""
@@ -92,13 +104,11 @@ class JobSummary:
 
     Attributes:
         tasks: how many were worked on.
-        error: what Antenna said to the last fetch, if that failed.
         ended_empty: no more tasks for now, or all that are left wait for an image host at fault.
         switch_s: seconds before its first batch; None where there was none.
     """
 
     tasks: int
-    error: AntennaError | None
     ended_empty: bool
     switch_s: float | None
 
@@ -147,11 +157,11 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
         intake.close()
-    run.check_background()
+    context.check_threads()
     worked = intake.fetched - intake.parked
     if worked:
         run.log_summary()
-    return JobSummary(worked, memory.fetch.error, intake.ended_empty, run.switch_s)
+    return JobSummary(worked, intake.ended_empty, run.switch_s)
 
 
 @dataclass(slots=True)
@@ -292,7 +302,7 @@ class _JobRun:
                 self.outcomes.fail_struck_out()
             self.intake.pace(images / max(stats.inference_s, 1e-6))
             self._govern(loader, governor, observed, stats)
-            self.check_background()
+            self.context.check_threads()
             self._wait_for_room()
             if self.turn.is_stopping():
                 self.intake.stop()
@@ -344,14 +354,6 @@ class _JobRun:
             "plan", job_id=self.job_id, pipeline=self.pipeline.slug, **plan.log_fields(), why=dict(plan.why), **more
         )
 
-    def check_background(self) -> None:
-        """Raise WorkerFault when a thread that a job needs has died."""
-        for name, failure in (("intake", self.intake.failure), ("poster", self.context.poster.failure)):
-            if isinstance(failure, WorkerFault):
-                raise failure
-            if failure is not None:
-                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
-
     def _wait_for_room(self) -> None:
         """Pause while too many results wait for Antenna, or the next ones could not be kept."""
         while (self.context.journal.fault or self.context.journal.is_full()) and not self.turn.is_stopping():
@@ -364,7 +366,7 @@ class _JobRun:
 
     def _pause(self) -> None:
         self.intake.moved()  # not by us: Antenna, the disk or another worker is waited for
-        self.check_background()
+        self.context.check_threads()
         self.context.stopping.wait(_PAUSE_S)
 
     def log_summary(self) -> None:

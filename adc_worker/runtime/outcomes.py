@@ -87,9 +87,6 @@ class JobOutcomes:
         """Whether what is fetched now can be recorded and posted: the journal is writable, the token accepted."""
         return self._journal.check_writable() and not self._poster.refused
 
-    def wake_poster(self) -> None:
-        self._poster.wake()
-
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
         """Put on record what is about to be decoded and inferred; `alone` when nothing else is."""
         alone = alone or any(image.suspect for image in images)

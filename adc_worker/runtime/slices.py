@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.wire import JobRef
-from adc_worker.errors import AntennaError, AntennaRejected
+from adc_worker.errors import AntennaError
 from adc_worker.journal.journal import Journal
 from adc_worker.log import get_logger
 
@@ -32,7 +32,6 @@ BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; als
 REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again
 LOOKS_PER_POLL = 10
 CLOSE_TIMEOUT_S = 2.0
-_JOB_UNKNOWN = 404
 SMALL_JOB_PATIENCE = 3  # doublings: after its turn a small job is probably being saved, and to ask interrupts others
 
 
@@ -112,9 +111,9 @@ class JobBoard:
             if job_id in self._entries:
                 self._entries[job_id].tasks = tasks
 
-    def unlisted(self, listed: Sequence[JobRef]) -> list[int]:
+    def job_ids(self) -> set[int]:
         with self._lock:
-            return list(self._entries.keys() - {job.id for job in listed})
+            return set(self._entries)
 
     def drop(self, job_id: int) -> None:
         """Forget a job; a turn that it has ends."""
@@ -156,7 +155,8 @@ class JobBoard:
                 entry.begun, entry.last_task_at, self._worked_at = True, now, now
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
             if ended_empty:
-                entry.not_before = now + self._random.uniform(0.8, 1.2) * self._pause_s(entry.empty_turns)
+                pause_s = min(self._idle_s * 2 ** min(entry.empty_turns, 10), EMPTY_BACKOFF_MAX_S)
+                entry.not_before = now + self._random.uniform(0.8, 1.2) * pause_s
                 entry.empty_turns += 1
 
     def is_over(self, turn: Turn, work_left_s: float) -> bool:
@@ -189,9 +189,6 @@ class JobBoard:
         now = self._now()
         return [one for one in self._entries.values() if one is not besides and now >= one.not_before]
 
-    def _pause_s(self, empty_turns: int) -> float:
-        return float(min(self._idle_s * 2 ** min(empty_turns, 10), EMPTY_BACKOFF_MAX_S))
-
 
 class JobPoller:
     """Polls the job list in the background: finds work, shows that we live, notices jobs that are over or cancelled."""
@@ -199,19 +196,17 @@ class JobPoller:
     def __init__(
         self, board: JobBoard, client: AntennaClient, journal: Journal, slugs: Sequence[str], project: int | None
     ) -> None:
-        self.failure: BaseException | None = None  # an AntennaError where not one poll succeeded so far
+        self.failure: AntennaError | None = None  # of the last poll, where not one succeeded so far
+        self.is_fresh = False  # the list was seen since the last turn
         self._board = board
         self._client = client
         self._journal = journal
         self._slugs = slugs
         self._project = project
-        self._changed = threading.Condition()
         self._lost: deque[tuple[int, list[int]]] = deque()
         self._failures = 0
-        self._asked_at = self._polled_at = self._turn_at = float(
-            "-inf"
-        )  # last poll, last that succeeded, last turn's end
-        self._busy = self._closing = False
+        self._answered = self._busy = False
+        self._due, self._news, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
 
     def start(self) -> None:
@@ -219,89 +214,65 @@ class JobPoller:
 
     def close(self) -> None:
         """End the thread; one that waits for Antenna is not waited for."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closed.set()
+        self._due.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the list was seen since the last turn."""
-        return not self._busy and self._polled_at > self._turn_at
 
     @contextmanager
     def busy(self) -> Iterator[None]:
         """Poll less often while a job has its turn, and at once when it is over."""
-        with self._changed:
-            self._busy = True
+        self._busy = True
         try:
             yield
         finally:
-            with self._changed:
-                self._busy, self._turn_at = False, time.monotonic()
-                self._changed.notify_all()
+            self._busy = self.is_fresh = False
+            self._due.set()
 
     def wait_for_news(self, timeout_s: float) -> None:
-        with self._changed:
-            self._changed.wait(timeout_s)
+        self._news.wait(timeout_s)
+        self._news.clear()
 
     def take_lost(self) -> list[tuple[int, list[int]]]:
         """Return jobs that take nothing any more and the tasks of them that the journal has forgotten."""
         return [self._lost.popleft() for _ in range(len(self._lost))]
 
     def _run(self) -> None:
-        try:
-            while not self._closing:
-                self._poll_once()
-                self._wait()
-        except Exception as error:  # noqa: BLE001 (recorded: the worker's loop ends the process on it)
-            if not self._closing:
-                self.failure = error
+        while not self._closed.is_set():
+            self._due.clear()
+            self._poll_once()
+            pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
+            pause_s = min(pause_s, POLL_BACKOFF_MAX_S) * random.uniform(0.8, 1.2)  # noqa: S311 (out of step)
+            (self._closed if self._failures else self._due).wait(pause_s)
 
     def _poll_once(self) -> None:
-        self._asked_at = time.monotonic()
         try:
             self._poll()
         except AntennaError as error:
             self._failures += 1
-            self.failure = error if self._polled_at < 0 else None
+            self.failure = None if self._answered else error
             _log.warning("poll_failed", error=str(error), attempt=self._failures)
         else:
-            self._failures, self.failure, self._polled_at = 0, None, self._asked_at
-        with self._changed:
-            self._changed.notify_all()
-
-    def _wait(self) -> None:
-        pause_s = self._board.poll_pause_s(busy=self._busy) * 2 ** min(self._failures, 10)
-        pause_s = min(pause_s, POLL_BACKOFF_MAX_S)
-        until = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311 (a fleet must not poll in step)
-        with self._changed:
-            while not self._closing and time.monotonic() < until and (self._failures or self._turn_at < self._asked_at):
-                self._changed.wait(until - time.monotonic())
+            self._failures, self.failure, self._answered = 0, None, True
+            self.is_fresh = not self._due.is_set()  # else a turn ended after the list was asked for
+        self._news.set()
 
     def _poll(self) -> None:
         listed = [job for job in self._client.jobs(self._slugs, self._project) if job.pipeline_slug in self._slugs]
-        self._board.add(listed, self._journal.job_ids())
-        with self._changed:
-            self._changed.notify_all()
-        ids = {job.id for job in listed}
-        unlisted = {*self._board.unlisted(listed), *self._journal.job_ids()} - ids
+        held = self._journal.job_ids()
+        self._board.add(listed, held)
+        self._news.set()
+        unlisted = (self._board.job_ids() | held) - {job.id for job in listed}
         for job_id in [*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]]:
             self._look(job_id)
 
     def _look(self, job_id: int) -> None:
-        """Ask for a job's detail: the only place where a cancel shows. A job may be served and not listed."""
-        try:
-            state = self._client.job(job_id)
-        except AntennaRejected as error:
-            if error.status != _JOB_UNKNOWN:
-                raise
-            state = None
-        if state is None or state.is_lost:
+        """Ask for a job's detail: it may be over, or served and not listed."""
+        state = self._client.job(job_id)
+        if state.is_lost:
             self._board.drop(job_id)
             task_ids = self._journal.bury(job_id)
             self._lost.append((job_id, task_ids))
-            _log.info("job_over", job_id=job_id, status=state.status if state else "unknown", dropped=len(task_ids))
+            _log.info("job_over", job_id=job_id, status=state.status, dropped=len(task_ids))
         elif state.pipeline_slug in self._slugs:
             if state.is_served:
                 self._board.add([JobRef(id=job_id, pipeline_slug=state.pipeline_slug)])

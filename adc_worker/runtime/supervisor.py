@@ -321,7 +321,3 @@ def _name(code: int) -> str:
     if code < 0:
         return signal.Signals(-code).name
     return ExitCode(code).name if code in set(ExitCode) else str(code)
-
-
-def supervise(options: WorkerOptions, settings: Settings) -> ExitCode:
-    return Supervisor(options, settings).run()

@@ -77,10 +77,10 @@ class Stop:
 class WorkerLoop:
     """Gives jobs their turns; a thread of its own polls Antenna meanwhile, which is also the heartbeat."""
 
-    def __init__(self, options: WorkerOptions, config: Settings, context: WorkerContext) -> None:
+    def __init__(self, options: WorkerOptions, context: WorkerContext) -> None:
         self._options = options
-        self._config = config
         self._context = context
+        config = context.settings
         specs = registry.available(config, context.stopping.is_set)
         self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,12 +104,14 @@ class WorkerLoop:
         self._poller.start()
         try:
             while not self._context.stopping.is_set():
-                self._check_background()
+                self._context.check_threads()
+                if self._poller.failure is not None:
+                    self._first_contact_failed(self._poller.failure)
                 self._discard_lost()
                 if self._had_its_day():
                     _log.info("recycled", jobs=self._jobs_done, anonymous_bytes=anonymous_bytes([os.getpid()]))
                     return ExitCode.RECYCLE
-                turn = self._board.next_turn(self._context.stopping.is_set)
+                turn = self._board.next_turn(self._context.is_stopping)
                 if turn is not None:
                     self._take_turn(turn)
                 elif self._is_idle():
@@ -149,13 +151,13 @@ class WorkerLoop:
             summary = _process_job(pipeline, job_id, context, memory, turn)
         del pipeline  # the cache alone decides how long its models live
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
-        if isinstance(summary.error, AntennaRefused) and not summary.tasks:
-            self._first_contact_failed(summary.error)  # a poll that succeeds proves nothing about the token
+        error = memory.fetch.error
+        if isinstance(error, AntennaRefused) and not summary.tasks:
+            self._first_contact_failed(error)  # a poll that succeeds proves nothing about the token
         self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
-        answered = summary.error is None
-        self._contacted |= answered
+        self._contacted |= error is None
         self._board.end_turn(
-            turn, summary.tasks, ended_empty=summary.ended_empty, answered=answered, switch_s=summary.switch_s
+            turn, summary.tasks, ended_empty=summary.ended_empty, answered=error is None, switch_s=summary.switch_s
         )
 
     def _is_idle(self) -> bool:
@@ -195,22 +197,12 @@ class WorkerLoop:
 
     def _had_its_day(self) -> bool:
         """Whether AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB ends this process between two jobs."""
-        most_jobs, most_mb = self._config.worker_max_jobs, self._config.worker_max_rss_mb
+        config = self._context.settings
+        most_jobs, most_mb = config.worker_max_jobs, config.worker_max_rss_mb
         if not self._jobs_done:  # what it needs to start with is no reason to start again
             return False
         too_many = most_jobs is not None and self._jobs_done >= most_jobs
         return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
-
-    def _check_background(self) -> None:
-        for name, failure in (
-            ("poller", self._poller.failure),
-            ("poster", self._context.poster.failure),
-            ("leases", self._keeper.failure if self._keeper else None),
-        ):
-            if isinstance(failure, AntennaError):
-                self._first_contact_failed(failure)
-            elif failure is not None:
-                raise WorkerFault(f"{name} died: {failure!r}", ExitCode.BACKGROUND_TASK_DIED) from failure
 
     def _pipeline(self, slug: str) -> Pipeline | None:
         """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
@@ -238,7 +230,7 @@ class WorkerLoop:
             raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}{hint}") from error
         if isinstance(error, AntennaUnreachable | AntennaRejected):
             raise ConfigurationError(
-                f"AMI_ANTENNA_API_BASE_URL {self._config.antenna_api_base_url}: {error}"
+                f"AMI_ANTENNA_API_BASE_URL {self._context.settings.antenna_api_base_url}: {error}"
             ) from error
 
 
@@ -274,13 +266,12 @@ def run(
         owner = journal.owner_in(folder)
         staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
         suspects = journal.accuse(died, oom_kills())
-        expired, swept = journal.drop_expired(), staging.sweep(journal.unfinished_ids)
+        swept = staging.sweep(journal.unfinished_ids)
         _log.info(
             "journal_open",
             path=str(config.journal_path),
             slot=journal.slot,
             suspects=suspects,
-            expired_tasks=expired,
             swept_files=swept,
         )
         limit = memory_limit()
@@ -320,10 +311,12 @@ def run(
             reporter=reporter,
             share=share,
         )
+        log_it, threading.excepthook = threading.excepthook, context.died.append
         try:
-            with closing(WorkerLoop(options, config, context)) as loop:
+            with closing(WorkerLoop(options, context)) as loop:
                 return loop.run()
         finally:
+            threading.excepthook = log_it
             context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
             reporter.close()
@@ -344,7 +337,6 @@ def main() -> int:
     life, died = SignsOfLife(int(sys.argv[2])), json.loads(sys.argv[3])
     config = settings.load(options.env_file)
     log.configure(options.log_format, config.log_level)
-    threading.excepthook = _thread_died  # not before: logging sets one of its own
     stop = Stop()
     threading.Thread(target=stop.listen, name="commands", daemon=True).start()
     try:
@@ -358,13 +350,6 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 (logged with its traceback; the parent restarts us)
         _log.exception("failed", error=str(error))
         return ExitCode.FAILED
-
-
-def _thread_died(died: threading.ExceptHookArgs) -> None:
-    """End the process: a thread that must live would be missed only much later."""
-    name = died.thread.name if died.thread else "?"
-    _log.error("thread_died", thread=name, exc_info=(died.exc_type, died.exc_value, died.exc_traceback))
-    os._exit(ExitCode.BACKGROUND_TASK_DIED)
 
 
 if __name__ == "__main__":

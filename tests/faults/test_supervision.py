@@ -187,6 +187,15 @@ def test_an_image_that_crashes_the_decoder_or_the_model_costs_itself_only(server
     assert not ours, "what a dead child started is gone, too"
 
 
+def test_a_thread_that_dies_ends_its_child_by_name(server: DevServer, tmp_path: Path) -> None:
+    """Whichever it is, with what it died of; another child starts."""
+    ill = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:with_a_thread_that_dies"}
+    with worker(environment(server, tmp_path / "data", ill)) as running:
+        assert running.wait_for("child_ended")["exit"] == ExitCode.BACKGROUND_TASK_DIED.name
+        assert running.events("worker_fault")[0]["error"] == "ill died: IndexError('pop from empty list')"
+        running.wait_for("child_started", count=2)
+
+
 @pytest.mark.parametrize("hang", [HANG, HANG_WITH_GIL])
 def test_a_hang_ends_with_the_stacks_of_all_threads_and_a_restart(
     server: DevServer, tmp_path: Path, hang: tuple[int, int, int]

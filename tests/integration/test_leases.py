@@ -123,9 +123,10 @@ def test_over_nats_a_lease_lasts_until_its_result_is_saved(
         fetch = TaskFetch(job_id, client, journal, poster, lease)
         if extended:
             stack.enter_context(closing(LeaseKeeper(server.nats_url, lease, journal.subjects, fetch.unsaved)))
-        fetch.start(1, answered.set)
+        fetch.begin_turn(answered.set)
+        fetch.start(1)
         assert answered.wait(10)
-        (held,) = fetch.take_answer() or []
+        (held,) = journal.unfinished(job_id)
         journal.keep([(held.id, SuccessResult(held.task, "simulated", [], 0.1, "2026-01-01T00:00:00"))])
         poster.wake()
         while server.job(job_id).status != "SUCCESS":

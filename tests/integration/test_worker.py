@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
 
@@ -15,7 +14,6 @@ from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
-from tests.support.process_tree import alive
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end, worker
 
@@ -198,32 +196,6 @@ def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
     assert set(job.deliveries.values()) == {1}
     assert set(job.posts.values()) == {1}
     assert server.requests["GET images"] - asked == DRAINED - done_first - staged
-
-
-def test_a_killed_child_comes_back_and_loses_nothing(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    """Kill -9 while inferring: one outcome per image, no second delivery, no second download of a staged image."""
-    job_id = server.add_job("simulated", [sheets[index % 4] for index in range(40)])
-    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.05"})
-    with worker(env, *SIMULATED, "--exit-when-idle") as running:
-        running.wait_for("batch", count=2)
-        os.kill(running.child_pid(), signal.SIGKILL)
-        assert running.wait() == ExitCode.OK
-    wait_until(lambda: server.job(job_id).status == "SUCCESS")
-    job = server.job(job_id)
-    assert set(job.results) == set(job.image_ids)
-    assert not job.errors
-    assert set(job.deliveries.values()) == {1}
-    assert running.events("child_ended")[0]["exit"] == "SIGKILL"
-
-
-def test_no_process_outlives_a_killed_parent(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    server.add_job("simulated", sheets * 20)
-    env = environment(server, tmp_path / "data", {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.5"})
-    with worker(env, *SIMULATED) as running:
-        running.wait_for("plan")
-        child = psutil.Process(running.child_pid())
-        running.process.kill()
-        wait_until(lambda: not alive([child]), timeout_s=30)
 
 
 def test_an_idle_worker_polls_and_answers_a_job_that_appears(

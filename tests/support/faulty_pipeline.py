@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -60,3 +61,9 @@ def photograph(path: Path, pixel: tuple[int, int, int] = (0, 0, 0)) -> Path:
     image.putpixel((0, 0), pixel)
     image.save(path, "PNG")
     return path
+
+
+def with_a_thread_that_dies() -> list[PipelineSpec]:
+    """Return the same, from a process one of whose threads dies."""
+    threading.Thread(target=[].pop, name="ill").start()
+    return pipelines()

@@ -172,6 +172,12 @@ def test_a_404_that_is_not_antennas_is_an_outage() -> None:
     assert type(error_of(httpx.Response(404, html="<html>no such page</html>"))) is AntennaUnavailable
 
 
+def test_a_job_that_antenna_does_not_know_is_over() -> None:
+    """Deleted: what is kept for it is useless."""
+    with client(Antenna(httpx.Response(404, json={"detail": "Not found."}))) as asked:
+        assert asked.job(7).is_lost
+
+
 def test_a_task_of_another_job_is_left_to_its_lease() -> None:
     """Its result would be saved at this job and acknowledge an image of that one; unknown subjects are opaque."""
     subjects = ["$JS.ACK.job_7.job-7-consumer.1.1.1.1.0", "$JS.ACK.job_8.job-8-consumer.1.2.2.1.0", "$JS.ACK.new.form"]

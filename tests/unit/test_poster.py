@@ -326,29 +326,34 @@ def test_waiting_for_an_unreachable_antenna_ends_in_time(journal: Journal) -> No
     poster.close(0)
 
 
-def test_an_unexpected_error_is_reported_and_stops_the_poster(journal: Journal) -> None:
-    """Whoever waits is told; the result stays, and is not tried in a loop without a pause."""
+@pytest.fixture
+def died(monkeypatch: pytest.MonkeyPatch) -> list[threading.ExceptHookArgs]:
+    """Return the threads that died, as the worker's loop hears of them."""
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    return heard
+
+
+def test_an_unexpected_error_ends_the_poster(journal: Journal, died: list[threading.ExceptHookArgs]) -> None:
+    """The result stays, and is not tried in a loop without a pause."""
     error = KeyError("a bug")
     kept = keep(journal, [1])
     receiver = Receiver(times(1000, error))
     with posting(journal, receiver) as poster:
-        wait_until(lambda: poster.failure is not None)
-        assert poster.failure is error
-        assert not poster.wait_idle(5)
-        poster._thread.join(5)
-        assert not poster._thread.is_alive()
+        wait_until(lambda: died)
+        assert died[0].exc_value is error
+        assert not poster.wait_idle(0.01)
     assert receiver.attempts == 1
     assert [b"".join(journal.parts(one.id)) for one in journal.unposted([], 10, ALL)] == kept
 
 
-def test_a_journal_that_fails_is_reported_too(tmp_path: Path) -> None:
-    """The thread that reads it must not die in silence."""
+def test_a_journal_that_fails_ends_it_too(tmp_path: Path, died: list[threading.ExceptHookArgs]) -> None:
+    """The thread that reads it must not wait on in silence."""
     journal = Journal(tmp_path / "journal.db")
-    receiver = Receiver()
-    with posting(journal, receiver) as poster:
-        journal.close()
-        poster.wake()
-        wait_until(lambda: poster.failure is not None)
+    poster = Poster(journal, Receiver(), PosterLimits(1, 10_000))
+    journal.close()
+    poster.wake()
+    wait_until(lambda: died)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -445,7 +450,7 @@ def test_a_job_that_stays_open_with_all_results_accepted_gets_one_of_them_again(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is closed when that has ended it."""
-    monkeypatch.setattr("adc_worker.journal.poster.LOOKS_S", (0.01, 0.02))
+    monkeypatch.setattr("adc_worker.journal.poster.LOOK_FIRST_S", 0.002)
     keep(journal, [1, 2])
     receiver = Receiver()
     with posting(journal, receiver) as poster:
