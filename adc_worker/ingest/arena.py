@@ -95,9 +95,11 @@ class Arena:
         return memory[region.offset : region.offset + count].reshape(shape)
 
     def resize(self, size_bytes: int) -> None:
-        """Replace the block by one of another size; only while nothing is allocated."""
+        """Replace the block, unless it has that size; only while nothing is allocated."""
         if size_bytes < 1:
             raise ValueError(f"an arena needs at least one byte, not {size_bytes}")
+        if self._memory is not None and self.size_bytes == _round_up(size_bytes):
+            return
         self.close()
         with self._lock:
             self.generation += 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.ingest.arena import Arena
@@ -21,18 +20,6 @@ from adc_worker.tuning.plan import IngestPlan
 _FIXED_FIELDS = ("arena_bytes", "decode_workers", "decode_engine", "scratch_bytes", "pin_memory")
 
 
-class _ReadyBatches(IterableDataset[DecodedBatch]):
-    def __init__(self, feeder: BatchFeeder) -> None:
-        self._feeder = feeder
-
-    def __iter__(self) -> Iterator[DecodedBatch]:
-        return iter(self._feeder)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class JobDataLoader(DataLoader[DecodedBatch]):
     """A DataLoader whose dataset owns the decode workers: torch's own subprocesses are not used.
 
@@ -40,9 +27,7 @@ class JobDataLoader(DataLoader[DecodedBatch]):
     """
 
     def __init__(self, plan: IngestPlan, feeder: BatchFeeder, arena: Arena) -> None:
-        super().__init__(
-            _ReadyBatches(feeder), batch_size=None, num_workers=0, collate_fn=_as_it_is, pin_memory=plan.pin_memory
-        )
+        super().__init__(feeder, batch_size=None, num_workers=0, pin_memory=plan.pin_memory)
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
         self.feeder = feeder

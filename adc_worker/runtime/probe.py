@@ -66,7 +66,7 @@ def probe(
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
             if not _wait_for_memory(image, measure, wait):
-                source.put_back([image])
+                source.put(image)
                 return None
             if not source.still_wanted(image):
                 continue

@@ -134,6 +134,11 @@ class Feed:
                 raise TimeoutError("the feeder does not come to rest")
             time.sleep(0.0002)
 
+    @property
+    def ready(self) -> list[DecodedBatch]:
+        """What is decoded and not taken."""
+        return [batch.ready for batch in self.feeder._ahead if batch.ready is not None]
+
     def next(self) -> DecodedBatch | None:
         return next(self._batches, None)
 

@@ -130,11 +130,10 @@ def test_the_wait_ends_by_itself(feed: MakeFeed) -> None:
 def test_a_batch_has_one_shape(feed: MakeFeed) -> None:
     """Shapes of equal size do not mix either."""
     one = feed(batch_size=4, at_once=True, prefetch_factor=8)
-    one.source.listen(None)
-    one.put(1, 3)
-    one.put(2, 4, shape=LONG_SHAPE)
+    with one.source.changed:
+        one.put(1, 3)
+        one.put(2, 4, shape=LONG_SHAPE)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1, 3], [2, 4]]
 
 
@@ -266,10 +265,9 @@ def test_the_arena_shrinks_back_when_the_large_image_fails(feed: MakeFeed) -> No
 def test_a_batch_that_does_not_fit_as_a_whole_goes_image_by_image(feed: MakeFeed) -> None:
     """With nothing in flight one image is always admitted, and none is lost on the way."""
     one = feed(at_once=True, batch_size=4, arena_bytes=ONE)
-    one.source.listen(None)
-    one.put(1, 2, 3)
+    with one.source.changed:
+        one.put(1, 2, 3)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1], [2], [3]]
 
 
@@ -326,24 +324,22 @@ def test_an_image_whose_decoder_exceeds_the_scratch_runs_alone(feed: MakeFeed) -
 def test_an_image_that_runs_alone_is_never_a_guest_in_a_batch_of_its_shape(feed: MakeFeed) -> None:
     """Whether it or a modest image is the oldest of its shape, and whether or not a batch of them would close."""
     one = feed(at_once=True, batch_size=8, prefetch_factor=8, scratch_bytes=4096)
-    one.source.listen(None)
-    for number in (2, 3, 6):
-        one.put_image(_hungry(number))
-    for number in (1, 4, 5):
-        one.put_image(staged(number, Path(f"{number}.img"), header(*PAGE_SHAPE), staged_at=float(number)))
+    with one.source.changed:
+        for number in (2, 3, 6):
+            one.put_image(_hungry(number))
+        for number in (1, 4, 5):
+            one.put_image(staged(number, Path(f"{number}.img"), header(*PAGE_SHAPE), staged_at=float(number)))
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1, 4, 5], [2], [3], [6]]
 
 
 def test_an_image_that_is_refused_takes_none_of_its_shape_along(feed: MakeFeed) -> None:
     """Another file of as many pixels may need less to be decoded."""
     one = feed(at_once=True, batch_size=8, scratch_bytes=4096, solo_bytes=2 * ONE)
-    one.source.listen(None)
-    one.put_image(_hungry(1))
-    one.put(2)
+    with one.source.changed:
+        one.put_image(_hungry(1))
+        one.put(2)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[2]]
     assert [number for number, _error in one.failures] == [1]
 
@@ -564,15 +560,13 @@ def test_closing_gives_back_what_was_not_admitted_in_the_order_of_staging(feed: 
     one.put(5, shape=LONG_SHAPE)
     one.put_image(staged(8, Path("8.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True)
     one.settle()
-    assert one.source.take_all()[0] == []
     one.feeder.stop()
     one.engine.succeed_all()
     assert one.drain() == [[1], [2]]
     one.feeder.close()
     one.put(9)
     one.feeder.close()
-    images, _ended = one.source.take_all()
-    assert [image.id for image in images] == [8, 3, 4, 5, 6, 7, 9]
+    assert [image.id for image in one.source.images] == [8, 3, 4, 5, 6, 7, 9]
 
 
 def test_closing_while_one_waits_for_memory_gives_it_back_before_those_behind_it(feed: MakeFeed) -> None:
@@ -587,8 +581,7 @@ def test_closing_while_one_waits_for_memory_gives_it_back_before_those_behind_it
     one.engine.succeed_all()
     assert one.drain() == [[1]]
     one.feeder.close()
-    images, _ended = one.source.take_all()
-    assert [image.id for image in images] == [2, 3, 4]
+    assert [image.id for image in one.source.images] == [2, 3, 4]
 
 
 def test_another_feeder_goes_on_where_the_first_one_stopped(feed: MakeFeed) -> None:
@@ -631,19 +624,6 @@ def test_closing_wakes_a_consumer_in_another_thread(feed: MakeFeed) -> None:
         wait_until(lambda: len(one.feeder._changed._waiters) == 2)  # type: ignore[attr-defined]
         one.close()
         assert asked.result(PATIENCE_S) is None
-
-
-def test_closing_waits_for_running_decodes(feed: MakeFeed) -> None:
-    """Their memory is not pulled away from under them."""
-    one = feed()
-    one.put(1)
-    one.settle()
-    with ThreadPoolExecutor(1) as executor:
-        closing = executor.submit(one.close)
-        wait_until(lambda: one.feeder._stopping)
-        assert one.arena.used_bytes == ONE
-        one.engine.succeed_all()
-        closing.result(PATIENCE_S)
 
 
 # The consumer
