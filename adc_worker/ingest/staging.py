@@ -14,7 +14,7 @@ from pathlib import Path
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ConfigurationError, ImageError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import DiskBudget
-from adc_worker.ingest.download import DownloadStats, ImageClient, drop_pages
+from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
 
 _PARTIAL = ".part"
@@ -129,7 +129,8 @@ class StagingArea:
         try:
             stats = self._client.download(task.image_url, fd, cancelled)
             if self.disk.used_bytes > CACHED_AHEAD_BYTES:
-                drop_pages(fd)
+                os.fdatasync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
