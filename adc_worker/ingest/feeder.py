@@ -22,8 +22,7 @@ from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport
 from adc_worker.ingest.header import ImageHeader
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.tuning.plan import IngestPlan
 
 _Shape = tuple[int, int, int]
@@ -84,11 +83,10 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         self._plan = plan
         self._source = source
         self._arena = arena
-        self._engine = engine
+        self._engines = [engine]  # and, once there was one, that of suspects
         self._on_failure = on_failure
         self._on_admit = on_admit
         self._isolate = isolate
-        self._isolated: DecodeEngine | None = None  # decodes suspects
         self._changed = source.changed
         self._ahead: list[_Batch] = []  # admitted and not taken yet
         self._in_arena: set[Region] = set()
@@ -107,7 +105,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
 
     @property
     def decode_pids(self) -> list[int]:
-        return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
+        return [pid for engine in self._engines for pid in engine.pids]
 
     def pause(self, paused: bool) -> None:
         """Admit one image at a time and only when nothing else is in the arena, or as the plan says again."""
@@ -131,9 +129,8 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         """Stop, end the thread and the decoders, and free what nobody took; what was not admitted stays queued."""
         self.stop()
         self._thread.join()
-        self._engine.close()
-        if self._isolated is not None:
-            self._isolated.close()
+        for engine in self._engines:
+            engine.close()
         with self._changed:
             self._ahead.clear()
             for region in tuple(self._in_arena):
@@ -198,7 +195,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
     def _closable(self) -> list[StagedImage]:
         """Return the images of a batch that may close now: of the oldest, or of the first that is full."""
         images = self._source.images
-        idle = sum(batch.left for batch in self._ahead) < self._engine.workers
+        idle = sum(batch.left for batch in self._ahead) < self._engines[0].workers
         if images and (idle or self._source.ended or self._seconds_to_next_close() == 0):
             of_the_oldest = (image for image in images if self._kind(image) == self._kind(images[0]))
             return list(islice(of_the_oldest, self._images_per_batch(images[0])))
@@ -266,10 +263,9 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
             batch.decodes[-1].add_done_callback(partial(self._on_decoded, batch))
 
     def _engine_for(self, image: StagedImage) -> DecodeEngine:
-        if not image.suspect:
-            return self._engine
-        self._isolated = self._isolated or self._isolate()
-        return self._isolated
+        if image.suspect and len(self._engines) == 1:
+            self._engines.append(self._isolate())
+        return self._engines[-1 if image.suspect else 0]
 
     def _on_decoded(self, batch: _Batch, decode: Future[DecodeReport]) -> None:
         if decode.cancelled():

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.data import DataLoader
 
-from adc_worker.errors import ImageError, WorkerFault
+from adc_worker.errors import ImageError
 from adc_worker.ingest.arena import Arena
 from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.tuning.plan import IngestPlan
 
 # What a loader is built around: another arena or other decode workers take another loader.
@@ -58,25 +57,10 @@ def build_dataloader(
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
     """
-    arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
+    arena = Arena(plan.arena_bytes, torch.cuda.cudart() if plan.pin_memory else None)  # type: ignore[no-untyped-call]
     decode_engine = ThreadEngine if plan.decode_engine == "threads" else ProcessEngine
     engine = decode_engine(arena, plan.decode_workers, plan.scratch_bytes)
     feeder = BatchFeeder(
         plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
     )
     return JobDataLoader(plan, feeder, arena)
-
-
-class _CudaPageLocker:
-    """Registers the whole arena with CUDA once, so that no batch is copied to be pinned. Written, not run."""
-
-    def lock(self, address: int, size_bytes: int) -> None:
-        code = torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)  # type: ignore[no-untyped-call]
-        if int(code) != 0:
-            raise WorkerFault(
-                f"CUDA cannot page-lock {size_bytes} bytes (error {int(code)}):"
-                " set AMI_ANTENNA_API_DATALOADER_PIN_MEMORY=false"
-            )
-
-    def unlock(self, address: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
-from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedQueue
 from tests.support.images import header, staged
 from tests.support.plans import ingest_plan
 

@@ -22,7 +22,7 @@ from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.loader import build_dataloader
-from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedQueue
 from tests.support.feeds import LARGE_SHAPE, LONG_SHAPE, ONE, PAGE_SHAPE, Feed
 from tests.support.images import by_pillow, encoded, header, jpeg, picture, staged, written
 from tests.support.plans import ingest_plan
