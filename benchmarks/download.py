@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from adc_worker.devserver.sheets import LARGE, TYPICAL, write_sheets
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.decode import decode
-from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient, drop_pages, write_back
+from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient
 from adc_worker.ingest.header import read_header
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.hardware import caption
@@ -318,13 +318,9 @@ def _keep(_fd: int, _written: int) -> None:
     """Leave everything to the kernel."""
 
 
-def _write_back(fd: int, written: int) -> None:
-    write_back(fd, written - WINDOW_BYTES, written)
-
-
 def _drop(fd: int, written: int) -> None:
-    """Start writing the window that is full and drop what is clean before it: DONTNEED does both, and does not wait."""
-    os.posix_fadvise(fd, 0, written, os.POSIX_FADV_DONTNEED)
+    """Start writing the window that is full: DONTNEED drops what is clean, writes the rest, and does not wait."""
+    os.posix_fadvise(fd, written - WINDOW_BYTES, WINDOW_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _drop_at_end(fd: int) -> None:
@@ -342,10 +338,9 @@ def _nothing_at_end(_fd: int) -> None:
 
 WRITERS: dict[str, tuple[Callable[[int, int], None], Callable[[int], None]]] = {
     "write": (_keep, _nothing_at_end),
-    "ours: write, sync_file_range per 8 MiB, drop_pages at the end": (_write_back, drop_pages),
     "write, fadvise(DONTNEED) per 8 MiB and at the end": (_drop, _drop_at_end),
     "write, fdatasync + DONTNEED at the end": (_keep, _sync_and_drop_at_end),
-    "write, fadvise per 8 MiB, fdatasync + DONTNEED at the end": (_drop, _sync_and_drop_at_end),
+    "ours: write, fadvise per 8 MiB, fdatasync + DONTNEED at the end": (_drop, _sync_and_drop_at_end),
 }
 
 

@@ -62,8 +62,7 @@ from tests.support import checkpoints
 from tests.support.checkpoints import Box, Pixels
 from tests.support.images import header, staged, task
 
-CARDS = {card.slug: card for card in PIPELINES}
-CLASSES = {MOTH_FILTER.key: 2, CARDS["global_moths_2024"].classifier.key: 29_176}
+CLASSES = {MOTH_FILTER.key: 2, PIPELINES["global_moths_2024"].key: 29_176}
 DEFAULT_CLASSES = 1000
 SIZE_PX = (4096, 2160)
 WARM_UP_PX = (1320, 160)  # quick: Faster R-CNN enlarges to 800 px unless the other side reaches 1333
@@ -120,8 +119,8 @@ class Plain:
         return self._loaded(checkpoints.BUILD[card.architecture](classes_of(card)), card.weights)
 
     def load(self, slug: str) -> None:
-        card = CARDS[slug]
-        self._last = (card.classifier, self._loaded_classifier(card.classifier))
+        card = PIPELINES[slug]
+        self._last = (card, self._loaded_classifier(card))
         self._first = (MOTH_FILTER, self._filter) if card.filtered else None
 
     @torch.inference_mode()
@@ -203,7 +202,7 @@ def write_models(folder: Path, slugs: Sequence[str]) -> None:
     detector = checkpoints.detector()
     shift(detector, image)
     checkpoints.save(detector, folder, DETECTOR_WEIGHTS)
-    for card in {card.key: card for card in (MOTH_FILTER, *(CARDS[slug].classifier for slug in slugs))}.values():
+    for card in {card.key: card for card in (MOTH_FILTER, *(PIPELINES[slug] for slug in slugs))}.values():
         network = checkpoints.classifier(card, classes_of(card))
         if card is MOTH_FILTER:
             checkpoints.let_half_through(network, card, image, checkpoints.plain_boxes(detector, image))
@@ -297,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2, help="photographs per pipeline")
     parser.add_argument("--flip-images", type=int, default=20)
-    parser.add_argument("--pipeline", action="append", choices=CARDS, help="repeatable; all ten by default")
+    parser.add_argument("--pipeline", action="append", choices=PIPELINES, help="repeatable; all ten by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=("inference", "flips"), help="one section of the two")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
@@ -306,7 +305,7 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.folder, torch.device(options.device))
         return
-    slugs, told = options.pipeline or list(CARDS), caption()
+    slugs, told = options.pipeline or list(PIPELINES), caption()
     sections: dict[str, tuple[str, Callable[[Path], str]]] = {
         "inference": ("Inference", lambda folder: overheads(folder, options.device, slugs, options.images)),
         "flips": (

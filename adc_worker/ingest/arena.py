@@ -10,10 +10,12 @@ import os
 import threading
 from bisect import insort
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from adc_worker.errors import WorkerFault
 
 PAGE_BYTES = mmap.PAGESIZE
 _STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
@@ -35,19 +37,14 @@ class Region:
         return self.offset + self.size_bytes
 
 
-class PageLocker(Protocol):
-    """Page-locks a block of memory, so that a GPU can copy from it by itself."""
-
-    def lock(self, address: int, size_bytes: int) -> None: ...
-
-    def unlock(self, address: int) -> None: ...
-
-
 class Arena:
-    """Hands out regions of a fixed number of bytes; safe to use from several threads."""
+    """Hands out regions of a fixed number of bytes; safe to use from several threads.
 
-    def __init__(self, size_bytes: int, locker: PageLocker | None = None) -> None:
-        self._locker = locker
+    With `cuda`, torch's CUDA runtime, the block is page-locked: a GPU copies from it by itself. Written, not run.
+    """
+
+    def __init__(self, size_bytes: int, cuda: Any = None) -> None:
+        self._cuda = cuda
         self._lock = threading.Lock()
         self._used: list[Region] = []  # in order; what lies between them is free
         self._memory: npt.NDArray[np.uint8] | None = None
@@ -95,9 +92,11 @@ class Arena:
         return memory[region.offset : region.offset + count].reshape(shape)
 
     def resize(self, size_bytes: int) -> None:
-        """Replace the block by one of another size; only while nothing is allocated."""
+        """Replace the block, unless it has that size; only while nothing is allocated."""
         if size_bytes < 1:
             raise ValueError(f"an arena needs at least one byte, not {size_bytes}")
+        if self._memory is not None and self.size_bytes == _round_up(size_bytes):
+            return
         self.close()
         with self._lock:
             self.generation += 1
@@ -106,8 +105,7 @@ class Arena:
             try:
                 os.ftruncate(self.descriptor, self.size_bytes)
                 memory = np.frombuffer(mmap.mmap(self.descriptor, self.size_bytes), dtype=np.uint8)
-                if self._locker is not None:
-                    self._locker.lock(memory.ctypes.data, self.size_bytes)
+                self._page_lock(memory)
             except BaseException:
                 os.close(self.descriptor)
                 raise
@@ -119,10 +117,16 @@ class Arena:
             if self._used:
                 raise ValueError(f"{len(self._used)} regions are still in use")
             if self._memory is not None:
-                if self._locker is not None:
-                    self._locker.unlock(self._memory.ctypes.data)
+                if self._cuda is not None:
+                    self._cuda.cudaHostUnregister(self._memory.ctypes.data)
                 os.close(self.descriptor)  # the mapping holds a descriptor of its own
                 self._memory = None  # the mapping goes with its last view
+
+    def _page_lock(self, memory: npt.NDArray[np.uint8]) -> None:
+        code = int(self._cuda.cudaHostRegister(memory.ctypes.data, memory.size, 0)) if self._cuda is not None else 0
+        if code:
+            note = "set AMI_ANTENNA_API_DATALOADER_PIN_MEMORY=false"
+            raise WorkerFault(f"CUDA cannot page-lock {memory.size} bytes (error {code}): {note}")
 
     def _mapped(self) -> npt.NDArray[np.uint8]:
         if self._memory is None:

@@ -39,13 +39,8 @@ class DecodeReport:
 class DecodeEngine(Protocol):
     """Decodes images into regions, several at a time."""
 
-    @property
-    def workers(self) -> int: ...
-
-    @property
-    def pids(self) -> list[int]:
-        """The processes that decode, for whoever adds up memory."""
-        ...
+    workers: int
+    pids: list[int]  # the processes that decode, for whoever adds up memory
 
     def submit(self, path: Path, header: ImageHeader, target: Region) -> Future[DecodeReport]:
         """Decode `path` into `target`; the future raises ImageError when that fails."""

@@ -30,14 +30,6 @@ STRIKES = 2  # design, "The journal": two strikes make an error result
 KILLS_MAX = 10  # of one image's decoders by another's hand: then something on this machine is set on it
 
 
-class DecoderDied(Exception):
-    """The decode process ended before it answered."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"decode process ended with {exit_code}")
-        self.exit_code = exit_code
-
-
 class DecodeProcess:
     """One decode process and the socket that commands it; it ends when the socket closes."""
 
@@ -57,7 +49,7 @@ class DecodeProcess:
         return self._process.pid
 
     def decode(self, arena: Arena, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
-        """Decode in the process; raises DecoderDied, or ImageError with the decoder's words."""
+        """Decode in the process; raises CalledProcessError when it died, or ImageError with the decoder's words."""
         task = {"path": str(path), "header": asdict(header), "offset": target.offset}
         try:
             if self._arena_generation != arena.generation:
@@ -69,7 +61,7 @@ class DecodeProcess:
         except (BrokenPipeError, ConnectionResetError):
             answer = b""
         if not answer:
-            raise DecoderDied(self._process.wait())
+            raise subprocess.CalledProcessError(self._process.wait(), "decode process")
         told = json.loads(answer)
         if "error" in told:
             raise (ImageTooLarge if told["too_large"] else ImageUnreadable)(told["error"])
@@ -107,27 +99,26 @@ class ProcessEngine(ThreadEngine):
             process, oom_kills_before = self._idle.get(), oom_kills()
             try:
                 return process.decode(self._arena, path, header, target)
-            except DecoderDied as died:
+            except subprocess.CalledProcessError as died:
                 process.close()
                 self.pids.remove(process.pid)
                 process = self._start()
-                if (
-                    died.exit_code >= 0
-                ):  # an exception, told on stderr; as in a decode thread it is ours, not the image's
+                code = died.returncode
+                if code >= 0:  # an exception, told on stderr; as in a decode thread it is ours, not the image's
                     raise WorkerFault(str(died)) from None
                 # Beside other decodes, whose memory it was says nothing.
-                if died.exit_code in _OWN_DEATHS or (self.workers == 1 and oom_kills() > oom_kills_before):
+                if code in _OWN_DEATHS or (self.workers == 1 and oom_kills() > oom_kills_before):
                     strikes += 1
                 else:
                     kills += 1
-                _log.warning("decoder_died", exit_code=died.exit_code, file=path.name, strikes=strikes, kills=kills)
+                _log.warning("decoder_died", exit_code=code, file=path.name, strikes=strikes, kills=kills)
                 if kills == KILLS_MAX:
                     raise WorkerFault(
                         f"decode processes were killed {KILLS_MAX} times at one image, and not for want of memory:"
                         " find out what kills processes on this machine"
                     ) from None
                 if strikes == STRIKES:
-                    name = signal.Signals(-died.exit_code).name
+                    name = signal.Signals(-code).name
                     raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None
             finally:
                 self._idle.put(process)  # at the end: the one that waited is next

@@ -5,15 +5,14 @@ urllib3 rather than httpx because reading large blocks costs a fraction of the C
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import io
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -36,18 +35,13 @@ CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
 CANCEL_CHECK_S = 0.5  # a host that says nothing must not keep a turn or a drain waiting
 READ_BYTES = 1 << 18
+# A memory limit counts the page cache, too, and dirty pages it cannot take back at once: they are written as they come.
 WRITE_BACK_BYTES = 8 << 20
 REDIRECTS_MAX = 3
 # A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
-# sync_file_range(2): start writing, and with all three wait for it. Not in os; it never touches metadata. A memory
-# limit counts the page cache, too, and dirty pages it cannot take back at once: they are written as they come.
-_WRITE, _WRITE_AND_WAIT = 2, 1 | 2 | 4
-_libc = ctypes.CDLL(None)
-_deadline: ContextVar[float] = ContextVar("deadline")  # of this thread's download, in monotonic seconds
-_cancelled: ContextVar[Callable[[], bool]] = ContextVar("cancelled")
-_policy: ContextVar[AddressPolicy] = ContextVar("policy")
+_this_thread = threading.local()  # its download: until (monotonic seconds), cancelled, policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +67,8 @@ class _UntilDeadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        until = min(_deadline.get(), time.monotonic() + READ_TIMEOUT_S)
-        while not _cancelled.get()():
+        until = min(_this_thread.until, time.monotonic() + READ_TIMEOUT_S)
+        while not _this_thread.cancelled():
             left_s = until - time.monotonic()
             if left_s <= 0:
                 raise LinkError("the image did not come in time: its host, or the link to it, is too slow")
@@ -102,7 +96,7 @@ class _Connection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         if self.proxy is not None:
             return super()._new_conn()
-        for address in _policy.get().resolve(self.host):
+        for address in _this_thread.policy.resolve(self.host):
             try:
                 return create_connection((address, self.port), self.timeout, socket_options=self.socket_options)
             except OSError as error:
@@ -127,7 +121,7 @@ class ImageClient:
 
     def __init__(self, max_bytes: int, policy: AddressPolicy, download_s: float = DOWNLOAD_S) -> None:
         self._max_bytes = max_bytes
-        self._address_policy = policy
+        self._policy = policy
         self._download_s = download_s
         options: dict[str, Any] = {
             "maxsize": DOWNLOADS_MAX,
@@ -162,9 +156,8 @@ class ImageClient:
     def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
         """Write the body of `url` to the file descriptor `fd`."""
         started = time.monotonic()
-        _deadline.set(started + self._download_s)
-        _cancelled.set(cancelled)
-        _policy.set(self._address_policy)
+        _this_thread.until, _this_thread.cancelled = started + self._download_s, cancelled
+        _this_thread.policy = self._policy
         response = self._open(url)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
@@ -211,43 +204,22 @@ class ImageClient:
         if declared > self._max_bytes:
             raise _too_large(declared, self._max_bytes)
         size_bytes = written_back = 0
-        while block := response.read1(READ_BYTES):  # what has come: a trickle can be broken off, too
-            size_bytes += len(block)
-            if size_bytes > self._max_bytes:
-                raise _too_large(size_bytes, self._max_bytes)
-            _write_all(fd, block)
-            if size_bytes - written_back >= WRITE_BACK_BYTES:
-                write_back(fd, written_back, size_bytes)
-                written_back = size_bytes
+        with open(fd, "wb", closefd=False) as file:
+            while block := response.read1(READ_BYTES):  # what has come: a trickle can be broken off, too
+                size_bytes += len(block)
+                if size_bytes > self._max_bytes:
+                    raise _too_large(size_bytes, self._max_bytes)
+                file.write(block)
+                if size_bytes - written_back >= WRITE_BACK_BYTES:
+                    os.posix_fadvise(fd, written_back, 0, os.POSIX_FADV_DONTNEED)  # of dirty pages: start writing them
+                    written_back = size_bytes
         return size_bytes  # urllib3 raises IncompleteRead when the body ends early
-
-
-def write_back(fd: int, start: int, end: int) -> None:
-    """Start writing the pages between two offsets, without waiting."""
-    _sync_file_range(fd, start, end - start, _WRITE)
-
-
-def drop_pages(fd: int) -> None:
-    """Write what is dirty, wait for it, and take the file out of the page cache."""
-    _sync_file_range(fd, 0, 0, _WRITE_AND_WAIT)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_file_range(fd: int, offset: int, size_bytes: int, flags: int) -> None:
-    # An error here (a file system without it) costs memory pressure, nothing else: the data is written all the same.
-    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size_bytes), flags)
 
 
 def _release(response: urllib3.BaseHTTPResponse) -> None:
     """Give the connection back, closed unless the body was read to its end."""
     response.close()
     response.release_conn()
-
-
-def _write_all(fd: int, block: bytes) -> None:
-    rest = memoryview(block)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
 
 
 def _too_large(size_bytes: int, max_bytes: int) -> ImageTooLarge:

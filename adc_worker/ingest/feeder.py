@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import insort
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Self
 
 import torch
+from torch.utils.data import IterableDataset
 
 from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport
 from adc_worker.ingest.header import ImageHeader
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.tuning.plan import IngestPlan
 
 _Shape = tuple[int, int, int]
@@ -57,17 +57,17 @@ class DecodedBatch:
 
 
 @dataclass(slots=True, eq=False)
-class _Decoding:
-    """A batch between admission and readiness."""
+class _Batch:
+    """A batch between admission and the GPU."""
 
     region: Region
-    shape: _Shape
     staged: list[StagedImage]
-    left: int  # images
+    left: int  # images to decode
     decodes: list[Future[DecodeReport]] = field(default_factory=list)
+    ready: DecodedBatch | None = None
 
 
-class BatchFeeder:
+class BatchFeeder(IterableDataset[DecodedBatch]):
     """Runs the feeder thread. Iterate over it once to get the job's batches."""
 
     def __init__(
@@ -83,24 +83,18 @@ class BatchFeeder:
         self._plan = plan
         self._source = source
         self._arena = arena
-        self._engine = engine
+        self._engines = [engine]  # and, once there was one, that of suspects
         self._on_failure = on_failure
         self._on_admit = on_admit
         self._isolate = isolate
-        self._isolated: DecodeEngine | None = None  # decodes suspects
-        self._changed = threading.Condition()
-        self._waiting: dict[_Kind, list[StagedImage]] = {}  # each in the order of staging
-        self._ready: deque[DecodedBatch] = deque()
-        self._decoding: set[_Decoding] = set()
+        self._changed = source.changed
+        self._ahead: list[_Batch] = []  # admitted and not taken yet
         self._in_arena: set[Region] = set()
-        self._source_ended = False
         self._paused = False
         self._stopping = False
         self._failure: BaseException | None = None
         self._ended = False
-        self._resized = False  # for an image that runs alone
         self.last_ready = True  # whether the batch taken last did not have to be waited for
-        source.listen(self._wake)
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         self._thread.start()
 
@@ -111,7 +105,7 @@ class BatchFeeder:
 
     @property
     def decode_pids(self) -> list[int]:
-        return [*self._engine.pids, *(self._isolated.pids if self._isolated is not None else ())]
+        return [pid for engine in self._engines for pid in engine.pids]
 
     def pause(self, paused: bool) -> None:
         """Admit one image at a time and only when nothing else is in the arena, or as the plan says again."""
@@ -132,97 +126,94 @@ class BatchFeeder:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop, end the thread and the decoders, free what nobody took, and give back what was not admitted."""
+        """Stop, end the thread and the decoders, and free what nobody took; what was not admitted stays queued."""
         self.stop()
-        self._source.listen(None)
         self._thread.join()
-        self._engine.close()
-        if self._isolated is not None:
-            self._isolated.close()
+        for engine in self._engines:
+            engine.close()
         with self._changed:
-            self._ready.clear()
+            self._ahead.clear()
             for region in tuple(self._in_arena):
                 self._release(region)
-            waiting = sorted((image for images in self._waiting.values() for image in images), key=_staged_at)
-            self._waiting.clear()
-        self._source.put_back(waiting)
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
 
     def _next_ready(self) -> DecodedBatch | None:
+        self.last_ready = True
         with self._changed:
-            at_once = bool(self._ready)
-            while not self._ready and not self._ended and self._failure is None:
+            while self._failure is None:
+                for batch in self._ahead:
+                    if batch.ready is not None:
+                        self._ahead.remove(batch)
+                        self._changed.notify_all()
+                        return batch.ready
+                if self._ended and not self._ahead:
+                    return None
+                self.last_ready = False
                 self._changed.wait()
-            if self._failure is not None:
-                raise self._failure
-            if not self._ready:
-                return None
-            self.last_ready = at_once
-            self._changed.notify_all()
-            return self._ready.popleft()
+            raise self._failure
 
     def _run(self) -> None:
         try:
-            while (images := self._next_images()) is not None:
-                if wanted := [image for image in images if self._source.still_wanted(image)]:
-                    self._admit(wanted)
+            while (admitted := self._next_admitted()) is not None:
+                region, images = admitted
+                wanted = [image for image in images if self._source.still_wanted(image)]
+                if region is None:
+                    self._refuse(wanted)
+                elif wanted:
+                    self._decode(region, wanted)
+                else:
+                    self._release(region)
         except BaseException as error:  # noqa: BLE001 (handed to the consumer, who raises it)
             self._fail(error)
         with self._changed:
-            while self._failure is None and self._decoding:
-                self._changed.wait()
             self._ended = True
             self._changed.notify_all()
 
-    def _next_images(self) -> list[StagedImage] | None:
-        """Wait until a batch may close and has a place ahead of the GPU; None when there is nothing more to admit."""
+    def _next_admitted(self) -> tuple[Region | None, list[StagedImage]] | None:
+        """Wait until a batch may close and has a place in the arena; None when there is nothing more to admit.
+
+        An image for which there never will be a place comes without one.
+        """
         with self._changed:
             while not self._stopping and self._failure is None:
-                self._take_staged()
-                if self._source_ended and not self._waiting:
+                if self._source.ended and not self._source.images:
                     return None
-                kind = self._closable_kind() if self._may_admit() else None
-                if kind is not None:
-                    return self._close_batch(kind)
-                self._changed.wait(self._seconds_to_next_close())
+                images = self._closable() if self._may_admit() else []
+                refused = bool(images) and self._bytes_needed(images[0].header) > self._plan.solo_bytes
+                region = self._allocate(images) if images and not refused else None
+                if region is not None or refused:
+                    for image in images:
+                        self._source.images.remove(image)
+                    return region, images
+                self._changed.wait(None if images else self._seconds_to_next_close())
         return None
 
     def _may_admit(self) -> bool:
         if self._paused:
             return not self._in_arena
-        return len(self._decoding) + len(self._ready) <= self._plan.prefetch_factor
+        return len(self._ahead) <= self._plan.prefetch_factor
 
-    def _take_staged(self) -> None:
-        images, self._source_ended = self._source.take_all()
+    def _closable(self) -> list[StagedImage]:
+        """Return the images of a batch that may close now: of the oldest, or of the first that is full."""
+        images = self._source.images
+        idle = sum(batch.left for batch in self._ahead) < self._engines[0].workers
+        if images and (idle or self._source.ended or self._seconds_to_next_close() == 0):
+            of_the_oldest = (image for image in images if self._kind(image) == self._kind(images[0]))
+            return list(islice(of_the_oldest, self._images_per_batch(images[0])))
+        waiting: defaultdict[_Kind, list[StagedImage]] = defaultdict(list)
         for image in images:
-            self._put_waiting(image)
-
-    def _put_waiting(self, image: StagedImage) -> None:
-        kind = (image.header.shape, self._runs_alone(image))
-        insort(self._waiting.setdefault(kind, []), image, key=_staged_at)
-
-    def _closable_kind(self) -> _Kind | None:
-        """Return the kind whose oldest image waited longest, among those whose batch may close now."""
-        now = time.monotonic()
-        idle = sum(batch.left for batch in self._decoding) < self._engine.workers
-        closable = [
-            (images[0].staged_at, kind)
-            for kind, images in self._waiting.items()
-            if idle
-            or self._source_ended
-            or len(images) >= self._images_per_batch(images[0])
-            or now - images[0].staged_at >= self._plan.batch_wait_s
-        ]
-        return min(closable)[1] if closable else None
+            alike = waiting[self._kind(image)]
+            alike.append(image)
+            if len(alike) >= self._images_per_batch(image):
+                return alike
+        return []
 
     def _seconds_to_next_close(self) -> float | None:
-        if not self._waiting or not self._may_admit():
+        if not self._source.images or not self._may_admit():
             return None
-        oldest = min(images[0].staged_at for images in self._waiting.values())
-        return max(0.0, oldest + self._plan.batch_wait_s - time.monotonic())
+        return max(0.0, self._source.images[0].staged_at + self._plan.batch_wait_s - time.monotonic())
+
+    def _kind(self, image: StagedImage) -> _Kind:
+        return image.header.shape, self._runs_alone(image)
 
     def _runs_alone(self, image: StagedImage) -> bool:
         header, plan = image.header, self._plan
@@ -233,34 +224,37 @@ class BatchFeeder:
             return 1
         return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
 
-    def _close_batch(self, kind: _Kind) -> list[StagedImage]:
-        waiting = self._waiting.pop(kind)
-        count = self._images_per_batch(waiting[0])
-        if waiting[count:]:
-            self._waiting[kind] = waiting[count:]
-        return waiting[:count]
+    def _bytes_needed(self, header: ImageHeader) -> int:
+        """Return what the image needs alone: its pixels, and what its decoder uses beyond the plan's scratch."""
+        return header.pixel_bytes + max(0, header.scratch_bytes - self._plan.scratch_bytes)
 
-    def _admit(self, images: list[StagedImage]) -> None:
-        """Allocate the batch's region, waiting for memory if need be, and start its decodes."""
-        needed = self._bytes_needed(images[0].header)
-        if needed > self._plan.solo_bytes:
-            for image in images:
-                self._on_failure(
-                    image,
-                    ImageTooLarge(
-                        f"decoding it needs {needed} bytes; this worker has {self._plan.solo_bytes} for one image"
-                    ),
-                )
-            return
-        region = self._allocate(images)
-        if region is None:
-            for image in images:
-                self._put_waiting(image)
-            return
-        image_bytes = images[0].header.pixel_bytes
-        batch = _Decoding(region, images[0].header.shape, images, len(images))
+    def _allocate(self, images: list[StagedImage]) -> Region | None:
+        """Find room for these images, or for the first of them alone when nothing is in flight: one always goes in.
+
+        One that exceeds the arena, or whose decoder exceeds the plan's scratch, gets an arena of just its size, so that
+        the pages of the usual one do not count beside it; a suspect, so that nothing else is admitted beside it.
+        """
+        image_bytes, alone = images[0].header.pixel_bytes, self._runs_alone(images[0])
+        region = None if alone else self._arena.allocate(image_bytes * len(images))
+        if region is None and not self._in_arena:
+            del images[1:]
+            if alone:
+                self._arena.resize(image_bytes)
+            region = self._arena.allocate(image_bytes)
+        if region is not None:
+            self._in_arena.add(region)
+        return region
+
+    def _refuse(self, images: list[StagedImage]) -> None:
+        for image in images:
+            needed, most = self._bytes_needed(image.header), self._plan.solo_bytes
+            message = f"decoding it needs {needed} bytes; this worker has {most} for one image"
+            self._on_failure(image, ImageTooLarge(message))
+
+    def _decode(self, region: Region, images: list[StagedImage]) -> None:
+        batch, image_bytes = _Batch(region, images, len(images)), images[0].header.pixel_bytes
         with self._changed:
-            self._decoding.add(batch)
+            self._ahead.append(batch)
         self._on_admit(images)
         engine = self._engine_for(images[0])
         for row, image in enumerate(images):
@@ -269,44 +263,11 @@ class BatchFeeder:
             batch.decodes[-1].add_done_callback(partial(self._on_decoded, batch))
 
     def _engine_for(self, image: StagedImage) -> DecodeEngine:
-        if not image.suspect:
-            return self._engine
-        self._isolated = self._isolated or self._isolate()
-        return self._isolated
+        if image.suspect and len(self._engines) == 1:
+            self._engines.append(self._isolate())
+        return self._engines[-1 if image.suspect else 0]
 
-    def _bytes_needed(self, header: ImageHeader) -> int:
-        """Return what the image needs alone: its pixels, and what its decoder uses beyond the plan's scratch."""
-        return header.pixel_bytes + max(0, header.scratch_bytes - self._plan.scratch_bytes)
-
-    def _allocate(self, images: list[StagedImage]) -> Region | None:
-        header = images[0].header
-        runs_alone = self._runs_alone(images[0])
-        with self._changed:
-            while not self._stopping:
-                region = None if runs_alone else self._arena.allocate(header.pixel_bytes * len(images))
-                if region is None and not self._in_arena:
-                    region = self._make_room(images, runs_alone=runs_alone)
-                if region is not None:
-                    self._in_arena.add(region)
-                    return region
-                self._changed.wait()
-        return None
-
-    def _make_room(self, images: list[StagedImage], *, runs_alone: bool) -> Region | None:
-        """Nothing is in flight: one image is always admitted, whatever its size.
-
-        One that exceeds the arena, or whose decoder exceeds the plan's scratch, gets an arena of just its size, so that
-        the pages of the usual one do not count beside it; a suspect, so that nothing else is admitted beside it.
-        """
-        for image in images[1:]:
-            self._put_waiting(image)
-        del images[1:]
-        if runs_alone:
-            self._arena.resize(images[0].header.pixel_bytes)
-            self._resized = True
-        return self._arena.allocate(images[0].header.pixel_bytes)
-
-    def _on_decoded(self, batch: _Decoding, decode: Future[DecodeReport]) -> None:
+    def _on_decoded(self, batch: _Batch, decode: Future[DecodeReport]) -> None:
         if decode.cancelled():
             return  # close() frees what is left
         with self._changed:
@@ -319,37 +280,33 @@ class BatchFeeder:
             except Exception as error:  # noqa: BLE001 (a future's callback has nobody to raise to)
                 self._fail(error)
 
-    def _finish(self, batch: _Decoding) -> None:
+    def _finish(self, batch: _Batch) -> None:
         """Move the rows that were decoded together and make the batch ready."""
-        rows = self._arena.view(batch.region, (len(batch.staged), *batch.shape))
-        decoded: list[tuple[StagedImage, DecodeReport]] = []
+        rows = self._arena.view(batch.region, (len(batch.staged), *batch.staged[0].header.shape))
+        staged: list[StagedImage] = []
+        reports: list[DecodeReport] = []
         for row, (image, decode) in enumerate(zip(batch.staged, batch.decodes, strict=True)):
             error = decode.exception()
-            if error is None:
-                if row != len(decoded):
-                    rows[len(decoded)] = rows[row]
-                decoded.append((image, decode.result()))
-            elif isinstance(error, ImageError):
+            if isinstance(error, ImageError):
                 self._on_failure(image, error)
-            else:
+            elif error is not None:
                 self._fail(error)
-        if not decoded:
-            with self._changed:
-                self._decoding.remove(batch)
-            self._release(batch.region)
-            return
-        ready = DecodedBatch(
-            torch.from_numpy(rows[: len(decoded)]),
-            [image for image, _report in decoded],
-            [report for _image, report in decoded],
-            partial(self._release, batch.region),
-        )
+            else:
+                if row != len(staged):
+                    rows[len(staged)] = rows[row]
+                staged.append(image)
+                reports.append(decode.result())
+        batch.decodes.clear()  # their callbacks hold the batch: its view would wait for the garbage collector
+        images = torch.from_numpy(rows[: len(staged)])
         with self._changed:
-            self._decoding.remove(batch)
-            self._ready.append(ready)
+            if staged:
+                batch.ready = DecodedBatch(images, staged, reports, partial(self._release, batch.region))
+            else:
+                self._ahead.remove(batch)
+                self._release(batch.region)
             self._changed.notify_all()
 
-    def _fail(self, error: BaseException | None) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
@@ -360,11 +317,6 @@ class BatchFeeder:
                 return  # close() was earlier
             self._arena.free(region)
             self._in_arena.remove(region)
-            if self._resized and not self._in_arena:
-                self._arena.resize(self._plan.arena_bytes)
-                self._resized = False
+            if not self._in_arena:
+                self._arena.resize(self._plan.arena_bytes)  # it may have been another's for an image that ran alone
             self._changed.notify_all()
-
-
-def _staged_at(image: StagedImage) -> float:
-    return image.staged_at

@@ -37,7 +37,7 @@ SCRATCH_PILLOW_BUFFERED = 12.5  # [progressive CMYK 12.0]
 SCRATCH_TIFF = 10.5  # [strips 4.3, one strip of 16 bits 10.0]
 SCRATCH_WEBP = 17.5  # [16.1, with alpha 16.8]
 
-_SOI, _SOS = 0xD8, 0xDA
+_START_OF_SCAN = b"\xff\xda"
 # Pillow keeps what stands before the pixels; the most a camera was seen to write there are depth maps of a few MB.
 METADATA_BYTES = 16_000_000
 # Each scan is a pass over the whole image, however few bytes it has; cameras and encoders write about ten.
@@ -147,14 +147,15 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 class _Metadata(io.BufferedReader):
-    """A file of which METADATA_BYTES can be read: its pixels are not wanted yet."""
+    """A file of which METADATA_BYTES can be read, its pixels are not wanted yet; and what was read last."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
         self._left_bytes = METADATA_BYTES
+        self.last_read = b""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
+        self.last_read = data = super().read(size)
         self._left_bytes -= len(data)
         if self._left_bytes < 0:
             raise ImageUnreadable(f"more than {METADATA_BYTES} bytes stand before its pixels")
@@ -164,7 +165,24 @@ class _Metadata(io.BufferedReader):
 def _header_by_pillow(path: Path, size_bytes: int) -> ImageHeader:
     _check_tiff(path)
     with _Metadata(path) as file, Image.open(file, formats=FORMATS) as image:
-        return _header_of(image, path, size_bytes)
+        # JpegImageFile.layer: one (id, horizontal sampling, vertical sampling, table) per component.
+        layers = getattr(image, "layer", [])
+        width_px, height_px = stored_size(image)
+        # The last that Pillow reads of a JPEG is the head of its first scan, which begins with the number of its
+        # components (ITU T.81, B.2.3). Should it ever read on, images are charged with too much memory, not too little.
+        scan_components = next(iter(file.last_read), 0)
+        progressive = bool(image.info.get("progressive"))
+        if progressive and (scans := _scans(path)) > PROGRESSIVE_SCANS:
+            raise ImageUnreadable(f"a progressive JPEG of {scans} scans, of which {PROGRESSIVE_SCANS} are taken")
+        return ImageHeader(
+            format=image.format or "",
+            width_px=width_px,
+            height_px=height_px,
+            mode=image.mode,
+            buffered=progressive or (len(layers) > 1 and scan_components != len(layers)),
+            chroma_halved=bool(layers) and tuple(layers[0][1:3]) == _SUBSAMPLED_420,
+            compressed_bytes=size_bytes,
+        )
 
 
 def _webp_header(path: Path, size_bytes: int) -> ImageHeader | None:
@@ -206,39 +224,9 @@ def _check_tiff(path: Path) -> None:
         raise ImageUnreadable(f"a TIFF with tiles of {tile_px} pixels, larger than itself")
 
 
-def _header_of(image: Image.Image, path: Path, size_bytes: int) -> ImageHeader:
-    # JpegImageFile.layer: one (id, horizontal sampling, vertical sampling, table) per component.
-    layers = getattr(image, "layer", [])
-    width_px, height_px = stored_size(image)
-    progressive = bool(image.info.get("progressive"))
-    if progressive and (scans := _scans(path)) > PROGRESSIVE_SCANS:
-        raise ImageUnreadable(f"a progressive JPEG of {scans} scans, of which {PROGRESSIVE_SCANS} are taken")
-    return ImageHeader(
-        format=image.format or "",
-        width_px=width_px,
-        height_px=height_px,
-        mode=image.mode,
-        buffered=progressive or (len(layers) > 1 and _first_scan(path) != len(layers)),
-        chroma_halved=bool(layers) and tuple(layers[0][1:3]) == _SUBSAMPLED_420,
-        compressed_bytes=size_bytes,
-    )
-
-
 def _scans(path: Path) -> int:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return sum(1 for _marker in re.finditer(bytes((0xFF, _SOS)), data))
-
-
-def _first_scan(path: Path) -> int:
-    """Return how many components a JPEG's first scan has (ITU T.81, B.2.3); 0 when it cannot be found."""
-    with path.open("rb") as file:
-        if file.read(2) != bytes((0xFF, _SOI)):
-            return 0
-        while len(start := file.read(4)) == 4 and start[0] == 0xFF:  # noqa: PLR2004 (marker and length of a segment)
-            if start[1] == _SOS:
-                return file.read(1)[0]
-            file.seek(int.from_bytes(start[2:]) - 2, 1)
-    return 0
+        return sum(1 for _marker in re.finditer(_START_OF_SCAN, data))
 
 
 def _what_it_is(path: Path, size_bytes: int) -> str:

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from adc_worker.errors import ImageError, WorkerFault
+from adc_worker.errors import ImageError
 from adc_worker.ingest.arena import Arena
 from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.tuning.plan import IngestPlan
 
 # What a loader is built around: another arena or other decode workers take another loader.
 _FIXED_FIELDS = ("arena_bytes", "decode_workers", "decode_engine", "scratch_bytes", "pin_memory")
-
-
-class _ReadyBatches(IterableDataset[DecodedBatch]):
-    def __init__(self, feeder: BatchFeeder) -> None:
-        self._feeder = feeder
-
-    def __iter__(self) -> Iterator[DecodedBatch]:
-        return iter(self._feeder)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 class JobDataLoader(DataLoader[DecodedBatch]):
@@ -40,9 +26,7 @@ class JobDataLoader(DataLoader[DecodedBatch]):
     """
 
     def __init__(self, plan: IngestPlan, feeder: BatchFeeder, arena: Arena) -> None:
-        super().__init__(
-            _ReadyBatches(feeder), batch_size=None, num_workers=0, collate_fn=_as_it_is, pin_memory=plan.pin_memory
-        )
+        super().__init__(feeder, batch_size=None, num_workers=0, pin_memory=plan.pin_memory)
         self.plan = plan
         self.prefetch_factor = plan.prefetch_factor
         self.feeder = feeder
@@ -73,25 +57,10 @@ def build_dataloader(
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
     """
-    arena = Arena(plan.arena_bytes, _CudaPageLocker() if plan.pin_memory else None)
+    arena = Arena(plan.arena_bytes, torch.cuda.cudart() if plan.pin_memory else None)  # type: ignore[no-untyped-call]
     decode_engine = ThreadEngine if plan.decode_engine == "threads" else ProcessEngine
     engine = decode_engine(arena, plan.decode_workers, plan.scratch_bytes)
     feeder = BatchFeeder(
         plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
     )
     return JobDataLoader(plan, feeder, arena)
-
-
-class _CudaPageLocker:
-    """Registers the whole arena with CUDA once, so that no batch is copied to be pinned. Written, not run."""
-
-    def lock(self, address: int, size_bytes: int) -> None:
-        code = torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)  # type: ignore[no-untyped-call]
-        if int(code) != 0:
-            raise WorkerFault(
-                f"CUDA cannot page-lock {size_bytes} bytes (error {int(code)}):"
-                " set AMI_ANTENNA_API_DATALOADER_PIN_MEMORY=false"
-            )
-
-    def unlock(self, address: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

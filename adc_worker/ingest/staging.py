@@ -1,20 +1,22 @@
-"""Compressed images on disk: downloaded there, decoded from there, removed when their result is kept."""
+"""Compressed images on disk: downloaded there, queued for the decoder, removed when their result is kept."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import threading
 import time
+from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ConfigurationError, ImageError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import DiskBudget
-from adc_worker.ingest.download import DownloadStats, ImageClient, drop_pages
+from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
 
 _PARTIAL = ".part"
@@ -33,6 +35,41 @@ class StagedImage:
     download: DownloadStats
     staged_at: float  # monotonic seconds; 0 when it is urgent
     suspect: bool = False  # a process died while it worked on it: runs alone, decoded in a process of its own
+
+
+class StagedQueue:
+    """Staged images on their way to whoever decodes next: the probe first, then the feeder, one reader at a time.
+
+    Attributes:
+        still_wanted: settles an image whose lease is over, and says so, before it is decoded.
+        changed: guards the rest, and is waited for.
+        images: the oldest first; what is taken out is the reader's.
+        ended: whether no image will follow.
+    """
+
+    def __init__(self, still_wanted: Callable[[StagedImage], bool] | None = None) -> None:
+        self.still_wanted = still_wanted or (lambda _image: True)
+        self.changed = threading.Condition()
+        self.images: list[StagedImage] = []
+        self.ended = False
+
+    def put(self, image: StagedImage, *, urgent: bool = False) -> None:
+        """Add an image, or give one back; an urgent one (on its last delivery) goes before all others."""
+        with self.changed:
+            insort(self.images, replace(image, staged_at=0.0) if urgent else image, key=lambda one: one.staged_at)
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        """Say that no image will follow."""
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+
+    def get(self) -> StagedImage | None:
+        """Wait for the next image; None at the end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.images or self.ended)
+            return self.images.pop(0) if self.images else None
 
 
 class StagingArea:
@@ -135,7 +172,8 @@ class StagingArea:
         try:
             stats = self._client.download(task.image_url, fd, cancelled)
             if self.disk.used_bytes > CACHED_AHEAD_BYTES:
-                drop_pages(fd)
+                os.fdatasync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

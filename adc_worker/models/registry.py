@@ -17,7 +17,7 @@ import torch
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.models import cache, catalogue
 from adc_worker.models.cache import ModelCache, Wanted
-from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, ClassifierCard, PipelineCard
+from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, ClassifierCard
 from adc_worker.models.light_sheet_blobs import LightSheetBlobs
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Detector, Pipeline
 from adc_worker.models.weights import WeightStore, read_labels
@@ -49,8 +49,8 @@ class PipelineSpec:
     files: tuple[str, ...] = ()
 
 
-def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> PipelineSpec:
-    classifiers = (catalogue.MOTH_FILTER, card.classifier) if card.filtered else (card.classifier,)
+def _antennas(slug: str, card: ClassifierCard, store: WeightStore, models: ModelCache) -> PipelineSpec:
+    classifiers = (catalogue.MOTH_FILTER, card) if card.filtered else (card,)
 
     def labels(classifier: ClassifierCard) -> tuple[str, ...]:
         return read_labels(store.ensure(classifier.labels))
@@ -66,7 +66,7 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
         parts += [wanted(one.key, one.weights, partial(CropClassifier, one, labels(one))) for one in classifiers]
         found, *scored = models.hold(parts, device)
         return Pipeline(
-            card.slug,
+            slug,
             found,
             device,
             binary_filter=scored[0] if card.filtered else None,
@@ -77,8 +77,8 @@ def _antennas(card: PipelineCard, store: WeightStore, models: ModelCache) -> Pip
         )
 
     return PipelineSpec(
-        card.slug,
-        card.classifier.name,
+        slug,
+        card.name,
         (DETECTOR, *(one.algorithm() for one in classifiers)),
         load,
         labelled=lambda: (DETECTOR, *(one.algorithm(labels(one)) for one in classifiers)),
@@ -119,7 +119,7 @@ def available(config: Settings, is_stopping: Callable[[], bool] = lambda: False)
     """
     models = ModelCache(partial(cache.free_bytes, limit_bytes=config.memory_limit_bytes), _keep_from_collector)
     store = WeightStore(config.models_path, is_stopping)
-    antennas = [_antennas(card, store, models) for card in catalogue.PIPELINES]
+    antennas = [_antennas(slug, card, store, models) for slug, card in catalogue.PIPELINES.items()]
     specs = [
         _weightless("light_sheet_blobs", "Light sheet blobs", LightSheetBlobs()),
         _weightless("simulated", "Simulated", Simulated(config.simulated_seconds_per_image)),

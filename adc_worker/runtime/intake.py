@@ -18,8 +18,7 @@ from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, lease_c
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage, StagingArea
+from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger

@@ -15,8 +15,7 @@ from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.arena import Arena
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.decode_processes import ProcessEngine
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.log import get_logger
 from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
@@ -66,7 +65,7 @@ def probe(
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
             if not _wait_for_memory(image, measure, wait):
-                source.put_back([image])
+                source.put(image)
                 return None
             if not source.still_wanted(image):
                 continue
@@ -84,7 +83,7 @@ def probe(
     pixels, known = [one.tensor_bytes for one in probes], sizes()
     uncertain = not known and (len(probes) < PROBE_IMAGES or max(pixels) > ALIKE * min(pixels))
     report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain)
-    return report.with_sighted([*map(_sighting, source.waiting()), *known])
+    return report.with_sighted([*map(_sighting, tuple(source.images)), *known])
 
 
 def _sighting(image: StagedImage) -> Sighting:

@@ -23,8 +23,7 @@ from adc_worker.host.memory import anonymous_bytes
 from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage, StagingArea
+from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.log import get_logger
@@ -150,10 +149,10 @@ def tune(config: Settings, target: str) -> Tuning:
 
         host = measure()
         _stage_listed(captures, staging, queue)
-        source = f"{len(queue.waiting())} of {len(captures)} photographs that Antenna listed; no task was taken"
-        if not queue.waiting():
+        source = f"{len(queue.images)} of {len(captures)} photographs that Antenna listed; no task was taken"
+        if not queue.images:
             sink = stack.enter_context(_tasks(client, images, config, job.id, queue))
-            source = f"{len(queue.waiting())} tasks, worked off and posted: Antenna lists no photograph to be had"
+            source = f"{len(queue.images)} tasks, worked off and posted: Antenna lists no photograph to be had"
         queue.end()
         known, limit_s = known_sizes(captures), config.antenna_ack_wait_seconds
         report = probe(queue, pipeline, measure, sink, SignsOfLife(), limit_s, lambda: True, lambda: known)
@@ -171,7 +170,7 @@ def _stage_listed(captures: Sequence[Capture], staging: StagingArea, queue: Stag
     apart = max(1, len(captures) // PROBE_IMAGES)
     candidates = [one for first in range(min(apart, ATTEMPTS)) for one in captures[first::apart]]
     for number, one in enumerate(candidates):
-        if len(queue.waiting()) == PROBE_IMAGES:
+        if len(queue.images) == PROBE_IMAGES:
             return
         with suppress(ImageError, LinkError, StagingFull):
             task = Task(image_id=one.id, image_url=one.url, reply_subject="none")

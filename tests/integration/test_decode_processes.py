@@ -26,8 +26,7 @@ from adc_worker.ingest.decode import DecodeEngine, DecodeReport, ThreadEngine
 from adc_worker.ingest.decode_processes import KILLS_MAX, ProcessEngine
 from adc_worker.ingest.header import ImageHeader, read_header
 from adc_worker.ingest.loader import build_dataloader
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from tests.support.images import by_pillow, encoded, header, jpeg, picture, staged, written
 from tests.support.plans import ingest_plan
 from tests.support.waiting import wait_until
@@ -175,7 +174,7 @@ def test_a_decoder_that_gets_no_memory_is_asked_again_alone_and_lives_on(tmp_pat
 def test_a_file_that_is_not_there_is_this_machines_fault(tmp_path: Path, desk: Desk) -> None:
     """As with decode threads: no evidence against the image, and no reason to try for ever."""
     _region, future = desk.submit(tmp_path / "nowhere.img", header(97, 61))
-    with pytest.raises(WorkerFault, match="decode process ended with 1"):
+    with pytest.raises(WorkerFault, match="decode process' returned non-zero exit status 1"):
         future.result(PATIENCE_S)
 
 

@@ -42,8 +42,6 @@ SHARED = Path(__file__).parents[3] / "shared"
 LISTINGS = SHARED / "checkpoints"
 PHOTOGRAPHS = sorted((SHARED / "images").glob("*.jpg"))
 CPU = torch.device("cpu")
-CARDS = {card.slug: card.classifier for card in PIPELINES}
-FILTERED = {card.slug: card.filtered for card in PIPELINES}
 # One pipeline per architecture: torchvision, timm, Turing's, ConvNeXt.
 SLUGS = ("panama_moths_2023", "quebec_vermont_moths_2023", "costa_rica_moths_turing_2024", "insect_orders_2025")
 SPECIES = ("Noctua pronuba", "Biston betularia", "Idia aemula", "Udea rubigalis", "Nemoria")
@@ -58,7 +56,7 @@ class Reference:
         self.folder = folder
         self.detector = checkpoints.detector()
         checkpoints.save(self.detector, folder, DETECTOR_WEIGHTS)
-        self.networks = {card.key: self._saved(card) for card in (MOTH_FILTER, *(CARDS[slug] for slug in SLUGS))}
+        self.networks = {card.key: self._saved(card) for card in (MOTH_FILTER, *(PIPELINES[slug] for slug in SLUGS))}
         self.image = draw_sheet(STRIP, 1).image
         self.boxes = plain_boxes(self.detector, self.image)
         checkpoints.let_half_through(self.networks[MOTH_FILTER.key], MOTH_FILTER, self.image, self.boxes)
@@ -112,7 +110,7 @@ def check_scores(
     reference: Reference, specs: dict[str, PipelineSpec], slug: str, image: Pixels, boxes: Sequence[Box]
 ) -> list[Detection]:
     """Labels, softmax and logits within 1e-5 of a plain call's; what the filter rejects goes no further."""
-    card = CARDS[slug]
+    card = PIPELINES[slug]
     loaded = specs[slug].load(CPU, CallSizes(crops=7))
     (found,) = infer(replace(loaded, detector=Given(boxes)), [image])
     for detection, box in zip(found, boxes, strict=True):
@@ -147,7 +145,7 @@ def test_every_architecture_scores_crops_as_it_does_called_plainly(
     reference: Reference, specs: dict[str, PipelineSpec], slug: str
 ) -> None:
     found = check_scores(reference, specs, slug, reference.image, reference.boxes)
-    if FILTERED[slug]:
+    if PIPELINES[slug].filtered:
         assert {len(one.classifications) for one in found} == {1, 2}, "the filter has to say either"
     assert np.ptp([one.classifications[0].logits[0] for one in found]) > 0.1, "a constant answer would prove nothing"
 
@@ -201,7 +199,7 @@ def test_a_worker_finishes_a_job_with_the_algorithms_that_are_registered(referen
         [(one["algorithm"]["key"], one["terminal"]) for one in box["classifications"]] for box in result["detections"]
     ]
     filtered = [(MOTH_FILTER.key, False)]
-    assert all(keys in (filtered, [*filtered, (CARDS[slug].key, True)]) for keys in given)
+    assert all(keys in (filtered, [*filtered, (PIPELINES[slug].key, True)]) for keys in given)
     assert log.events("job_summary")[0]["done"] == 1
 
 
@@ -243,14 +241,14 @@ def test_memory_after_the_third_job_is_memory_after_the_first(
     )
     used = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
     assert len(used) == 3
-    one_classifier = (reference.folder / Path(CARDS[SLUGS[0]].weights).name).stat().st_size
+    one_classifier = (reference.folder / Path(PIPELINES[SLUGS[0]].weights).name).stat().st_size
     assert used[2] - used[0] < one_classifier / 4, used
 
 
 @pytest.mark.parametrize("damage", ["cut", "other_classes", "no_tensors"])
 def test_weights_that_do_not_fit_are_named_with_their_path(reference: Reference, tmp_path: Path, damage: str) -> None:
     """Cut short, of another number of classes, or something else altogether: the machine's fault, never the image's."""
-    card, folder = CARDS[SLUGS[3]], tmp_path / "models"
+    card, folder = PIPELINES[SLUGS[3]], tmp_path / "models"
     folder.mkdir()
     (folder / Path(DETECTOR_WEIGHTS).name).symlink_to(reference.folder / Path(DETECTOR_WEIGHTS).name)
     checkpoints.save_labels(folder, card, SPECIES)
@@ -285,6 +283,6 @@ def test_the_layout_is_the_real_checkpoints(name: str) -> None:
 
 
 def test_every_pipeline_is_made_of_a_known_architecture() -> None:
-    assert {card.architecture for card in (MOTH_FILTER, *CARDS.values())} == ARCHITECTURES.keys()
-    assert {CARDS[slug].architecture for slug in SLUGS} == ARCHITECTURES.keys()
+    assert {card.architecture for card in (MOTH_FILTER, *PIPELINES.values())} == ARCHITECTURES.keys()
+    assert {PIPELINES[slug].architecture for slug in SLUGS} == ARCHITECTURES.keys()
     assert catalogue.POSITIVE_LABEL in FILTER_LABELS

@@ -39,9 +39,9 @@ def data(tmp_path: Path) -> Path:
     """Labels of all ten pipelines, and no weights."""
     folder = tmp_path / "models"
     folder.mkdir()
-    for card in PIPELINES:
-        names = ["nonmoth", "moth"] if card.classifier is MOTH_FILTER else ["Noctua pronuba", "Biston betularia"]
-        (folder / Path(card.classifier.labels).name).write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    for card in PIPELINES.values():
+        names = ["nonmoth", "moth"] if card is MOTH_FILTER else ["Noctua pronuba", "Biston betularia"]
+        (folder / Path(card.labels).name).write_text(json.dumps({name: i for i, name in enumerate(names)}))
     return tmp_path
 
 
@@ -56,12 +56,12 @@ def test_all_projects_of_all_pages_learn_of_all_ten_pipelines(server: DevServer,
     first = ami(env, "worker", "register", "Traps")
     assert first.returncode == ExitCode.OK, first.stderr
     assert server.services()[f"Traps ({HOST})"] == set(range(1, 46))
-    for card in PIPELINES:
-        pipeline = server.pipeline(card.slug)
-        keys = [DETECTOR.key, *([MOTH_FILTER.key] if card.filtered else []), card.classifier.key]
+    for slug, card in PIPELINES.items():
+        pipeline = server.pipeline(slug)
+        keys = [DETECTOR.key, *([MOTH_FILTER.key] if card.filtered else []), card.key]
         assert [one["key"] for one in pipeline["algorithms"]] == keys
         last = pipeline["algorithms"][-1]
-        assert (last["name"], last["uri"]) == (card.classifier.name, card.classifier.weights)
+        assert (last["name"], last["uri"]) == (card.name, card.weights)
         rows = [(row["index"], row["label"]) for row in last["category_map"]["data"]]
         assert rows == list(enumerate(last["category_map"]["labels"]))
         assert len(rows) == 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
-from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedQueue
 from tests.support.images import header, staged
 from tests.support.plans import ingest_plan
 
@@ -133,6 +133,11 @@ class Feed:
             if time.monotonic() > deadline_s:
                 raise TimeoutError("the feeder does not come to rest")
             time.sleep(0.0002)
+
+    @property
+    def ready(self) -> list[DecodedBatch]:
+        """What is decoded and not taken."""
+        return [batch.ready for batch in self.feeder._ahead if batch.ready is not None]
 
     def next(self) -> DecodedBatch | None:
         return next(self._batches, None)

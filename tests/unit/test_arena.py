@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from adc_worker.errors import WorkerFault
 from adc_worker.ingest.arena import PAGE_BYTES, Arena, Region
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(pages=st.integers(1, 12))
     def resize(self, pages: int) -> None:
         if self.regions:
+            if pages * PAGE_BYTES == self.arena.size_bytes:
+                pages += 1  # the size it has is no change
             with pytest.raises(ValueError, match="in use"):
                 self.arena.resize(pages * PAGE_BYTES)
             return
@@ -202,33 +205,32 @@ def test_a_view_outlives_its_arena_without_harm() -> None:
     assert _mapped_arenas() == 0
 
 
-class _Locker:
-    def __init__(self, *, refuse: bool = False) -> None:
-        self.refuse = refuse
+class _Cuda:
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
         self.locked: dict[int, int] = {}
 
-    def lock(self, address: int, size_bytes: int) -> None:
-        if self.refuse:
-            raise MemoryError("no page-locked memory left")
+    def cudaHostRegister(self, address: int, size_bytes: int, _flags: int) -> int:  # noqa: N802 (CUDA's name)
         self.locked[address] = size_bytes
+        return self.code
 
-    def unlock(self, address: int) -> None:
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
         del self.locked[address]
 
 
 def test_the_whole_block_is_page_locked_as_long_as_it_lives() -> None:
     """One registration per block, taken back before the block goes."""
-    locker = _Locker()
-    arena = Arena(3 * PAGE_BYTES, locker)
-    assert list(locker.locked.values()) == [3 * PAGE_BYTES]
+    cuda = _Cuda()
+    arena = Arena(3 * PAGE_BYTES, cuda)
+    assert list(cuda.locked.values()) == [3 * PAGE_BYTES]
     arena.resize(PAGE_BYTES)
-    assert list(locker.locked.values()) == [PAGE_BYTES]
+    assert list(cuda.locked.values()) == [PAGE_BYTES]
     arena.close()
-    assert not locker.locked
+    assert not cuda.locked
 
 
 def test_a_refused_page_lock_leaves_no_memory_behind() -> None:
-    """The caller sees the refusal; descriptor and mapping are gone."""
-    with pytest.raises(MemoryError):
-        Arena(PAGE_BYTES, _Locker(refuse=True))
+    """The operator reads which setting forbids it; descriptor and mapping are gone."""
+    with pytest.raises(WorkerFault, match=r"error 2\): set .*PIN_MEMORY=false"):
+        Arena(PAGE_BYTES, _Cuda(code=2))
     assert (_mapped_arenas(), _open_arenas()) == (0, 0)

@@ -130,11 +130,10 @@ def test_the_wait_ends_by_itself(feed: MakeFeed) -> None:
 def test_a_batch_has_one_shape(feed: MakeFeed) -> None:
     """Shapes of equal size do not mix either."""
     one = feed(batch_size=4, at_once=True, prefetch_factor=8)
-    one.source.listen(None)
-    one.put(1, 3)
-    one.put(2, 4, shape=LONG_SHAPE)
+    with one.source.changed:
+        one.put(1, 3)
+        one.put(2, 4, shape=LONG_SHAPE)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1, 3], [2, 4]]
 
 
@@ -266,10 +265,9 @@ def test_the_arena_shrinks_back_when_the_large_image_fails(feed: MakeFeed) -> No
 def test_a_batch_that_does_not_fit_as_a_whole_goes_image_by_image(feed: MakeFeed) -> None:
     """With nothing in flight one image is always admitted, and none is lost on the way."""
     one = feed(at_once=True, batch_size=4, arena_bytes=ONE)
-    one.source.listen(None)
-    one.put(1, 2, 3)
+    with one.source.changed:
+        one.put(1, 2, 3)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1], [2], [3]]
 
 
@@ -326,24 +324,22 @@ def test_an_image_whose_decoder_exceeds_the_scratch_runs_alone(feed: MakeFeed) -
 def test_an_image_that_runs_alone_is_never_a_guest_in_a_batch_of_its_shape(feed: MakeFeed) -> None:
     """Whether it or a modest image is the oldest of its shape, and whether or not a batch of them would close."""
     one = feed(at_once=True, batch_size=8, prefetch_factor=8, scratch_bytes=4096)
-    one.source.listen(None)
-    for number in (2, 3, 6):
-        one.put_image(_hungry(number))
-    for number in (1, 4, 5):
-        one.put_image(staged(number, Path(f"{number}.img"), header(*PAGE_SHAPE), staged_at=float(number)))
+    with one.source.changed:
+        for number in (2, 3, 6):
+            one.put_image(_hungry(number))
+        for number in (1, 4, 5):
+            one.put_image(staged(number, Path(f"{number}.img"), header(*PAGE_SHAPE), staged_at=float(number)))
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[1, 4, 5], [2], [3], [6]]
 
 
 def test_an_image_that_is_refused_takes_none_of_its_shape_along(feed: MakeFeed) -> None:
     """Another file of as many pixels may need less to be decoded."""
     one = feed(at_once=True, batch_size=8, scratch_bytes=4096, solo_bytes=2 * ONE)
-    one.source.listen(None)
-    one.put_image(_hungry(1))
-    one.put(2)
+    with one.source.changed:
+        one.put_image(_hungry(1))
+        one.put(2)
     one.source.end()
-    one.feeder._wake()
     assert one.drain() == [[2]]
     assert [number for number, _error in one.failures] == [1]
 
@@ -442,18 +438,6 @@ def test_a_batch_whose_images_all_failed_does_not_come_out(feed: MakeFeed) -> No
     assert one.drain() == [[2]]
 
 
-def test_a_job_whose_images_all_fail_just_ends(feed: MakeFeed) -> None:
-    """No batch, no exception, every failure told."""
-    one = feed(batch_size=1, prefetch_factor=8)
-    one.put(1, 2)
-    one.source.end()
-    wait_until(lambda: len(one.engine.running) == 2)
-    for decode in one.engine.running:
-        one.engine.fail(decode, ImageUnreadable("broken"))
-    assert one.drain() == []
-    assert [number for number, _error in one.failures] == [1, 2]
-
-
 def test_a_dying_decoder_reaches_the_consumer_and_the_first_fault_is_the_one_told(
     feed: MakeFeed, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -545,17 +529,8 @@ def test_closing_right_away_ends_everything(feed: MakeFeed) -> None:
     assert one.next() is None
 
 
-def test_closing_frees_what_nobody_took(feed: MakeFeed) -> None:
-    """Ready batches go with the feeder."""
-    one = feed(at_once=True, batch_size=1, prefetch_factor=4)
-    one.put(1, 2, 3)
-    one.settle()
-    assert one.arena.used_bytes == 3 * ONE
-    one.close()
-
-
-def test_closing_gives_back_what_was_not_admitted_in_the_order_of_staging(feed: MakeFeed) -> None:
-    """Whatever its shape, urgent ones first; what was staged meanwhile comes behind, and nothing twice."""
+def test_what_was_not_admitted_stays_queued_in_the_order_of_staging(feed: MakeFeed) -> None:
+    """Whatever its shape, urgent ones first, and what waited for memory; what is staged meanwhile comes behind."""
     one = feed(workers=8, batch_size=1, prefetch_factor=1)
     one.put(1, 2)
     one.settle()
@@ -564,31 +539,13 @@ def test_closing_gives_back_what_was_not_admitted_in_the_order_of_staging(feed: 
     one.put(5, shape=LONG_SHAPE)
     one.put_image(staged(8, Path("8.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True)
     one.settle()
-    assert one.source.take_all()[0] == []
     one.feeder.stop()
     one.engine.succeed_all()
     assert one.drain() == [[1], [2]]
     one.feeder.close()
     one.put(9)
     one.feeder.close()
-    images, _ended = one.source.take_all()
-    assert [image.id for image in images] == [8, 3, 4, 5, 6, 7, 9]
-
-
-def test_closing_while_one_waits_for_memory_gives_it_back_before_those_behind_it(feed: MakeFeed) -> None:
-    """It was taken out of its batch's place already."""
-    one = feed(workers=8, batch_size=2, prefetch_factor=8, arena_bytes=2 * ONE, solo_bytes=4 * ONE)
-    one.put(1)
-    one.settle()
-    one.put(2, shape=LARGE_SHAPE)
-    one.settle()
-    one.put(3, 4)
-    one.feeder.stop()
-    one.engine.succeed_all()
-    assert one.drain() == [[1]]
-    one.feeder.close()
-    images, _ended = one.source.take_all()
-    assert [image.id for image in images] == [2, 3, 4]
+    assert [image.id for image in one.source.images] == [8, 3, 4, 5, 6, 7, 9]
 
 
 def test_another_feeder_goes_on_where_the_first_one_stopped(feed: MakeFeed) -> None:
@@ -633,19 +590,6 @@ def test_closing_wakes_a_consumer_in_another_thread(feed: MakeFeed) -> None:
         assert asked.result(PATIENCE_S) is None
 
 
-def test_closing_waits_for_running_decodes(feed: MakeFeed) -> None:
-    """Their memory is not pulled away from under them."""
-    one = feed()
-    one.put(1)
-    one.settle()
-    with ThreadPoolExecutor(1) as executor:
-        closing = executor.submit(one.close)
-        wait_until(lambda: one.feeder._stopping)
-        assert one.arena.used_bytes == ONE
-        one.engine.succeed_all()
-        closing.result(PATIENCE_S)
-
-
 # The consumer
 
 
@@ -668,17 +612,6 @@ def test_the_feeder_keeps_no_reference_to_a_batch_in_use(feed: MakeFeed) -> None
     gc.collect()
     assert images() is None
     assert batch.images.numel() == 0  # a freed batch shows nothing
-
-
-def test_a_batch_that_fails_in_use_is_freed_all_the_same(feed: MakeFeed) -> None:
-    """An exception of the consumer's leaves the arena empty."""
-    one = feed(at_once=True)
-    one.put(1)
-    batch = one.next()
-    assert batch is not None
-    with pytest.raises(ZeroDivisionError), batch:
-        raise ZeroDivisionError
-    assert one.arena.used_bytes == 0
 
 
 def test_it_is_known_whether_a_batch_was_there_when_it_was_asked_for(feed: MakeFeed) -> None:

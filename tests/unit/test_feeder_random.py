@@ -22,7 +22,7 @@ from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.loader import build_dataloader
-from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedQueue
 from tests.support.feeds import LARGE_SHAPE, LONG_SHAPE, ONE, PAGE_SHAPE, Feed
 from tests.support.images import by_pillow, encoded, header, jpeg, picture, staged, written
 from tests.support.plans import ingest_plan
@@ -129,7 +129,7 @@ class FeederMachine(RuleBasedStateMachine):
             engine.fail(decode, WorkerFault("a decode worker died"))
             self.died = True
 
-    @precondition(lambda self: self._feed().feeder._ready and not self.died)
+    @precondition(lambda self: self._feed().ready and not self.died)
     @rule()
     def take(self) -> None:
         batch = self._feed().next()
@@ -170,9 +170,7 @@ class FeederMachine(RuleBasedStateMachine):
         feed = self._feed()
         assert feed.arena.used_bytes <= feed.arena.size_bytes
         assert feed.arena.size_bytes <= max(feed.plan.arena_bytes, feed.plan.solo_bytes)
-        assert (
-            len(feed.feeder._decoding) + len(feed.feeder._ready) <= max(plan.prefetch_factor for plan in self.plans) + 1
-        )
+        assert len(feed.feeder._ahead) <= max(plan.prefetch_factor for plan in self.plans) + 1
         hungry = any(decode.header.scratch_bytes > feed.plan.scratch_bytes for decode in feed.engine.running)
         if feed.arena.size_bytes != feed.plan.arena_bytes or hungry:
             assert feed.arena.size_bytes == feed.arena.used_bytes
@@ -195,23 +193,19 @@ class FeederMachine(RuleBasedStateMachine):
     def _nothing_starves(self) -> None:
         if self.stopped or self.died:
             return
-        feeder = self._feed().feeder
-        in_flight = feeder._in_arena or feeder._ready or self.held
-        assert in_flight or not feeder._waiting
+        feed = self._feed()
+        assert feed.feeder._in_arena or self.held or not feed.source.images
 
     def _everything_is_somewhere_exactly_once(self) -> None:
         if self.stopped or self.died:
             return
         feed = self._feed()
-        queues = (*feed.feeder._waiting.values(), feed.source._images)
-        waiting = [image.id for images in queues for image in images]
-        out = [image.id for batch in (*feed.feeder._ready, *self.held) for image in batch.staged]
+        waiting = [image.id for image in feed.source.images]
+        out = [image.id for batch in (*feed.ready, *self.held) for image in batch.staged]
         known = [*waiting, *out, *self.used, *(number for number, _error in feed.failures)]
         assert len(known) == len(set(known))
         assert set(known) <= set(self.staged)
-        # Of the rest, some are in a batch that is being decoded, and one batch at most is closed but has no memory yet.
-        largest = max(plan.batch_size for plan in self.plans)
-        assert len(set(self.staged) - set(known) - set(feed.engine.numbers)) <= largest
+        assert set(self.staged) - set(known) <= set(feed.engine.numbers)  # the rest is being decoded
 
     def teardown(self) -> None:
         if self.feed is None:
@@ -231,7 +225,7 @@ class FeederMachine(RuleBasedStateMachine):
             feed.settle()
             feed.engine.succeed_all()
             feed.settle()
-            if not feed.feeder._ready:
+            if not feed.ready:
                 if feed.engine.running:
                     continue
                 break

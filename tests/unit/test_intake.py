@@ -186,7 +186,7 @@ def test_a_task_that_finds_the_disk_full_is_staged_after_the_pause(jobs: Callabl
     job.start(tasks=6, downloads=1)
     wait_until(lambda: _found_full(job))
     assert [image.task.image_id for image in (job.infer(), job.infer()) if image] == ["1", "2"]
-    assert (job.outcomes.settled, job.intake.staged.take_all()[0]) == (2, [])
+    assert (job.outcomes.settled, job.intake.staged.images) == (2, [])
     assert len(job.journal.unfinished(JOB)) == 4
     job.pass_time(PAUSE_S)
     assert job.infer_all() == ["3", "4", "5", "6"]

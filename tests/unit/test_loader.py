@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.loader import JobDataLoader, build_dataloader
-from adc_worker.ingest.staged_queue import StagedQueue
+from adc_worker.ingest.staging import StagedQueue
 from tests.support.images import by_pillow, jpeg, staged, written
 from tests.support.plans import ingest_plan
 
@@ -102,37 +102,6 @@ def test_a_freed_batch_shows_nothing_and_its_bytes_are_used_again(tmp_path: Path
                 places.add(batch.images.data_ptr())
             assert batch.images.numel() == 0
     assert len(places) == 1
-
-
-def test_the_images_failures_are_told_and_the_others_come(tmp_path: Path) -> None:
-    """A broken file costs nobody else anything."""
-    files = [jpeg(40, 30), jpeg(40, 30)[:200] + bytes(100), jpeg(40, 30, seed=1)]
-    seen = []
-    with _job(tmp_path, files) as job:
-        for batch in job.loader:
-            with batch:
-                seen += [image.id for image in batch.staged]
-    assert sorted(seen) == [0, 2]
-    assert [number for number, _error in job.failures] == [1]
-
-
-def test_every_job_has_a_loader_of_its_own(tmp_path: Path) -> None:
-    """Nothing of one job's memory or threads is in the next one's."""
-    with _job(tmp_path, [jpeg()]) as first, _job(tmp_path, [jpeg()]) as second:
-        assert first.loader is not second.loader
-        assert first.loader.arena is not second.loader.arena
-        assert first.loader.feeder is not second.loader.feeder
-
-
-def test_stopping_ends_the_iteration(tmp_path: Path) -> None:
-    """What is admitted comes out, the rest stays staged."""
-    with _job(tmp_path, [jpeg(seed=seed) for seed in range(20)], batch_size=1) as job:
-        seen = 0
-        for batch in job.loader:
-            with batch:
-                seen += len(batch.staged)
-            job.loader.feeder.stop()
-        assert 1 <= seen <= 1 + job.loader.plan.prefetch_factor + 2
 
 
 @pytest.mark.parametrize("used", [0, 1, 3])

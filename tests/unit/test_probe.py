@@ -14,8 +14,7 @@ from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaC
 from adc_worker.antenna.wire import Capture
 from adc_worker.errors import ImageError, ImageTooLarge
 from adc_worker.ingest.header import read_header
-from adc_worker.ingest.staged_queue import StagedQueue
-from adc_worker.ingest.staging import StagedImage
+from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.models.registry import Simulated
 from adc_worker.runtime.outcomes import ImageResult
@@ -68,7 +67,7 @@ def test_two_images_are_measured_and_the_rest_waits(tmp_path: Path) -> None:
     """Nothing is decoded or inferred twice; what waits tells its size."""
     probed = Probed(tmp_path, [jpeg(), jpeg(), jpeg(200, 150), jpeg(40, 30)])
     assert (probed.sink.done, probed.sink.failed) == ([0, 1], [])
-    assert [image.id for image in probed.queue.waiting()] == [2, 3]
+    assert [image.id for image in probed.queue.images] == [2, 3]
     assert probed.measured.tensor_bytes_per_image == 3 * 200 * 150
     assert len(probed.measured.images) == 4
     assert not probed.measured.uncertain
