@@ -25,7 +25,7 @@ from adc_worker.runtime.intake import IntakeLimits
 from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
 from benchmarks.support import report
 from benchmarks.support.simulator import (
     Feed,
@@ -170,15 +170,16 @@ def host_of(world: World) -> HostBudget:
 
 
 def plan_for(world: World, lease: LeaseTerms) -> tuple[IngestPlan, ProbeReport]:
-    seen, sighted = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
+    seen, downloads = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
     measured = ProbeReport(
         tuple(probed(one) for one in seen),
         world.base_bytes,
         max(world.inference_bytes([one.photo]) for one in seen),
+        downloads=at_once((one.staged_s, one.download_s - one.first_byte_s) for one in downloads),
     )
     measured = measured.with_sighted(
         Sighting(one.photo.width_px, one.photo.height_px, one.photo.compressed_bytes, one.photo.scratch_bytes,
-                 one.download_s) for one in sighted
+                 one.first_byte_s, one.download_s) for one in downloads[len(seen):]
     )  # fmt: skip
     return IngestPolicy().plan(measured, host_of(world), lease), measured
 

@@ -264,7 +264,7 @@ class _Link:
         self._idle = 0
 
     def download(self, image: _Image, done: Callable[[_Image], None]) -> None:
-        image.started_s = image.started_s or self._events.now
+        image.started_s = self._events.now  # of the attempt that succeeds: the worker measures that one, too
         round_trips = 1.0
         if self._idle:
             self._idle -= 1
@@ -522,24 +522,28 @@ def simulate(world: World, feed: Feed, control: Callable[[Seen], Feed | None] | 
 
 
 @dataclass(frozen=True, slots=True)
-class Sighted:
-    """An image that waited, downloaded, when the first two had been inferred."""
+class Downloaded:
+    """An image that was there when the first two had been inferred."""
 
     photo: Photo
     first_byte_s: float
     download_s: float
+    staged_s: float
 
 
-def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Sighted]]:
-    """Return what the first two images show when they are measured one at a time, with a few more on the link."""
+def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Downloaded]]:
+    """Return what the first two images show when they are measured one at a time, and all downloads until then.
+
+    Theirs come first.
+    """
     photos = world.photos[:in_hand]
     largest = max(photo.pixel_bytes for photo in photos)
     feed = Feed(1, largest, 1, 1, 2 * largest, 1 << 50, PROBE_DOWNLOADS, in_hand, 2, in_hand, 0.0)
     ingest = _Ingest(replace(world, photos=photos), feed, None)
     seen = ingest.run().batches[:2]
     return seen, [
-        Sighted(image.photo, image.first_byte_s, image.staged_s - image.started_s)
-        for image in ingest.images[len(seen) :]
+        Downloaded(image.photo, image.first_byte_s, image.staged_s - image.started_s, image.staged_s)
+        for image in sorted(ingest.images, key=lambda image: image.staged_s)
         if image.staged_s <= seen[-1].at_s
     ]
 
