@@ -53,11 +53,8 @@ class IntakeLimits:
 
     @classmethod
     def for_probe(cls, fetch_ceiling: int | None, lease: LeaseTerms) -> IntakeLimits:
-        """Two tasks to measure, and a few behind them so that the link does not rest meanwhile.
-
-        Ten tasks keep within half a 300 s lease at up to 15 s an image; today's worker needs 2 (measurements).
-        """
-        held = max(2, min(10, int(lease.ack_wait_s / 30)))
+        """Two tasks to measure, and a few behind them so that the link does not rest meanwhile."""
+        held = lease.unproven_limit
         return cls(downloads=PROBE_DOWNLOADS, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
 
     @classmethod
@@ -205,6 +202,7 @@ class Intake:
         self._to_download: deque[HeldTask] = deque()
         self._unstarted: dict[int, HeldTask] = {}  # until a batch takes them
         self._taken: set[int] = set()
+        self._untried: dict[int, int] = {}  # how many were fetched before each whose first download has not ended
         self._downloading = 0
         self._probing = True
         self._woken = False
@@ -300,10 +298,11 @@ class Intake:
                 self._unstarted[held.id] = held
             if held.id not in self._taken:
                 self._taken.add(held.id)
-                self.fetched += 1
                 last = self._lease.is_last(held.task.reply_subject)
                 if not held.struck_out:
+                    self._untried[held.id] = self.fetched
                     (self._to_download.appendleft if last else self._to_download.append)(held)
+                self.fetched += 1
         self.moved()
 
     def _take_answer(self) -> None:
@@ -332,6 +331,9 @@ class Intake:
             return 0
         # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
         room = min(room, 2) if self._probing and self.fetched == 0 else room
+        # Those that came here stand for as many: the first may be small, which overtake, and the next ones large.
+        came = min(tuple(self._untried.values()), default=self.fetched)
+        room = min(room, self._lease.unproven_limit + 2 * came - self.fetched)
         held = self._journal.held_count(self._job_id)
         if self._images_per_s:
             room = min(room, self._lease.held_limit(self._images_per_s) - held)
@@ -348,6 +350,7 @@ class Intake:
                     if held not in self._to_download:
                         continue
                     self._to_download.remove(held)
+                self._untried.pop(held.id, None)
                 self._outcomes.give_up(held.id, held.task, "its lease ended before it could be downloaded")
 
     def _still_wanted(self, image: StagedImage) -> bool:
@@ -392,7 +395,11 @@ class Intake:
 
     def _stage_until_settled(self, held: HeldTask) -> None:
         backoff_s = RETRY_FIRST_S
-        while not self._stopped.is_set() and (wait_s := self._try_to_stage(held)) is not None:
+        while not self._stopped.is_set():
+            wait_s = self._try_to_stage(held)
+            self._untried.pop(held.id, None)
+            if wait_s is None:
+                return
             self._stopped.wait(max(wait_s, backoff_s * random.uniform(0.5, 1.0)))  # noqa: S311 (no secret)
             backoff_s = min(2 * backoff_s, RETRY_MAX_S)
             self.moved()  # to the next attempt: a dead link is no hang

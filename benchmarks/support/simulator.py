@@ -137,6 +137,7 @@ class Feed:
     fetch_size: int
     held_limit: int
     batch_wait_s: float
+    unproven: int = 1 << 30  # tasks held beside as many as were downloaded in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +252,10 @@ class _Image:
     decoded_s: float = 0.0
     retry_s: float = RETRY_S
 
+    @property
+    def tried(self) -> bool:
+        return self.staged_s > 0 or self.retry_s > RETRY_S
+
 
 class _Link:
     """Downloads: a connection that is new pays its set-up and a slow start."""
@@ -311,6 +316,7 @@ class _Ingest:
         self._to_download: deque[_Image] = deque()
         self._downloading = self._in_hand = self._held = 0
         self._fetching = self._drained = False
+        self._came = 0
         self._waiting: dict[tuple[int, int], deque[_Image]] = {}
         self._admitting: _Batch | None = None
         self._in_arena: set[_Batch] = set()
@@ -337,7 +343,13 @@ class _Ingest:
         while self._to_download and self._downloading < self._feed.downloads:
             self._downloading += 1
             self._link.download(self._to_download.popleft(), self._staged)
-        room = min(self._feed.in_hand - self._in_hand, self._feed.held_limit - self._held)
+        while self._came < len(self.images) and self.images[self._came].tried:
+            self._came += 1
+        room = min(
+            self._feed.in_hand - self._in_hand,
+            self._feed.held_limit - self._held,
+            2 * self._came + self._feed.unproven - len(self.images),
+        )
         if not self._fetching and not self._drained and room >= 1:
             self._fetching = True
             wanted = min(self._feed.fetch_size, room)
