@@ -105,7 +105,7 @@ class ProbeReport:
         inference, vram = (int(larger * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
         return replace(report, inference_peak_bytes=inference, vram_peak_bytes=vram)
 
-    def measured_by(self, batches: Sequence[ImageProbe], downloads: float) -> ProbeReport:
+    def measured_by(self, batches: Sequence[ImageProbe], downloads: int) -> ProbeReport:
         """Return the report with the times and the largest size of the first batches, each of them a mean image."""
         largest = max(batches, key=lambda one: one.tensor_bytes)
         linked = [one for one in batches if one.download_s > 0] or self.images
@@ -118,13 +118,13 @@ class ProbeReport:
         )
         return self.for_images_like(seen, downloads)
 
-    def for_images_like(self, seen: ImageProbe, downloads: float) -> ProbeReport:
+    def for_images_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
         """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
         scale = seen.tensor_bytes / self.tensor_bytes_per_image
         inference, vram = (int(scale * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
         return ProbeReport((seen,), self.base_bytes, inference, vram, downloads=downloads)
 
-    def for_link_like(self, seen: ImageProbe, downloads: float) -> ProbeReport:
+    def for_link_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
         """Return the report of a job whose downloads, so many at once, take what `seen` took."""
         images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
         return replace(self, images=tuple(images), downloads=downloads)
