@@ -1,6 +1,6 @@
 """How far our plans are from the best ones, over hundreds of made-up machines, links and jobs.
 
-    python benchmarks/policy_regret.py [--scenarios 200] [--first 5000] [--images 6000] [--worst 0]
+    python benchmarks/policy_regret.py [--scenarios 200] [--first 20000] [--images 6000] [--worst 0]
 
 Simulated by `support/simulator.py`, which knows nothing of the policy. Writes a section of RESULTS.md; other scenarios
 only print: whoever changes the policy looks at those from 0 on, and the published ones stay unseen.
@@ -25,7 +25,7 @@ from adc_worker.runtime.intake import IntakeLimits
 from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
 from benchmarks.support import report
 from benchmarks.support.simulator import (
     Feed,
@@ -39,7 +39,7 @@ from benchmarks.support.simulator import (
 )
 
 SECTION = "policy-regret"
-SCENARIOS, FIRST, IMAGES, SHORT_IMAGES = 200, 5000, 6000, 150
+SCENARIOS, FIRST, IMAGES, SHORT_IMAGES = 200, 20_000, 6000, 150
 JOB_S = (
     60.0  # a job has images for as long, between these numbers; the grid is run on short ones, its best on the whole
 )
@@ -129,7 +129,7 @@ def grid(world: World) -> Iterator[Feed]:
         yield _feed(world, (batch, prefetch, decoders, downloads), ahead)
 
 
-def feed_of(plan: IngestPlan) -> Feed:
+def feed_of(plan: IngestPlan, lease: LeaseTerms) -> Feed:
     limits = IntakeLimits.of(plan)
     return Feed(
         batch_size=plan.batch_size,
@@ -143,6 +143,7 @@ def feed_of(plan: IngestPlan) -> Feed:
         fetch_size=limits.fetch_size,
         held_limit=limits.held,
         batch_wait_s=plan.batch_wait_s,
+        unproven=lease.unproven_limit,
     )
 
 
@@ -170,15 +171,16 @@ def host_of(world: World) -> HostBudget:
 
 
 def plan_for(world: World, lease: LeaseTerms) -> tuple[IngestPlan, ProbeReport]:
-    seen, sighted = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
+    seen, downloads = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
     measured = ProbeReport(
         tuple(probed(one) for one in seen),
         world.base_bytes,
         max(world.inference_bytes([one.photo]) for one in seen),
+        downloads=at_once((one.staged_s, one.download_s - one.first_byte_s) for one in downloads),
     )
     measured = measured.with_sighted(
         Sighting(one.photo.width_px, one.photo.height_px, one.photo.compressed_bytes, one.photo.scratch_bytes,
-                 one.download_s) for one in sighted
+                 one.first_byte_s, one.download_s) for one in downloads[len(seen):]
     )  # fmt: skip
     return IngestPolicy().plan(measured, host_of(world), lease), measured
 
@@ -207,7 +209,7 @@ def best_of(world: World) -> tuple[float, Feed] | None:
     return best
 
 
-def adapting(world: World, governor: Governor) -> Outcome:
+def adapting(world: World, governor: Governor, lease: LeaseTerms) -> Outcome:
     """Work a job off as the governor says."""
     host = host_of(world)
 
@@ -217,9 +219,9 @@ def adapting(world: World, governor: Governor) -> Outcome:
             probed(seen), seen.images, seen.elapsed_s, seen.ready, now, seen.arena_bytes, 0.0,
             in_force=True,
         )  # fmt: skip
-        return feed_of(governor.observe(shown).plan)
+        return feed_of(governor.observe(shown).plan, lease)
 
-    return simulate(world, feed_of(governor.plan), control)
+    return simulate(world, feed_of(governor.plan, lease), control)
 
 
 def run(number: int, images: int) -> Result | None:
@@ -232,8 +234,8 @@ def run(number: int, images: int) -> Result | None:
     plan, measured = plan_for(world, lease)
     governor = Governor(IngestPolicy(), measured, host_of(world), lease)
     outcomes = (
-        simulate(world, feed_of(plan)),
-        adapting(world, governor),
+        simulate(world, feed_of(plan, lease)),
+        adapting(world, governor, lease),
         simulate_loaders(world, OLD_BATCH, OLD_PREFETCH, OLD_LOADERS, pinned=True),
         simulate_loaders(world, SMALL_BATCH, OLD_PREFETCH, 1, pinned=False),
     )

@@ -106,6 +106,14 @@ class LeaseTerms:
         """Return how many tasks may be held at `images_per_s`: rate x 0.5 x ack_wait, at least one."""
         return max(1, int(images_per_s * HORIZON_SHARE * self.ack_wait_s))
 
+    @property
+    def unproven_limit(self) -> int:
+        """How many tasks may be held before any was worked off: ten keep within half of 300 s at up to 15 s an image.
+
+        At least two, the probe's: today's worker needs 2 s an image (measurements).
+        """
+        return max(2, min(10, int(self.ack_wait_s / 30)))
+
     def left_s(self, fetched_at: float, now: float) -> float:
         """Return the seconds (negative: since when) that a task fetched at Unix time `fetched_at` is still ours."""
         return max(fetched_at, self.renewed_at) + self.ack_wait_s - now

@@ -52,11 +52,8 @@ class IntakeLimits:
 
     @classmethod
     def for_probe(cls, fetch_ceiling: int | None, lease: LeaseTerms) -> IntakeLimits:
-        """Two tasks to measure, and a few behind them so that the link does not rest meanwhile.
-
-        Ten tasks keep within half a 300 s lease at up to 15 s an image; today's worker needs 2 (measurements).
-        """
-        held = max(2, min(10, int(lease.ack_wait_s / 30)))
+        """Two tasks to measure, and a few behind them so that the link does not rest meanwhile."""
+        held = lease.unproven_limit
         return cls(downloads=PROBE_DOWNLOADS, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
 
     @classmethod
@@ -201,6 +198,7 @@ class Intake:
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
+        self._untried: dict[int, int] = {}  # how many were fetched before each whose first download has not ended
         self._downloading = 0
         self._probing = True
         self._over_since: float | None = None
@@ -290,6 +288,7 @@ class Intake:
         self._fetch.has_news = False
         for held in self._journal.unfinished(self._job_id):
             if held.id not in self._held and not held.struck_out:
+                self._untried[held.id] = self.fetched
                 last = self._lease.is_last(held.task.reply_subject)
                 (self._to_download.appendleft if last else self._to_download.append)(held)
             if self._held.get(held.id, held) is not None:
@@ -305,6 +304,9 @@ class Intake:
             return 0
         # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
         room = min(room, 2) if self._probing and self.fetched == 0 else room
+        # Those that came here stand for as many: the first may be small, which overtake, and the next ones large.
+        came = min(tuple(self._untried.values()), default=self.fetched)
+        room = min(room, self._lease.unproven_limit + 2 * came - self.fetched)
         held = self._journal.held_count(self._job_id)
         if self._images_per_s:
             room = min(room, self._lease.held_limit(self._images_per_s) - held)
@@ -344,7 +346,11 @@ class Intake:
 
     def _stage_until_settled(self, held: HeldTask) -> None:
         backoff_s = RETRY_FIRST_S
-        while not self._stopped.is_set() and (wait_s := self._try_to_stage(held)) is not None:
+        while not self._stopped.is_set():
+            wait_s = self._try_to_stage(held)
+            self._untried.pop(held.id, None)
+            if wait_s is None:
+                return
             self._stopped.wait(max(wait_s, backoff_s * random.uniform(0.5, 1.0)))  # noqa: S311 (no secret)
             backoff_s = min(2 * backoff_s, RETRY_MAX_S)
             self.moved()  # to the next attempt: a dead link is no hang

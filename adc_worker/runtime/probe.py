@@ -22,7 +22,7 @@ from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import Outcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, spread
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once, spread
 
 PROBE_IMAGES = 2
 ALIKE = 1.5  # two probes whose pixels differ by more do not tell what the others are
@@ -61,6 +61,7 @@ def probe(
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
+    downloaded: list[StagedImage] = []
     inference_peak_bytes = vram_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
         try:
@@ -76,14 +77,18 @@ def probe(
             outcomes.fail_staged(image, error)
             continue
         probes.append(measured)
+        downloaded.append(image)
         inference_peak_bytes = max(inference_peak_bytes, peak_bytes)
         vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
     pixels, known = [one.tensor_bytes for one in probes], sizes()
     uncertain = not known and (len(probes) < PROBE_IMAGES or max(pixels) > ALIKE * min(pixels))
-    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain)
-    return report.with_sighted([*map(_sighting, tuple(source.images)), *known])
+    waiting = list(source.images)
+    transfers = [(one.staged_at, one.download.total_s - one.download.first_byte_s) for one in downloaded + waiting]
+    downloads = at_once(transfers)
+    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain, downloads)
+    return report.with_sighted([*map(_sighting, waiting), *known])
 
 
 def _sighting(image: StagedImage) -> Sighting:

@@ -112,8 +112,8 @@ class _Arithmetic:
         )
         binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else slowest
         why["images_per_s"] = (
-            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s, {report.downloads} of "
-            f"{report.transfer_s:.2f} s may share it), "
+            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s, "
+            f"{report.downloads:.1f} of {report.transfer_s:.2f} s may share it), "
             f"decode {rates['decode']:.1f} ({workers} x {report.decode_s:.3f} s), "
             f"inference {rates['inference']:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
@@ -48,6 +49,17 @@ def spread(sightings: Iterable[Sighting], count: int = 10) -> list[Sighting]:
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)] if ordered else []
 
 
+def at_once(transfers: Iterable[tuple[float, float]]) -> float:
+    """Return how many transfers, each given as its end and its seconds, ran at once while any did; at least one."""
+    total_s = busy_s = 0.0
+    until = -math.inf
+    for start, end in sorted((end - seconds, end) for end, seconds in transfers):
+        total_s += end - start
+        busy_s += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total_s / busy_s if busy_s > 0 else 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
     """The measurements of a job's first images, and of the process that took them.
@@ -58,7 +70,7 @@ class ProbeReport:
         inference_peak_bytes: growth of the process's memory while inferring one image.
         vram_peak_bytes: the same of the GPU's memory; 0 on the CPU.
         uncertain: whether one image alone, or two that differ, stand for the job: plans leave a wider margin.
-        downloads: how many there were at once, so how many may have shared the link.
+        downloads: how many there were at once on average, so how many may have shared the link.
     """
 
     images: tuple[ImageProbe, ...]
@@ -66,7 +78,7 @@ class ProbeReport:
     inference_peak_bytes: int
     vram_peak_bytes: int = 0
     uncertain: bool = False
-    downloads: int = PROBE_DOWNLOADS
+    downloads: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.images:

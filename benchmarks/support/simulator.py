@@ -137,6 +137,7 @@ class Feed:
     fetch_size: int
     held_limit: int
     batch_wait_s: float
+    unproven: int = 1 << 30  # tasks held beside as many as were downloaded in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +252,10 @@ class _Image:
     decoded_s: float = 0.0
     retry_s: float = RETRY_S
 
+    @property
+    def tried(self) -> bool:
+        return self.staged_s > 0 or self.retry_s > RETRY_S
+
 
 class _Link:
     """Downloads: a connection that is new pays its set-up and a slow start."""
@@ -264,7 +269,7 @@ class _Link:
         self._idle = 0
 
     def download(self, image: _Image, done: Callable[[_Image], None]) -> None:
-        image.started_s = image.started_s or self._events.now
+        image.started_s = self._events.now  # of the attempt that succeeds: the worker measures that one, too
         round_trips = 1.0
         if self._idle:
             self._idle -= 1
@@ -311,6 +316,7 @@ class _Ingest:
         self._to_download: deque[_Image] = deque()
         self._downloading = self._in_hand = self._held = 0
         self._fetching = self._drained = False
+        self._came = 0
         self._waiting: dict[tuple[int, int], deque[_Image]] = {}
         self._admitting: _Batch | None = None
         self._in_arena: set[_Batch] = set()
@@ -337,7 +343,13 @@ class _Ingest:
         while self._to_download and self._downloading < self._feed.downloads:
             self._downloading += 1
             self._link.download(self._to_download.popleft(), self._staged)
-        room = min(self._feed.in_hand - self._in_hand, self._feed.held_limit - self._held)
+        while self._came < len(self.images) and self.images[self._came].tried:
+            self._came += 1
+        room = min(
+            self._feed.in_hand - self._in_hand,
+            self._feed.held_limit - self._held,
+            2 * self._came + self._feed.unproven - len(self.images),
+        )
         if not self._fetching and not self._drained and room >= 1:
             self._fetching = True
             wanted = min(self._feed.fetch_size, room)
@@ -522,24 +534,28 @@ def simulate(world: World, feed: Feed, control: Callable[[Seen], Feed | None] | 
 
 
 @dataclass(frozen=True, slots=True)
-class Sighted:
-    """An image that waited, downloaded, when the first two had been inferred."""
+class Downloaded:
+    """An image that was there when the first two had been inferred."""
 
     photo: Photo
     first_byte_s: float
     download_s: float
+    staged_s: float
 
 
-def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Sighted]]:
-    """Return what the first two images show when they are measured one at a time, with a few more on the link."""
+def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Downloaded]]:
+    """Return what the first two images show when they are measured one at a time, and all downloads until then.
+
+    Theirs come first.
+    """
     photos = world.photos[:in_hand]
     largest = max(photo.pixel_bytes for photo in photos)
     feed = Feed(1, largest, 1, 1, 2 * largest, 1 << 50, PROBE_DOWNLOADS, in_hand, 2, in_hand, 0.0)
     ingest = _Ingest(replace(world, photos=photos), feed, None)
     seen = ingest.run().batches[:2]
     return seen, [
-        Sighted(image.photo, image.first_byte_s, image.staged_s - image.started_s)
-        for image in ingest.images[len(seen) :]
+        Downloaded(image.photo, image.first_byte_s, image.staged_s - image.started_s, image.staged_s)
+        for image in sorted(ingest.images, key=lambda image: image.staged_s)
         if image.staged_s <= seen[-1].at_s
     ]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from adc_worker.antenna.wire import JobState, PostEntry, Task, error_result
 from adc_worker.host.budget import HostBudget
 from adc_worker.journal.journal import Journal
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
+from adc_worker.tuning.probe_report import PROBE_DOWNLOADS, ImageProbe, ProbeReport
 
 MB = 1_000_000
 GB = 1000 * MB
@@ -103,7 +103,7 @@ def image_probe(
 
 
 def report(probe: ImageProbe, *, base_bytes: int = 1 * GB, inference_peak_bytes: int = 100 * MB) -> ProbeReport:
-    return ProbeReport((probe, probe), base_bytes, inference_peak_bytes)
+    return ProbeReport((probe, probe), base_bytes, inference_peak_bytes, downloads=PROBE_DOWNLOADS)
 
 
 def host(

@@ -387,6 +387,17 @@ def test_a_task_that_the_poster_fetched_is_worked_off_in_the_same_turn(jobs: Cal
     assert job.infer_all() == ["1", "2"]
 
 
+def test_no_more_is_fetched_than_what_came_stands_for(jobs: Callable[..., Job]) -> None:
+    """Ten tasks before the first download has ended, and all others in the end."""
+    job = jobs()
+    job.images.gate.clear()
+    intake = job.start(40, downloads=40)
+    wait_until(lambda: intake.fetched == job.lease.unproven_limit == 10 and not intake._fetch.is_open)
+    assert intake._wanted_tasks() == 0
+    job.images.gate.set()
+    assert len(job.infer_all()) == 40
+
+
 def test_the_last_delivery_is_worked_off_however_late(jobs: Callable[..., Job]) -> None:
     """Nobody gets it after us, and Antenna takes a late result."""
     job = jobs()

@@ -8,7 +8,7 @@ import pytest
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.tuning.policy import RESERVE_BYTES, IngestPolicy
-from adc_worker.tuning.probe_report import ProbeReport, Sighting, spread
+from adc_worker.tuning.probe_report import ProbeReport, Sighting, at_once, spread
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 USUAL = report(image_probe(decode_s=0.05, download_s=0.2))
@@ -44,6 +44,12 @@ def test_a_first_inference_that_warms_up_or_a_tiny_first_image_does_not_set_the_
     made = ProbeReport((first, image_probe()), GB, 100 * MB)  # type: ignore[arg-type]
     assert made.inference_s == image_probe().inference_s
     assert made.tensor_bytes_per_image == image_probe().tensor_bytes
+
+
+def test_downloads_that_shared_a_link_are_counted_while_any_ran() -> None:
+    """Two of 4 s side by side, and after a pause one alone: 10 s of transfers in 6 s."""
+    assert at_once([(4.0, 4.0), (4.0, 4.0), (12.0, 2.0)]) == pytest.approx(10 / 6)
+    assert at_once([(5.0, 0.0)]) == at_once([]) == 1.0
 
 
 def test_little_evidence_widens_the_margin() -> None:

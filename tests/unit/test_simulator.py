@@ -64,13 +64,21 @@ def test_holding_more_than_the_lease_allows_expires() -> None:
     assert simulate(short, replace(FEED, in_hand=5, fetch_size=5)).expired == 0
 
 
+def test_small_images_do_not_pull_large_ones_into_expired_leases() -> None:
+    """On a narrow link they overtake: what is held follows what came in the order of the tasks."""
+    mixed = replace(WORLD, photos=(Photo(400, 200, 20_000), PHOTO) * 50, link_bytes_per_s=1e6, ack_wait_s=40.0)
+    generous = replace(FEED, downloads=32, in_hand=100)
+    assert simulate(mixed, generous).expired > 0
+    assert simulate(mixed, replace(generous, held_limit=12, unproven=4)).expired == 0
+
+
 def test_a_probe_measures_two_images_and_sights_what_arrived_meanwhile() -> None:
     """The first downloads pay for their connections, the later ones do not."""
-    seen, sighted = probe(replace(WORLD, warm_up_s=2.0), 10)
+    seen, downloads = probe(replace(WORLD, warm_up_s=2.0), 10)
     assert [one.images for one in seen] == [1, 1]
     assert seen[0].inference_s > 2.0 > seen[1].inference_s
-    assert 0 < len(sighted) <= 8
-    assert sighted[-1].download_s < seen[0].download_s
+    assert 2 < len(downloads) <= 10
+    assert downloads[-1].download_s < downloads[0].download_s == seen[0].download_s
 
 
 def test_an_ingest_of_constants_takes_the_memory_that_was_measured() -> None:
