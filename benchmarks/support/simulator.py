@@ -74,6 +74,8 @@ class World:
         failure_share: downloads that fail and are tried again.
         inference_s: per image, beside its way to the device.
         batch_s: per batch, however large: keep results, log.
+        touch_s_per_byte: CPU seconds to write to memory of the arena for the first time; 0 in jobs so long that it does
+            not count.
         warm_up_s: what the first inference takes on top.
         inference_bytes_per_px: host memory of inference.
         base_bytes: the process with its models.
@@ -99,6 +101,7 @@ class World:
     handshake_round_trips: float = HANDSHAKE_ROUND_TRIPS
     download_cpu_s: float | None = None  # of a download, its server included, where that was measured
     keep_s: float = KEEP_S
+    touch_s_per_byte: float = 0.0
 
     def inference_bytes(self, images: Iterable[Photo]) -> int:
         return int(self.inference_bytes_per_px * sum(photo.px for photo in list(images)[: self.images_per_call]))
@@ -297,6 +300,7 @@ class _Batch:
     images: list[_Image]
     size_bytes: int
     left: int = 0
+    touch_s: float = 0.0  # per image
 
 
 class _Ingest:
@@ -419,7 +423,9 @@ class _Ingest:
         self._in_arena.add(batch)
         self._ahead += 1
         self._arena_bytes += batch.size_bytes
-        self._arena_peak = max(self._arena_peak, self._arena_bytes)
+        untouched_bytes = max(0, self._arena_bytes - self._arena_peak)
+        batch.touch_s = self._world.touch_s_per_byte * untouched_bytes / len(batch.images)
+        self._arena_peak += untouched_bytes
         self._decoding += len(batch.images)
         self._decode_queue.extend((batch, image) for image in batch.images)
         self._decode()
@@ -432,7 +438,7 @@ class _Ingest:
             image.decode_started_s = self._events.now
             self._scratch_bytes += image.photo.scratch_bytes + image.photo.compressed_bytes
             self._note_memory()
-            self._cores.add(image.photo.decode_s, partial(self._decoded, batch, image))
+            self._cores.add(image.photo.decode_s + batch.touch_s, partial(self._decoded, batch, image))
 
     def _decoded(self, batch: _Batch, image: _Image) -> None:
         self._busy_decoders -= 1
