@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks.support import costs, report
 from benchmarks.support.image_host import BYTES_PER_S, LATENCY_S, ImageHost
 from benchmarks.support.photographs import KINDS, Photographs
@@ -68,12 +70,23 @@ SCENARIOS = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one job brought from its first batch to its last; the seconds are a batch's beside its images, if known."""
+    """What one job brought from its first batch to its last.
+
+    Attributes:
+        batch_images: mean of a batch.
+        written_bytes: memory that was written to for the first time.
+        cpu_s: CPU seconds per image, of worker and servers; None in runs too short to tell.
+        batch_s: seconds between batches that were ready, beside their inference and keeping; None where none was.
+        keep_s: seconds to keep an image's result.
+    """
 
     plan: Mapping[str, int]
     images_per_s: float
     peak_bytes: int
     cores_taken: float
+    batch_images: float
+    written_bytes: int
+    cpu_s: float | None
     batch_s: float | None
     keep_s: float
 
@@ -115,7 +128,8 @@ written as images a batch/batches ahead/decode workers/downloads at once.
 
 
 def _compare(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> tuple[list[str], str]:
-    cost = costs.measure(scenario.kind, photographs, host, folder)  # on the link as it is
+    files = [photographs.path(name) for name in photographs.names(scenario.kind, 8)]
+    decode_s, touch_s_per_byte = costs.decode_cpu_s(files), costs.touch_s_per_byte()
     host.change(slower=scenario.slower)
     runs = _runs(scenario, photographs, host, folder)
     host.change()
@@ -124,7 +138,7 @@ def _compare(scenario: Scenario, photographs: Photographs, host: ImageHost, fold
     best = max(range(len(PLANS)), key=rates.__getitem__)
     lowest, rate, highest = sorted(run.images_per_s for run in ours)
     alike = max(ALIKE_MIN, (highest - lowest) / rate)
-    world = _world(scenario, photographs, cost, [run for run in runs if run.images_per_s])
+    world = _world(scenario, files, decode_s, touch_s_per_byte, runs)
     simulated = [_rate(simulate(world, _feed(plan, world))) for plan in PLANS]
     tau, pairs = kendall_tau(rates, simulated, alike)
     share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
@@ -166,13 +180,20 @@ def _run(running: Session, changes: Path, plan: Mapping[str, int], urls: list[st
     images, run_flow = sum(batch["images"] for batch in batches), flow(batches, 0)
     cpu = running.samples.cpu_of(run_flow)
     peak = max(held for at_s, held in running.samples.held if plans[0]["at_s"] <= at_s <= run_flow.end_s)
-    keep_s = sum(batch["keep_s"] for batch in batches) / images
-    made = {name: plans[-1][name] for name in PLANS[0]}
-    return Run(made, run_flow.images_per_s, peak, cpu.cores_taken if cpu else 0.0, _batch_s(batches), keep_s)
+    return Run(
+        plan={name: plans[-1][name] for name in PLANS[0]},
+        images_per_s=run_flow.images_per_s,
+        peak_bytes=peak,
+        cores_taken=cpu.cores_taken if cpu else 0.0,
+        batch_images=images / len(batches),
+        written_bytes=max(0, peak - plans[0]["base_bytes"]),
+        cpu_s=cpu.worker_s_per_image + cpu.serving_s_per_image if cpu else None,
+        batch_s=_batch_s(batches),
+        keep_s=sum(batch["keep_s"] for batch in batches) / images,
+    )
 
 
 def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the seconds between batches that were ready, beside their inference and keeping; None where none was."""
     beside = [
         later["at_s"] - earlier["at_s"] - later["inference_s"] - later["keep_s"]
         for earlier, later in pairwise(batches)
@@ -181,12 +202,18 @@ def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
     return median(beside) if len(beside) > 2 else None
 
 
-def _world(scenario: Scenario, photographs: Photographs, cost: costs.ImageCosts, runs: Sequence[Run]) -> World:
-    """Return the scenario as the simulator sees it: what an image costs in CPU was measured alone, the rest in runs."""
+def _world(
+    scenario: Scenario, files: Sequence[Path], decode_s: float, touch_s_per_byte: float, runs: Sequence[Run]
+) -> World:
+    """Return the scenario as the simulator sees it: CPU for pixels was measured alone, the rest in the runs."""
     (width, height), *_ = KINDS[scenario.kind]
-    sizes = [photographs.path(name).stat().st_size for name in photographs.names(scenario.kind, 8)]
-    plain = Photo(width, height, sum(sizes) // len(sizes))
-    photo = replace(plain, cost=cost.decode_s / plain.decode_s)
+    plain = Photo(width, height, sum(file.stat().st_size for file in files) // len(files))
+    photo = replace(plain, cost=decode_s / plain.decode_s)
+    told = [(run, run.cpu_s) for run in runs if run.cpu_s is not None]
+    beside_s = [cpu_s - decode_s - touch_s_per_byte * run.written_bytes / scenario.images for run, cpu_s in told]
+    batch_cpu_s, image_cpu_s = np.polyfit([1 / run.batch_images for run, _cpu_s in told], beside_s, 1)
+    print(f"# decode {decode_s:.4f} s, writes {1e9 * touch_s_per_byte:.2f} s/GB, image {image_cpu_s:.4f} s CPU beside,"
+          f" batch {batch_cpu_s:.4f} s", file=sys.stderr, flush=True)  # fmt: skip
     return World(
         photos=(photo,) * scenario.images,
         link_bytes_per_s=1e12,
@@ -199,10 +226,11 @@ def _world(scenario: Scenario, photographs: Photographs, cost: costs.ImageCosts,
         ack_wait_s=300.0,
         batch_s=median([run.batch_s for run in runs if run.batch_s is not None] or [BATCH_S]),
         keep_s=median(run.keep_s for run in runs),
-        download_cpu_s=cost.download_s + cost.serve_s,
+        download_cpu_s=max(0.0, float(image_cpu_s)),
+        batch_cpu_s=max(0.0, float(batch_cpu_s)),
         bytes_per_s_to_device=float("inf"),
         handshake_round_trips=0.0,
-        touch_s_per_byte=costs.touch_s_per_byte(),
+        touch_s_per_byte=touch_s_per_byte,
     )
 
 

@@ -54,7 +54,7 @@ def mean(costs: Sequence[ImageCosts]) -> ImageCosts:
 def measure(kind: str, photographs: Photographs, host: ImageHost, data: Path) -> ImageCosts:
     """Measure a kind of image: decoding on one thread, downloading in a process of its own, serving that."""
     names = photographs.names(kind, 8)
-    decode_s = _decode_cpu_s([photographs.path(name) for name in names])
+    decode_s = decode_cpu_s([photographs.path(name) for name in names])
     before_s = host.cpu_s()
     urls = host.urls(names * ROUNDS)
     done = subprocess.run(
@@ -75,7 +75,7 @@ def touch_s_per_byte() -> float:
     return max(0.0, spent_s[0] - spent_s[1]) / size_bytes
 
 
-def _decode_cpu_s(files: list[Path]) -> float:
+def decode_cpu_s(files: list[Path]) -> float:
     """Return CPU seconds per image, into memory that was written before, as the arena's is; of the best round."""
     headers = [read_header(file, 1 << 30) for file in files]
     out, rounds_s = np.ones(headers[0].shape, np.uint8), []

@@ -74,6 +74,7 @@ class World:
         failure_share: downloads that fail and are tried again.
         inference_s: per image, beside its way to the device.
         batch_s: per batch, however large: keep results, log.
+        batch_cpu_s: what the cores do for a batch beside its images.
         touch_s_per_byte: CPU seconds to write to memory of the arena for the first time; 0 in jobs so long that it does
             not count.
         warm_up_s: what the first inference takes on top.
@@ -101,6 +102,7 @@ class World:
     handshake_round_trips: float = HANDSHAKE_ROUND_TRIPS
     download_cpu_s: float | None = None  # of a download, its server included, where that was measured
     keep_s: float = KEEP_S
+    batch_cpu_s: float = 0.0
     touch_s_per_byte: float = 0.0
 
     def inference_bytes(self, images: Iterable[Photo]) -> int:
@@ -481,6 +483,8 @@ class _Ingest:
         self._idle_since_s = now
         self._in_hand -= number
         self._events.after(POST_S, partial(self._posted, batch.images))
+        if self._world.batch_cpu_s:
+            self._cores.add(self._world.batch_cpu_s, self._feed_decoders)
         self._inference_bytes = 0
         self._in_arena.remove(batch)
         self._arena_bytes -= batch.size_bytes
