@@ -74,7 +74,7 @@ class World:
         failure_share: downloads that fail and are tried again.
         inference_s: per image, beside its way to the device.
         batch_s: per batch, however large: keep results, log.
-        batch_cpu_s: what the cores do for a batch beside its images.
+        image_cpu_s, batch_cpu_s: what the cores do for an image, and for a batch, that nothing waits for.
         touch_s_per_byte: CPU seconds to write to memory of the arena for the first time; 0 in jobs so long that it does
             not count.
         warm_up_s: what the first inference takes on top.
@@ -102,6 +102,7 @@ class World:
     handshake_round_trips: float = HANDSHAKE_ROUND_TRIPS
     download_cpu_s: float | None = None  # of a download, its server included, where that was measured
     keep_s: float = KEEP_S
+    image_cpu_s: float = 0.0
     batch_cpu_s: float = 0.0
     touch_s_per_byte: float = 0.0
 
@@ -483,8 +484,8 @@ class _Ingest:
         self._idle_since_s = now
         self._in_hand -= number
         self._events.after(POST_S, partial(self._posted, batch.images))
-        if self._world.batch_cpu_s:
-            self._cores.add(self._world.batch_cpu_s, self._feed_decoders)
+        if (beside_s := self._world.batch_cpu_s + number * self._world.image_cpu_s) > 0:
+            self._cores.add(beside_s, self._feed_decoders)
         self._inference_bytes = 0
         self._in_arena.remove(batch)
         self._arena_bytes -= batch.size_bytes
