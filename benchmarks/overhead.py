@@ -45,10 +45,9 @@ def _cost(kind: str, gpu_s: float, binds: str, images: int, photographs: Photogr
     with simulated_worker(LIMIT_BYTES, gpu_s, photographs.folder.parent, *FILES) as (running, (_plan, given)):
         _wall_s(running, urls[:WARM_UP_IMAGES])
         for is_given in (False, True, True, False):
+            given.unlink(missing_ok=True)
             if is_given:
                 given.touch()
-            else:
-                given.unlink(missing_ok=True)
             walls_s[is_given].append(_wall_s(running, urls))
     probed_s, given_s = fmean(walls_s[False]), fmean(walls_s[True])
     share = probed_s / given_s - 1
@@ -84,9 +83,8 @@ def _phases(running: Session, marks_s: Sequence[float]) -> list[list[str]]:
         (*_earlier, last) = [plan for plan in plans if plan["at_s"] < to_s]
         knobs = "/".join(str(last[knob]) for knob in KNOBS)
         actions = ", ".join(batch["action"] for batch in inside if batch["action"] != "hold") or "none"
-        rows.append(
-            [name, f"{best:.1f}", f"{reached_s - from_s:.1f}", f"{lost_s:.1f}", f"{up} / {down}", actions, knobs]
-        )
+        times = f"{reached_s - from_s:.1f}", f"{lost_s:.1f}"
+        rows.append([name, f"{best:.1f}", *times, f"{up} / {down}", actions, knobs])
     return rows
 
 
@@ -104,11 +102,15 @@ def _pace(seconds: float, photographs: Photographs, host: ImageHost) -> list[lis
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run both."""
     parser = argparse.ArgumentParser(description="What the probe costs, and how soon a job runs at its best rate.")
     parser.add_argument("--images", type=int, default=IMAGES, help="of a job")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each stretch of the changing link")
     arguments = parser.parse_args()
+    if arguments.seconds < 2 * BEST_S:
+        parser.error(
+            f"--seconds: the best rate of a stretch is taken over {BEST_S:.0f} s; give it {2 * BEST_S:.0f} or more"
+        )
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-overhead-") as folder:
         photographs = Photographs(Path(folder) / "photographs")
         with ImageHost(photographs.folder) as host:
