@@ -1,11 +1,11 @@
 """Our plan against a dozen others, for real on this box, and whether the simulation ranks them as reality does.
 
-    python benchmarks/grid.py [scenario …] [--images-scale 0.3]
+    python benchmarks/grid.py [scenario …] [--images-scale 0.3] [--again]
 
 One worker per scenario works off a job per plan, so that no plan pays for a start. Our plan runs three times, among the
 others: what those differ by is noise, and only plans that differ by more can be ranked. A run during which others on
-this machine took part of a core is repeated once. Writes a section of RESULTS.md; a scaled run, or a choice of
-scenarios, only prints.
+this machine took part of a core is repeated once. What was measured goes to `grid.json`; --again ranks it by a
+simulation that changed since. Writes a section of RESULTS.md; a scaled run, or a choice of scenarios, only prints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,8 @@ from benchmarks.support.photographs import KINDS, Photographs
 from benchmarks.support.session import Session, flow, simulated_worker
 from benchmarks.support.simulator import Feed, Outcome, Photo, World, simulate
 
-SECTION, LIMIT_BYTES, RUN_S_MAX = "grid", 3_000_000_000, 80.0
+SECTION, LIMIT_BYTES, RUN_S_MAX = "grid", 4_000_000_000, 80.0
+MEASURED = Path(__file__).with_suffix(".json")
 STAGED_AHEAD, FETCH_SIZE = 64, 32  # what no plan of the grid is short of
 DISTURBED_CORES = 0.1  # taken by others during a run
 BATCH_S = 0.001  # where no batch was ready
@@ -91,67 +92,120 @@ class Run:
     keep_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one scenario was measured to be: a run per item of `ORDER`, and what the pixels of an image cost in CPU."""
+
+    scenario: Scenario
+    compressed_bytes: int
+    decode_s: float
+    touch_s_per_byte: float
+    runs: Sequence[Run]
+
+    @property
+    def ours(self) -> list[Run]:
+        return sorted((self.runs[number] for number in (1, 8, 15)), key=lambda run: run.images_per_s)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images/s of the twelve plans."""
+        return [run.images_per_s for run in (*self.runs[2:8], *self.runs[9:15])]
+
+    @property
+    def simulated(self) -> list[float]:
+        world = _world(self)
+        return [_rate(simulate(world, _feed(plan, world))) for plan in PLANS]
+
+    @property
+    def tau(self) -> tuple[float, int]:
+        lowest, rate, highest = (run.images_per_s for run in self.ours)
+        return kendall_tau(self.rates, self.simulated, max(ALIKE_MIN, (highest - lowest) / rate))
+
+
 def main() -> None:
     """Run the scenarios that are named, or all."""
     parser = argparse.ArgumentParser(description="Our plan against twelve others, for real.")
     parser.add_argument("scenarios", nargs="*", help=", ".join(scenario.name for scenario in SCENARIOS))
     parser.add_argument("--images-scale", type=float, default=1.0)
+    parser.add_argument("--again", action="store_true", help="only simulate again what was measured last")
     arguments = parser.parse_args()
-    started, rows, details = time.monotonic(), [], []
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-grid-") as folder:
-        photographs = Photographs(Path(folder) / "photographs")
-        with ImageHost(photographs.folder) as host:
-            for scenario in SCENARIOS:
-                if not arguments.scenarios or scenario.name in arguments.scenarios:
-                    count = max(16, round(arguments.images_scale * scenario.images))
-                    row, detail = _compare(replace(scenario, images=count), photographs, host, Path(folder))
-                    rows.append(row)
-                    details.append(detail)
-                    print(report.row(row), detail, f"# {time.monotonic() - started:.0f} s", sep="\n", flush=True)
-    text = f"""## Our plan against twelve others (`benchmarks/grid.py`)
-
-{time.strftime("%Y-%m-%d")}, commit {report.commit()}, {report.machine()}.
-
-Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
-connection (typical-slow: a tenth of that), on the same cores as worker and server; the GPU is a sleep. Images/s from a
-job's first batch to its last.
-Kendall's tau between reality and simulation is over the pairs of plans that differ by more than three runs of the same
-plan did, and by more than {ALIKE_MIN:.0%}; there are {len(PLANS) * (len(PLANS) - 1) // 2} pairs in all. Plans are
-written as images a batch/batches ahead/decode workers/downloads at once.
-
-{report.table(HEAD, rows)}
-
-{chr(10).join(details)}"""
+    whole = not arguments.scenarios and arguments.images_scale == 1
+    if arguments.again:
+        measured, where = load()
+    else:
+        chosen = [one for one in SCENARIOS if not arguments.scenarios or one.name in arguments.scenarios]
+        measured = _measure(chosen, arguments.images_scale)
+        where = f"{time.strftime('%Y-%m-%d')}, commit {report.commit()}, {report.machine()}"
+        if whole:
+            MEASURED.write_text(json.dumps({"where": where, "scenarios": list(map(asdict, measured))}, indent=1) + "\n")
+    text = _section(measured, where)
     print(text)
-    if not arguments.scenarios and arguments.images_scale == 1:
+    if whole:
         report.write_section(SECTION, text)
 
 
-def _compare(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> tuple[list[str], str]:
-    files = [photographs.path(name) for name in photographs.names(scenario.kind, 8)]
-    decode_s, touch_s_per_byte = costs.decode_cpu_s(files), costs.touch_s_per_byte()
-    host.change(slower=scenario.slower)
-    runs = _runs(scenario, photographs, host, folder)
-    host.change()
-    ours, real = [runs[number] for number in (1, 8, 15)], [*runs[2:8], *runs[9:15]]
-    rates = [run.images_per_s for run in real]
+def load() -> tuple[list[Measured], str]:
+    """Return what was measured last: each scenario, and when, at which commit, on which machine."""
+    found = json.loads(MEASURED.read_text())
+    return [
+        Measured(**one | {"scenario": Scenario(**one["scenario"]), "runs": [Run(**run) for run in one["runs"]]})
+        for one in found["scenarios"]
+    ], found["where"]
+
+
+def _section(measured: Sequence[Measured], where: str) -> str:
+    return f"""## Our plan against twelve others (`benchmarks/grid.py`)
+
+{where}. Simulated at commit {report.commit()}.
+
+Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
+connection (typical-slow: a tenth of that), on the same cores as worker and server; the GPU is a sleep. Images/s from a
+job's first batch to its last. Kendall's tau between reality and simulation is over the pairs of plans that differ by
+more than three runs of the same plan did, and by more than {ALIKE_MIN:.0%}; there are
+{len(PLANS) * (len(PLANS) - 1) // 2} pairs in all. Plans are written as images a batch/batches ahead/decode
+workers/downloads at once.
+
+{report.table(HEAD, map(_row, measured))}
+
+{chr(10).join(map(_detail, measured))}"""
+
+
+def _row(measured: Measured) -> list[str]:
+    ours, rates, (tau, pairs) = measured.ours, measured.rates, measured.tau
+    lowest, rate, highest = (run.images_per_s for run in ours)
     best = max(range(len(PLANS)), key=rates.__getitem__)
-    lowest, rate, highest = sorted(run.images_per_s for run in ours)
-    alike = max(ALIKE_MIN, (highest - lowest) / rate)
-    world = _world(scenario, files, decode_s, touch_s_per_byte, runs)
-    simulated = [_rate(simulate(world, _feed(plan, world))) for plan in PLANS]
-    tau, pairs = kendall_tau(rates, simulated, alike)
     share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
     reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8
-    detail = ", ".join(
-        f"{_short(plan)}: {one:.1f} ({other:.1f})" for plan, one, other in zip(PLANS, rates, simulated, strict=True)
-    )
     return [
-        scenario.name, " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
+        measured.scenario.name, " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
         f"{rate:.2f} ({lowest:.2f}-{highest:.2f})", _short(PLANS[best]), f"{rates[best]:.2f}", f"{share:.0%}",
         report.mb(peak), f"{tau:.2f} ({pairs})",
-        f"{max(run.cores_taken for run in runs[1:]):.2f}", "yes" if reached else "**no**",
-    ], f"* `{scenario.name}`, images/s (simulated): {detail}"  # fmt: skip
+        f"{max(run.cores_taken for run in measured.runs[1:]):.2f}", "yes" if reached else "**no**",
+    ]  # fmt: skip
+
+
+def _detail(measured: Measured) -> str:
+    rates = zip(PLANS, measured.rates, measured.simulated, strict=True)
+    each = ", ".join(f"{_short(plan)}: {one:.1f} ({other:.1f})" for plan, one, other in rates)
+    return f"* `{measured.scenario.name}`, images/s (simulated): {each}"
+
+
+def _measure(scenarios: Sequence[Scenario], images_scale: float) -> list[Measured]:
+    found = []
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-grid-") as folder:
+        photographs = Photographs(Path(folder) / "photographs")
+        with ImageHost(photographs.folder) as host:
+            for each in scenarios:
+                scenario = replace(each, images=max(16, round(images_scale * each.images)))
+                files = [photographs.path(name) for name in photographs.names(scenario.kind, 8)]
+                compressed_bytes = sum(file.stat().st_size for file in files) // len(files)
+                decode_s, touch_s_per_byte = costs.decode_cpu_s(files), costs.touch_s_per_byte()
+                host.change(slower=scenario.slower)
+                runs = _runs(scenario, photographs, host, Path(folder))
+                host.change()
+                found.append(Measured(scenario, compressed_bytes, decode_s, touch_s_per_byte, runs))
+                print(report.row(_row(found[-1])), _detail(found[-1]), sep="\n", flush=True)
+    return found
 
 
 def _short(plan: Mapping[str, int]) -> str:
@@ -202,18 +256,16 @@ def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
     return median(beside) if len(beside) > 2 else None
 
 
-def _world(
-    scenario: Scenario, files: Sequence[Path], decode_s: float, touch_s_per_byte: float, runs: Sequence[Run]
-) -> World:
+def _world(measured: Measured) -> World:
     """Return the scenario as the simulator sees it: CPU for pixels was measured alone, the rest in the runs."""
+    scenario, runs, touch_s_per_byte = measured.scenario, measured.runs, measured.touch_s_per_byte
     (width, height), *_ = KINDS[scenario.kind]
-    plain = Photo(width, height, sum(file.stat().st_size for file in files) // len(files))
-    photo = replace(plain, cost=decode_s / plain.decode_s)
+    plain = Photo(width, height, measured.compressed_bytes)
+    photo = replace(plain, cost=measured.decode_s / plain.decode_s)
     told = [(run, run.cpu_s) for run in runs if run.cpu_s is not None]
-    beside_s = [cpu_s - decode_s - touch_s_per_byte * run.written_bytes / scenario.images for run, cpu_s in told]
+    pixels_s = [measured.decode_s + touch_s_per_byte * run.written_bytes / scenario.images for run, _cpu_s in told]
+    beside_s = [cpu_s - one_s for (_run, cpu_s), one_s in zip(told, pixels_s, strict=True)]
     batch_cpu_s, image_cpu_s = np.polyfit([1 / run.batch_images for run, _cpu_s in told], beside_s, 1)
-    print(f"# decode {decode_s:.4f} s, writes {1e9 * touch_s_per_byte:.2f} s/GB, image {image_cpu_s:.4f} s CPU beside,"
-          f" batch {batch_cpu_s:.4f} s", file=sys.stderr, flush=True)  # fmt: skip
     return World(
         photos=(photo,) * scenario.images,
         link_bytes_per_s=1e12,
