@@ -153,6 +153,14 @@ def load() -> tuple[list[Measured], str]:
     ], found["where"]
 
 
+def ranking() -> str:
+    """Say how the simulation ranks the plans that were measured last."""
+    if not MEASURED.exists():
+        return "Whether the simulation ranks plans as reality does is not known: `benchmarks/grid.py` has not been run."
+    each = ", ".join(f"{one.scenario.name} {one.tau[0]:.2f}" for one in load()[0])
+    return f"Kendall's tau between its ranking of the plans of `benchmarks/grid.py` and reality: {each}."
+
+
 def _section(measured: Sequence[Measured], where: str) -> str:
     return f"""## Our plan against twelve others (`benchmarks/grid.py`)
 
