@@ -1,11 +1,11 @@
 """Our plan against a dozen others, for real on this box, and whether the simulation ranks them as reality does.
 
-    python benchmarks/grid.py [scenario …] [--images-scale 0.3]
+    python benchmarks/grid.py [scenario …] [--images-scale 0.3] [--again]
 
 One worker per scenario works off a job per plan, so that no plan pays for a start. Our plan runs three times, among the
 others: what those differ by is noise, and only plans that differ by more can be ranked. A run during which others on
-this machine took part of a core is repeated once. Writes a section of RESULTS.md; a scaled run, or a choice of
-scenarios, only prints.
+this machine took part of a core is repeated once. What was measured goes to `grid.json`; --again ranks it by a
+simulation that changed since. Writes a section of RESULTS.md; a scaled run, or a choice of scenarios, only prints.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
+import numpy as np
+
 from benchmarks.support import costs, report
 from benchmarks.support.image_host import BYTES_PER_S, LATENCY_S, ImageHost
 from benchmarks.support.photographs import KINDS, Photographs
-from benchmarks.support.session import DECODING_IN_PROCESSES, Flow, Session, session
-from benchmarks.support.simulator import Feed, Photo, World, simulate
+from benchmarks.support.session import Session, flow, simulated_worker
+from benchmarks.support.simulator import Feed, Outcome, Photo, World, simulate
 
-SECTION, LIMIT_BYTES, RUN_S_MAX, END_S_MAX = "grid", 3_000_000_000, 60.0, 20.0
+SECTION, LIMIT_BYTES, RUN_S_MAX = "grid", 4_000_000_000, 80.0
+MEASURED = Path(__file__).with_suffix(".json")
 STAGED_AHEAD, FETCH_SIZE = 64, 32  # what no plan of the grid is short of
 DISTURBED_CORES = 0.1  # taken by others during a run
 BATCH_S = 0.001  # where no batch was ready
@@ -44,7 +45,7 @@ PLANS = [
 OURS: dict[str, int] = {}
 ORDER = [OURS, OURS, *PLANS[:6], OURS, *PLANS[6:], OURS]  # the first one warms the process up and does not count
 HEAD = (
-    "scenario", "ours, images/s (lowest-highest of 3)", "best of 12", "ours / best", "best plan", "peak of ours",
+    "scenario", "ours", "images/s (lowest-highest of 3)", "best of 12", "images/s", "ours / best", "peak of ours",
     "Kendall tau (pairs)", "taken by others, cores", "reached",
 )  # fmt: skip
 
@@ -61,22 +62,64 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("typical-fast", "typical", 130, 0.02),
-    Scenario("typical-slow", "typical", 32, 0.02, slower=10.0),
-    Scenario("large", "large", 36, 0.04),
-    Scenario("tiny", "tiny", 240, 0.003),
+    Scenario("typical-fast", "typical", 200, 0.02),
+    Scenario("typical-slow", "typical", 40, 0.02, slower=10.0),
+    Scenario("large", "large", 32, 0.04),
+    Scenario("tiny", "tiny", 360, 0.003),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one job brought from its plan to its last batch; the seconds are a batch's beside its images, if known."""
+    """What one job brought from its first batch to its last.
 
+    Attributes:
+        batch_images: mean of a batch.
+        written_bytes: memory that was written to for the first time.
+        cpu_s: CPU seconds per image, of worker and servers; None in runs too short to tell.
+        batch_s: seconds between batches that were ready, beside their inference and keeping; None where none was.
+        keep_s: seconds to keep an image's result.
+    """
+
+    plan: Mapping[str, int]
     images_per_s: float
     peak_bytes: int
     cores_taken: float
+    batch_images: float
+    written_bytes: int
+    cpu_s: float | None
     batch_s: float | None
     keep_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one scenario was measured to be: a run per item of `ORDER`, and what the pixels of an image cost in CPU."""
+
+    scenario: Scenario
+    compressed_bytes: int
+    decode_s: float
+    touch_s_per_byte: float
+    runs: Sequence[Run]
+
+    @property
+    def ours(self) -> list[Run]:
+        return sorted((self.runs[number] for number in (1, 8, 15)), key=lambda run: run.images_per_s)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images/s of the twelve plans."""
+        return [run.images_per_s for run in (*self.runs[2:8], *self.runs[9:15])]
+
+    @property
+    def simulated(self) -> list[float]:
+        world = _world(self)
+        return [_rate(simulate(world, _feed(plan, world))) for plan in PLANS]
+
+    @property
+    def tau(self) -> tuple[float, int]:
+        lowest, rate, highest = (run.images_per_s for run in self.ours)
+        return kendall_tau(self.rates, self.simulated, max(ALIKE_MIN, (highest - lowest) / rate))
 
 
 def main() -> None:
@@ -84,69 +127,102 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Our plan against twelve others, for real.")
     parser.add_argument("scenarios", nargs="*", help=", ".join(scenario.name for scenario in SCENARIOS))
     parser.add_argument("--images-scale", type=float, default=1.0)
+    parser.add_argument("--again", action="store_true", help="only simulate again what was measured last")
     arguments = parser.parse_args()
-    started, rows, details = time.monotonic(), [], []
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-grid-") as folder:
-        photographs = Photographs(Path(folder) / "photographs")
-        with ImageHost(photographs.folder) as host:
-            for scenario in SCENARIOS:
-                if not arguments.scenarios or scenario.name in arguments.scenarios:
-                    count = max(16, round(arguments.images_scale * scenario.images))
-                    row, detail = _compare(replace(scenario, images=count), photographs, host, Path(folder))
-                    rows.append(row)
-                    details.append(detail)
-                    print(report.row(row), detail, f"# {time.monotonic() - started:.0f} s", sep="\n", flush=True)
-    text = f"""## Our plan against twelve others (`benchmarks/grid.py`)
-
-{time.strftime("%Y-%m-%d")}, commit {report.commit()}, {report.machine()}.
-
-Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
-connection (typical-slow: a tenth of that), on the same cores as worker and server. Images/s from plan to last batch.
-Kendall's tau between reality and simulation is over the pairs of plans that differ by more than three runs of the same
-plan did, and by more than {ALIKE_MIN:.0%}; there are {len(PLANS) * (len(PLANS) - 1) // 2} pairs in all.
-
-{report.table(HEAD, rows)}
-
-{chr(10).join(details)}"""
+    whole = not arguments.scenarios and arguments.images_scale == 1
+    if arguments.again:
+        measured, where = load()
+    else:
+        chosen = [one for one in SCENARIOS if not arguments.scenarios or one.name in arguments.scenarios]
+        measured = _measure(chosen, arguments.images_scale)
+        where = f"{time.strftime('%Y-%m-%d')}, commit {report.commit()}, {report.machine()}"
+        if whole:
+            MEASURED.write_text(json.dumps({"where": where, "scenarios": list(map(asdict, measured))}, indent=1) + "\n")
+    text = _section(measured, where)
     print(text)
-    if not arguments.scenarios and arguments.images_scale == 1:
+    if whole:
         report.write_section(SECTION, text)
 
 
-def _compare(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> tuple[list[str], str]:
-    cost = costs.measure(scenario.kind, photographs, host, folder)  # on the link as it is
-    host.change(slower=scenario.slower)
-    runs = _runs(scenario, photographs, host, folder)
-    host.change()
-    ours, real = [runs[number] for number in (1, 8, 15)], [*runs[2:8], *runs[9:15]]
-    rates = [run.images_per_s for run in real]
+def load() -> tuple[list[Measured], str]:
+    """Return what was measured last: each scenario, and when, at which commit, on which machine."""
+    found = json.loads(MEASURED.read_text())
+    return [
+        Measured(**one | {"scenario": Scenario(**one["scenario"]), "runs": [Run(**run) for run in one["runs"]]})
+        for one in found["scenarios"]
+    ], found["where"]
+
+
+def ranking() -> str:
+    """Say how the simulation ranks the plans that were measured last."""
+    if not MEASURED.exists():
+        return "Whether the simulation ranks plans as reality does is not known: `benchmarks/grid.py` has not been run."
+    each = ", ".join(f"{one.scenario.name} {one.tau[0]:.2f}" for one in load()[0])
+    return f"Kendall's tau between its ranking of the plans of `benchmarks/grid.py` and reality: {each}."
+
+
+def _section(measured: Sequence[Measured], where: str) -> str:
+    return f"""## Our plan against twelve others (`benchmarks/grid.py`)
+
+{where}. Simulated at commit {report.commit()}.
+
+Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
+connection (typical-slow: a tenth of that), on the same cores as worker and server; the GPU is a sleep. Images/s from a
+job's first batch to its last. Kendall's tau between reality and simulation is over the pairs of plans that differ by
+more than three runs of the same plan did, and by more than {ALIKE_MIN:.0%}; there are
+{len(PLANS) * (len(PLANS) - 1) // 2} pairs in all. Plans are written as images a batch/batches ahead/decode
+workers/downloads at once.
+
+{report.table(HEAD, map(_row, measured))}
+
+{chr(10).join(map(_detail, measured))}"""
+
+
+def _row(measured: Measured) -> list[str]:
+    ours, rates, (tau, pairs) = measured.ours, measured.rates, measured.tau
+    lowest, rate, highest = (run.images_per_s for run in ours)
     best = max(range(len(PLANS)), key=rates.__getitem__)
-    lowest, rate, highest = sorted(run.images_per_s for run in ours)
-    alike = max(ALIKE_MIN, (highest - lowest) / rate)
-    world = _world(scenario, photographs, cost, [run for run in runs if run.images_per_s])
-    simulated = [simulate(world, _feed(plan, world)).images_per_s for plan in PLANS]
-    tau, pairs = kendall_tau(rates, simulated, alike)
     share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
     reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8
-    detail = ", ".join(
-        f"{'/'.join(map(str, plan.values()))}: {one:.1f} ({other:.1f})"
-        for plan, one, other in zip(PLANS, rates, simulated, strict=True)
-    )
     return [
-        scenario.name, f"{rate:.2f} ({lowest:.2f}-{highest:.2f})", f"{rates[best]:.2f}", f"{share:.0%}",
-        ", ".join(f"{name} {value}" for name, value in PLANS[best].items()), report.mb(peak), f"{tau:.2f} ({pairs})",
-        f"{max(run.cores_taken for run in runs[1:]):.2f}", "yes" if reached else "**no**",
-    ], f"* `{scenario.name}`, batch/prefetch/workers/downloads: images/s (simulated): {detail}"  # fmt: skip
+        measured.scenario.name, " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
+        f"{rate:.2f} ({lowest:.2f}-{highest:.2f})", _short(PLANS[best]), f"{rates[best]:.2f}", f"{share:.0%}",
+        report.mb(peak), f"{tau:.2f} ({pairs})",
+        f"{max(run.cores_taken for run in measured.runs[1:]):.2f}", "yes" if reached else "**no**",
+    ]  # fmt: skip
+
+
+def _detail(measured: Measured) -> str:
+    rates = zip(PLANS, measured.rates, measured.simulated, strict=True)
+    each = ", ".join(f"{_short(plan)}: {one:.1f} ({other:.1f})" for plan, one, other in rates)
+    return f"* `{measured.scenario.name}`, images/s (simulated): {each}"
+
+
+def _measure(scenarios: Sequence[Scenario], images_scale: float) -> list[Measured]:
+    found = []
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="adc-grid-") as folder:
+        photographs = Photographs(Path(folder) / "photographs")
+        with ImageHost(photographs.folder) as host:
+            for each in scenarios:
+                scenario = replace(each, images=max(16, round(images_scale * each.images)))
+                files = [photographs.path(name) for name in photographs.names(scenario.kind, 8)]
+                compressed_bytes = sum(file.stat().st_size for file in files) // len(files)
+                decode_s, touch_s_per_byte = costs.decode_cpu_s(files), costs.touch_s_per_byte()
+                host.change(slower=scenario.slower)
+                runs = _runs(scenario, photographs, host, Path(folder))
+                host.change()
+                found.append(Measured(scenario, compressed_bytes, decode_s, touch_s_per_byte, runs))
+                print(report.row(_row(found[-1])), _detail(found[-1]), sep="\n", flush=True)
+    return found
+
+
+def _short(plan: Mapping[str, int]) -> str:
+    return "/".join(map(str, plan.values()))
 
 
 def _runs(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> list[Run]:
-    urls = host.urls(photographs.names(scenario.kind, scenario.images))
-    with tempfile.TemporaryDirectory(dir=folder) as data, session(LIMIT_BYTES, Path(data)) as running:
-        changes = Path(data) / "plan.json"
-        changes.write_text("{}")
-        settings = {"AMI_SIMULATED_SECONDS_PER_IMAGE": str(scenario.gpu_s)} | CHILD_ENVIRONMENT
-        running.start([*DECODING_IN_PROCESSES, str(changes)], settings)
-        runs = []
+    urls, runs = host.urls(photographs.names(scenario.kind, scenario.images)), []
+    with simulated_worker(LIMIT_BYTES, scenario.gpu_s, folder, "plan.json") as (running, (changes,)):
         for number, plan in enumerate(ORDER):
             run = _run(running, changes, plan, urls)
             if number and run.cores_taken > DISTURBED_CORES:
@@ -154,9 +230,6 @@ def _runs(scenario: Scenario, photographs: Photographs, host: ImageHost, folder:
                 run = min(run, again, key=lambda one: one.cores_taken)
             runs.append(run)
             print(f"# {scenario.name} {plan or 'ours'}: {run}", file=sys.stderr, flush=True)
-        assert running.process is not None
-        os.killpg(running.process.pid, signal.SIGKILL)
-        running.finish()
     return runs
 
 
@@ -164,26 +237,25 @@ def _run(running: Session, changes: Path, plan: Mapping[str, int], urls: list[st
     """Work a job off by one plan, or by ours where that says nothing."""
     wanted = {**plan, "staged_ahead": STAGED_AHEAD, "fetch_size": FETCH_SIZE} if plan else {}
     changes.write_text(json.dumps(wanted))
-    job_id, until_s = running.server.add_job("simulated", urls), time.monotonic() + RUN_S_MAX + END_S_MAX
-
-    def of_job(name: str) -> list[dict[str, Any]]:
-        return [event for event in running.events(name) if event["job_id"] == job_id]
-
-    while not of_job("job_summary") and time.monotonic() < until_s:
-        time.sleep(0.1)
-    batches, plans = of_job("batch"), of_job("plan")
-    if not of_job("job_summary") or not batches:
-        raise SystemExit(f"job {job_id} did not end within {RUN_S_MAX} s: {running.lines[-3:]}")
-    images = sum(batch["images"] for batch in batches)
-    flow = Flow(plans[0]["at_s"], batches[-1]["at_s"], images)
-    cpu = running.samples.cpu_of(flow)
-    peak = max(held for at_s, held in running.samples.held if flow.start_s <= at_s <= flow.end_s)
-    keep_s = sum(batch["keep_s"] for batch in batches) / images
-    return Run(flow.images_per_s, peak, cpu.cores_taken if cpu else 0.0, _batch_s(batches), keep_s)
+    job_id = running.work_off(urls, RUN_S_MAX)
+    batches, plans = running.events("batch", job_id=job_id), running.events("plan", job_id=job_id)
+    images, run_flow = sum(batch["images"] for batch in batches), flow(batches, 0)
+    cpu = running.samples.cpu_of(run_flow)
+    peak = max(held for at_s, held in running.samples.held if plans[0]["at_s"] <= at_s <= run_flow.end_s)
+    return Run(
+        plan={name: plans[-1][name] for name in PLANS[0]},
+        images_per_s=run_flow.images_per_s,
+        peak_bytes=peak,
+        cores_taken=cpu.cores_taken if cpu else 0.0,
+        batch_images=images / len(batches),
+        written_bytes=max(0, peak - plans[0]["base_bytes"]),
+        cpu_s=cpu.worker_s_per_image + cpu.serving_s_per_image if cpu else None,
+        batch_s=_batch_s(batches),
+        keep_s=sum(batch["keep_s"] for batch in batches) / images,
+    )
 
 
 def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the seconds between batches that were ready, beside their inference and keeping; None where none was."""
     beside = [
         later["at_s"] - earlier["at_s"] - later["inference_s"] - later["keep_s"]
         for earlier, later in pairwise(batches)
@@ -192,12 +264,16 @@ def _batch_s(batches: Sequence[Mapping[str, Any]]) -> float | None:
     return median(beside) if len(beside) > 2 else None
 
 
-def _world(scenario: Scenario, photographs: Photographs, cost: costs.ImageCosts, runs: Sequence[Run]) -> World:
-    """Return the scenario as the simulator sees it: what an image costs in CPU was measured alone, the rest in runs."""
+def _world(measured: Measured) -> World:
+    """Return the scenario as the simulator sees it: CPU for pixels was measured alone, the rest in the runs."""
+    scenario, runs, touch_s_per_byte = measured.scenario, measured.runs, measured.touch_s_per_byte
     (width, height), *_ = KINDS[scenario.kind]
-    sizes = [photographs.path(name).stat().st_size for name in photographs.names(scenario.kind, 8)]
-    plain = Photo(width, height, sum(sizes) // len(sizes))
-    photo = replace(plain, cost=cost.decode_s / plain.decode_s)
+    plain = Photo(width, height, measured.compressed_bytes)
+    photo = replace(plain, cost=measured.decode_s / plain.decode_s)
+    told = [(run, run.cpu_s) for run in runs if run.cpu_s is not None]
+    pixels_s = [measured.decode_s + touch_s_per_byte * run.written_bytes / scenario.images for run, _cpu_s in told]
+    beside_s = [cpu_s - one_s for (_run, cpu_s), one_s in zip(told, pixels_s, strict=True)]
+    batch_cpu_s, image_cpu_s = np.polyfit([1 / run.batch_images for run, _cpu_s in told], beside_s, 1)
     return World(
         photos=(photo,) * scenario.images,
         link_bytes_per_s=1e12,
@@ -210,10 +286,19 @@ def _world(scenario: Scenario, photographs: Photographs, cost: costs.ImageCosts,
         ack_wait_s=300.0,
         batch_s=median([run.batch_s for run in runs if run.batch_s is not None] or [BATCH_S]),
         keep_s=median(run.keep_s for run in runs),
-        download_cpu_s=cost.download_s + cost.serve_s,
+        download_cpu_s=0.0,
+        image_cpu_s=max(0.0, float(image_cpu_s)),
+        batch_cpu_s=max(0.0, float(batch_cpu_s)),
         bytes_per_s_to_device=float("inf"),
         handshake_round_trips=0.0,
+        touch_s_per_byte=touch_s_per_byte,
     )
+
+
+def _rate(outcome: Outcome) -> float:
+    """Return images/s from the first batch to the last, as of a real run."""
+    first, *others = outcome.batches
+    return sum(batch.images for batch in others) / (outcome.wall_s - first.at_s)
 
 
 def _feed(plan: Mapping[str, int], world: World) -> Feed:

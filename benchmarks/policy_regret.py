@@ -26,6 +26,7 @@ from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import Ceilings, IngestPolicy
 from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
+from benchmarks.grid import ranking
 from benchmarks.support import report
 from benchmarks.support.simulator import (
     Feed,
@@ -262,6 +263,7 @@ Scenarios {min(result.number for result in results)} to {max(result.number for r
 downloads, inference 2 ms-2 s, memory 1-128 GB, 1-64 cores, leases of 30-600 s ({infeasible} more have no plan in the
 grid that keeps memory and leases). Regret: what a whole job's images/s, its start included, lack to those of the best
 plan of a grid that was chosen with every image known. An ingest that runs out of memory has a regret of 100 %.
+{ranking()}
 
 {report.table(("way", "median", "p95", "worst", "out of memory", "jobs with an expired lease"), rows)}
 

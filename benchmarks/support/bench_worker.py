@@ -2,6 +2,7 @@
 
     bench_worker.py                decode in processes
     bench_worker.py CHANGES.json   plan each job as usual, but with the fields that this file holds at that moment
+    bench_worker.py CHANGES.json GIVEN   the same; while the file GIVEN exists, jobs plan with the last job's probe
 
 Its tree's base is therefore smaller than a real worker's by that parent, some 50 MB.
 """
@@ -12,12 +13,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adc_worker import log, settings
+from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.wire import Capture
 from adc_worker.host.budget import HostBudget
-from adc_worker.runtime import worker
-from adc_worker.runtime.job import ceilings
+from adc_worker.runtime import job, probe, worker
 from adc_worker.settings import WorkerOptions
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCHES_IN_ARENA, PAGE_BYTES, Ceilings, IngestPolicy
@@ -53,12 +56,31 @@ class Changed(IngestPolicy):
         return changes
 
 
+def remember_probe(given: Path) -> None:
+    """Let jobs take over what the job before measured, in place of a probe, as long as the file `given` exists."""
+    reports: list[ProbeReport] = []
+
+    def remembered(*arguments: Any) -> ProbeReport | None:
+        if given.exists():
+            return reports[-1]
+        report = probe.probe(*arguments)
+        reports.extend([report] if report else [])
+        return report
+
+    def listed(client: AntennaClient, job_id: int) -> list[Capture]:
+        return [] if given.exists() else probe.listed(client, job_id)
+
+    vars(job).update(probe=remembered, listed=listed)
+
+
 def main() -> None:
     """Work until idle, or until the process is ended where a file says what to do."""
     config = settings.load(None)
     log.configure("json", config.log_level)
-    usual, file = ceilings(config), Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    usual, file = job.ceilings(config), Path(sys.argv[1]) if len(sys.argv) > 1 else None
     policy = Changed(usual, file) if file else DecodeInProcesses(usual)
+    if len(sys.argv) > 2:
+        remember_probe(Path(sys.argv[2]))
     options = WorkerOptions(pipelines=("simulated",), exit_when_idle=file is None)
     worker.run(options, config, worker.Stop(), policy)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ import psutil
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.state import Job
+from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.cgroup import Enclosure, enclose
 
 SAMPLE_S = 0.05
@@ -163,6 +166,15 @@ class Session:
         except subprocess.TimeoutExpired:
             return None
 
+    def work_off(self, urls: list[str], timeout_s: float) -> int:
+        """Give the worker a job, wait until every image of it is done, and return the job's number."""
+        job_id, until_s = self.server.add_job("simulated", urls), time.monotonic() + timeout_s
+        while sum(summary["done"] for summary in self.events("job_summary", job_id=job_id)) < len(urls):
+            if time.monotonic() > until_s:
+                raise SystemExit(f"job {job_id} did not end within {timeout_s:.0f} s: {self.lines[-3:]}")
+            time.sleep(0.1)
+        return job_id
+
     def saved(self, job_id: int) -> Job:
         """Return the job once the server has saved what was posted."""
         deadline, last = time.monotonic() + SAVED_TIMEOUT_S, -1
@@ -171,7 +183,7 @@ class Session:
             time.sleep(0.3)
         return view
 
-    def events(self, name: str, lines: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def events(self, name: str, lines: Sequence[str] | None = None, job_id: int | None = None) -> list[dict[str, Any]]:
         """Return the log lines of an event, of the first worker unless told otherwise; `at_s` is the wall clock."""
         found = []
         for line in list(self.lines if lines is None else lines):
@@ -179,7 +191,7 @@ class Session:
                 continue
             with suppress(json.JSONDecodeError):
                 event = json.loads(line)
-                if event["event"] == name:
+                if event["event"] == name and job_id in (None, event.get("job_id")):
                     found.append(event | {"at_s": datetime.fromisoformat(event["timestamp"]).timestamp()})
         return found
 
@@ -219,6 +231,24 @@ def session(limit_bytes: int, data: Path) -> Iterator[Session]:
             yield running
         finally:
             running.finish()
+
+
+@contextmanager
+def simulated_worker(limit_bytes: int, gpu_s: float, folder: Path, *files: str) -> Iterator[tuple[Session, list[Path]]]:
+    """Yield a worker whose GPU is a sleep, and the files of these names by which `bench_worker.py` is told what to do.
+
+    The first of them, which holds fields of plans, is there; whatever else is in its folder goes with the worker.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as data, session(limit_bytes, Path(data)) as running:
+        paths = [Path(data) / name for name in files]
+        paths[0].write_text("{}")
+        settings = {"AMI_SIMULATED_SECONDS_PER_IMAGE": str(gpu_s)} | CHILD_ENVIRONMENT
+        running.start([*DECODING_IN_PROCESSES, *map(str, paths)], settings)
+        try:
+            yield running, paths
+        finally:
+            assert running.process is not None
+            os.killpg(running.process.pid, signal.SIGKILL)
 
 
 def flow(batches: Sequence[Mapping[str, Any]], depth: int) -> Flow:

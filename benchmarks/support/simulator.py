@@ -74,6 +74,9 @@ class World:
         failure_share: downloads that fail and are tried again.
         inference_s: per image, beside its way to the device.
         batch_s: per batch, however large: keep results, log.
+        image_cpu_s, batch_cpu_s: what the cores do for an image, and for a batch, that nothing waits for.
+        touch_s_per_byte: CPU seconds to write to memory of the arena for the first time; 0 in jobs so long that it does
+            not count.
         warm_up_s: what the first inference takes on top.
         inference_bytes_per_px: host memory of inference.
         base_bytes: the process with its models.
@@ -99,6 +102,9 @@ class World:
     handshake_round_trips: float = HANDSHAKE_ROUND_TRIPS
     download_cpu_s: float | None = None  # of a download, its server included, where that was measured
     keep_s: float = KEEP_S
+    image_cpu_s: float = 0.0
+    batch_cpu_s: float = 0.0
+    touch_s_per_byte: float = 0.0
 
     def inference_bytes(self, images: Iterable[Photo]) -> int:
         return int(self.inference_bytes_per_px * sum(photo.px for photo in list(images)[: self.images_per_call]))
@@ -302,6 +308,7 @@ class _Batch:
     images: list[_Image]
     size_bytes: int
     left: int = 0
+    touch_s: float = 0.0  # per image
 
 
 class _Ingest:
@@ -431,7 +438,9 @@ class _Ingest:
         self._in_arena.add(batch)
         self._ahead += 1
         self._arena_bytes += batch.size_bytes
-        self._arena_peak = max(self._arena_peak, self._arena_bytes)
+        untouched_bytes = max(0, self._arena_bytes - self._arena_peak)
+        batch.touch_s = self._world.touch_s_per_byte * untouched_bytes / len(batch.images)
+        self._arena_peak += untouched_bytes
         self._decoding += len(batch.images)
         self._decode_queue.extend((batch, image) for image in batch.images)
         self._decode()
@@ -444,7 +453,7 @@ class _Ingest:
             image.decode_started_s = self._events.now
             self._scratch_bytes += image.photo.scratch_bytes + image.photo.compressed_bytes
             self._note_memory()
-            self._cores.add(image.photo.decode_s, partial(self._decoded, batch, image))
+            self._cores.add(image.photo.decode_s + batch.touch_s, partial(self._decoded, batch, image))
 
     def _decoded(self, batch: _Batch, image: _Image) -> None:
         self._busy_decoders -= 1
@@ -487,6 +496,8 @@ class _Ingest:
         self._idle_since_s = now
         self._in_hand -= number
         self._events.after(POST_S, partial(self._posted, batch.images))
+        if (beside_s := self._world.batch_cpu_s + number * self._world.image_cpu_s) > 0:
+            self._cores.add(beside_s, self._feed_decoders)
         self._inference_bytes = 0
         self._in_arena.remove(batch)
         self._arena_bytes -= batch.size_bytes

@@ -57,6 +57,24 @@ def test_memory_is_what_the_arena_holds() -> None:
     assert not simulate(replace(WORLD, memory_bytes=peak), FEED).out_of_memory
 
 
+def test_memory_that_is_written_to_first_costs_once() -> None:
+    """Where one core does everything, the arena's size times that; a longer job pays no more."""
+    plain = replace(WORLD, cores=1, inference_s=0.0)
+    longer = replace(plain, photos=3 * plain.photos)
+    for world in (plain, longer):
+        more_s = simulate(replace(world, touch_s_per_byte=1e-9), FEED).wall_s - simulate(world, FEED).wall_s
+        assert more_s == pytest.approx(0.4, rel=0.1)
+
+
+def test_work_that_nothing_waits_for_takes_cores_from_decoding() -> None:
+    """It slows a job where decoding binds, and none where inference does."""
+    beside = {"image_cpu_s": 0.01, "batch_cpu_s": 0.04}
+    decoding = replace(WORLD, cores=1, inference_s=0.0)
+    slowed = simulate(replace(decoding, **beside), FEED)  # type: ignore[arg-type]
+    assert 1 / slowed.steady_per_s - 1 / simulate(decoding, FEED).steady_per_s == pytest.approx(0.02, rel=0.2)
+    assert simulate(replace(WORLD, **beside), FEED).wall_s == pytest.approx(simulate(WORLD, FEED).wall_s, rel=0.02)  # type: ignore[arg-type]
+
+
 def test_holding_more_than_the_lease_allows_expires() -> None:
     """Forty in hand at 10 images/s wait 4 s; a lease of 2 s allows a few."""
     short = replace(WORLD, ack_wait_s=2.0)
