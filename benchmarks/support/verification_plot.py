@@ -97,7 +97,7 @@ def _jobs(axes: Any, found: Mapping[str, Any]) -> None:
     ):
         axes.plot(*_series(held, 1e9), color=color, lw=1.2, label=label)
     axes.plot(*_series(found["maxrss"], 1e9), color=PREDICTED, ls="--", label="ru_maxrss of today's main process")
-    _title(axes, "4  12 large, then ten jobs of 12 typical")
+    _title(axes, "4  12 large, then jobs of 12 typical")
     axes.set(xlabel="seconds since the start", ylabel="anonymous + shared, GB", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 
@@ -117,7 +117,7 @@ def _ratios(axes: Any, found: Mapping[str, Any]) -> None:
 def _files(axes: Any, found: Mapping[str, Any]) -> None:
     for (title, points), color in zip(found["files"], (TODAYS[0], TODAYS[2], HELD), strict=True):
         axes.plot(*_series(points, 1), color=color, lw=1.4, label=_short(title))
-    _title(axes, "6  Open files of the whole tree: 600 small, then five jobs of 48")
+    _title(axes, "6  Open files of the whole tree: 480 small, then jobs of 48")
     axes.set(xlabel="seconds since the start", ylabel="open files", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 
