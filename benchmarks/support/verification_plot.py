@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.support.plots import HELD, INK, LIMIT, MUTED, PREDICTED
 
@@ -75,8 +76,9 @@ def _peaks(axes: Any, found: Mapping[str, Any]) -> None:
     ):
         axes.plot([], [], marker, color=color, mfc="none" if marker == "D" else color, label=label)
     axes.set_yticks(range(len(courses)), [f"{one['kind']} {_short(one['title'])}" for one in reversed(courses)])
-    axes.set_xscale("log")
-    axes.set_xlabel("GB, logarithmic")
+    axes.set(xscale="log", xlabel="GB, logarithmic")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks := (0.2, 0.5, 1, 2, 5, 10, 20), [f"{tick:g}" for tick in ticks])
     _title(axes, "1, 2  Peak memory of today's ingest, nothing pinned")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -97,19 +99,21 @@ def _jobs(axes: Any, found: Mapping[str, Any]) -> None:
     ):
         axes.plot(*_series(held, 1e9), color=color, lw=1.2, label=label)
     axes.plot(*_series(found["maxrss"], 1e9), color=PREDICTED, ls="--", label="ru_maxrss of today's main process")
-    _title(axes, "4  12 large, then jobs of 12 typical")
+    _title(axes, "4  Memory: 12 large, then jobs of 12 typical")
     axes.set(xlabel="seconds since the start", ylabel="anonymous + shared, GB", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def _ratios(axes: Any, found: Mapping[str, Any]) -> None:
     for kind, color in PHOTOGRAPHS.items():
-        points = [(1 / link, ours) for one, link, ours, _today in found["ratios"] if one == kind]
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=kind)
-        todays = [(1 / link, today) for one, link, _ours, today in found["ratios"] if one == kind]
-        axes.plot(*zip(*todays, strict=True), "x:", color=color, label=f"{kind}, today's load (download + decode)")
+        of_kind = [(1 / link, ours, today) for one, link, ours, today in found["ratios"] if one == kind]
+        links, ours, today = zip(*of_kind, strict=True)
+        axes.plot(links, ours, "o-", color=color, label=f"{kind}: download")
+        axes.plot(links, today, "x:", color=color)
+    axes.plot([], [], "x:", color=MUTED, label="today's load_time: download + decode")
     axes.axhline(1, color=MUTED, lw=1)
-    axes.set(xscale="log", yscale="log", xlabel="link, times 60 MB/s and 1/50 ms", ylabel="times the inference")
+    axes.set(xscale="log", yscale="log", xlabel="speed of the link", ylabel="times the seconds of inference")
+    axes.set_xticks((0.1, 1, 10), ("a tenth", "60 MB/s, 50 ms", "ten times"))
     _title(axes, "5  Download : inference, an image over one connection")
     axes.legend(frameon=False, fontsize=8)
 
