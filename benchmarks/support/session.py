@@ -27,6 +27,7 @@ SAMPLE_S = 0.05
 CPU_SAMPLE_S = 0.5
 SAVED_TIMEOUT_S = 20.0
 SHARED = Path("/dev/shm")  # noqa: S108 (where torch makes its files)
+_STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
 _HERE = Path(__file__).parent
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -223,7 +224,7 @@ def session(limit_bytes: int, data: Path) -> Iterator[Session]:
         finally:
             running.finish()
             stack.close()
-            running.shared_left_bytes = _remove_shared(running.worker_pids)
+            running.shared_left_bytes = remove_shared(frozenset(running.worker_pids))
 
 
 def flow(batches: Sequence[Mapping[str, Any]], depth: int) -> Flow:
@@ -234,10 +235,10 @@ def flow(batches: Sequence[Mapping[str, Any]], depth: int) -> Flow:
     return Flow(inside[0]["at_s"], inside[-1]["at_s"], sum(batch["images"] for batch in inside[1:]))
 
 
-def _remove_shared(pids: AbstractSet[int]) -> int:
-    """Remove what ended processes left of torch's shared memory; return its bytes. It is memory until a reboot."""
-    left = [file for file in SHARED.glob("torch_*") if int(file.name.split("_")[1]) in pids]
-    size_bytes = sum(file.stat().st_blocks * 512 for file in left)
+def remove_shared(pids: AbstractSet[int], folder: Path = SHARED) -> int:
+    """Remove what these ended processes left of torch's shared memory, else memory until a reboot; return its bytes."""
+    left = [file for pid in pids for file in folder.glob(f"torch_{pid}_*")]
+    size_bytes = sum(file.stat().st_blocks * _STAT_BLOCK_BYTES for file in left)
     for file in left:
         file.unlink()
     return size_bytes
