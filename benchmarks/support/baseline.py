@@ -82,7 +82,12 @@ def main() -> None:
     parser.add_argument("--prefetch", type=int, default=PREFETCH_FACTOR)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--gpu-s", type=float, default=0.04)
-    parser.add_argument("--stall-s", type=float, default=0.0, help="of the GPU, in the very first batch")
+    parser.add_argument(
+        "--stall-s",
+        type=float,
+        default=0.0,
+        help="of the GPU in the very first batch, or until no more can wait behind it",
+    )
     parser.add_argument("--pin", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--lists", action="store_true", help="do not stack, as where the images of a batch differ")
     arguments = parser.parse_args()
@@ -108,12 +113,13 @@ def _work_off(job_url: str, arguments: argparse.Namespace, client: httpx.Client)
 
     with ThreadPoolExecutor(POSTS_AT_ONCE) as posts:
         waiting, stall_s, asked_s = [], arguments.stall_s, time.monotonic()
-        for batch in loader:
+        for batch in (batches := iter(loader)):
             load_s = time.monotonic() - asked_s
             images = len(batch["image"])
             for image in batch["image"]:  # a copy to the device reads them: their pages become this process's, too
                 image.flatten()[::FLOATS_PER_PAGE].sum()
-            time.sleep(stall_s + arguments.gpu_s * images)
+            _stall(stall_s, batches, arguments.workers * arguments.prefetch)
+            time.sleep(arguments.gpu_s * images)
             stall_s = 0.0
             results = [_result(*pair) for pair in zip(batch["image_id"], batch["subject"], strict=True)]
             waiting.append(posts.submit(post, results))
@@ -122,6 +128,13 @@ def _work_off(job_url: str, arguments: argparse.Namespace, client: httpx.Client)
             asked_s = time.monotonic()
         for future in waiting:
             future.result()
+
+
+def _stall(most_s: float, batches: Any, waiting_most: int) -> None:
+    """Wait until so many batches wait, which only torch's own queue knows."""
+    until_s = time.monotonic() + most_s
+    while time.monotonic() < until_s and batches._worker_result_queue.qsize() < waiting_most:  # noqa: SLF001
+        time.sleep(0.1)
 
 
 def _in_lists(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:

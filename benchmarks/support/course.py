@@ -20,7 +20,7 @@ from benchmarks.support.photographs import Photographs
 from benchmarks.support.session import BASELINE, DECODING_IN_PROCESSES, SHARED, WORKER, Session, session
 
 GB = 1_000_000_000
-JOB_S_MAX, END_S_MAX, POLL_S, QUIET_S = 150.0, 20.0, 0.25, 1.0
+JOB_S_MAX, END_S_MAX, POLL_S, QUIET_S = 300.0, 20.0, 0.25, 1.0
 _KINDS = {"socket:": "sockets", "pipe:": "pipes", f"{SHARED}/": "shared memory", "/memfd:": "shared memory"}
 
 
@@ -30,7 +30,7 @@ class Ingest:
 
     Attributes:
         batch: tasks a fetch and images a batch; 0: ours, which plans for itself.
-        stall_s: the GPU of today's stands still in the very first batch, so that all that may wait behind it does.
+        stall_s: for so long at most today's GPU stands still in the very first batch: until all waits that may.
         pin: page-lock today's batches; needs a GPU.
         lists: hand today's batches over unstacked.
         profile: where memray writes; `PROFILE.PID` for what is forked.
