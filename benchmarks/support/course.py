@@ -41,7 +41,7 @@ class Ingest:
     loaders: int = 1
     gpu_s: float = 0.04
     stall_s: float = 0.0
-    limit_bytes: int = 8 * GB
+    limit_bytes: int = 5 * GB
     pin: bool = False
     lists: bool = False
     profile: Path | None = None
