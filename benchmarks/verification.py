@@ -70,9 +70,14 @@ def bound_bytes(ingest: Ingest, kind: str) -> int:
     return batches * ingest.batch * float_bytes(kind)
 
 
+def _described_bytes(course: Course) -> float | None:
+    ingest = course.ingest
+    reckoned = (ingest.prefetch, ingest.loaders) == (4, 1)
+    return DESCRIBED_BYTES.get((course.feeds[0].kind, ingest.batch)) if reckoned else None
+
+
 def _row(course: Course) -> list[str]:
-    ingest, kind = course.ingest, course.feeds[0].kind
-    described = DESCRIBED_BYTES.get((kind, ingest.batch)) if ingest.loaders == 1 else None
+    ingest, kind, described = course.ingest, course.feeds[0].kind, _described_bytes(course)
     return [
         ingest.title,
         f"{course.images} {kind}" + (", slow link" if course.feeds[0].slower > 1 else ""),
@@ -288,7 +293,7 @@ def _drawn(course: Course) -> Found:
         "killed": bool(course.oom_kills),
         "peak": course.peak_bytes,
         "bound": bound_bytes(ingest, kind),
-        "described": DESCRIBED_BYTES.get((kind, ingest.batch)) if ingest.loaders == 1 else None,
+        "described": _described_bytes(course),
         "held": _thinned(course.held),
     }
 
