@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import tempfile
 import time
@@ -330,7 +331,8 @@ def main() -> None:
             bench = Bench(photographs, host, Path(folder), arguments.images_scale)
             for number in arguments.items or ITEMS:
                 started_s = time.monotonic()
-                found = ITEMS[number](bench) | {"commit": commit}
+                others = os.getloadavg()[0]
+                found = ITEMS[number](bench) | {"commit": commit, "load": others}
                 (keep / f"{number}.json").write_text(json.dumps(found))
                 print(found[f"table_{number}"], f"# {time.monotonic() - started_s:.0f} s", sep="\n", flush=True)
     files = [keep / f"{number}.json" for number in ITEMS]
@@ -342,7 +344,8 @@ def _publish(found: Sequence[Found]) -> None:
     draw(report.PLOTS / f"{SECTION}.png", found)
     figures = {name: value for one in found for name, value in one.items()}
     commits = "commit " + ", ".join(sorted({one["commit"] for one in found}))
-    about = {"date": time.strftime("%Y-%m-%d"), "commits": commits, "machine": report.machine()}
+    loads = ", ".join(f"{one['load']:.1f}" for one in found)
+    about = {"loads": loads, "date": time.strftime("%Y-%m-%d"), "commits": commits, "machine": report.machine()}
     link = {"latency_ms": 1e3 * LATENCY_S, "link_mb_per_s": BYTES_PER_S / 1e6}
     report.write_section(SECTION, TEXT.read_text().format(**figures, **about, **link))
 
