@@ -39,7 +39,7 @@ SMALL_JOBS, QUIET_FROM = 8, 2
 OURS, TODAY = Ingest(), Ingest(24, 4, 1)
 # The rows of the description's tables, without that of the pinned copy.
 DESCRIBED_BYTES = {("large", 24): 18.4e9, ("large", 4): 2.9e9, ("typical", 24): 1.7e9, ("typical", 4): 0.18e9}
-HEAD = ("ingest", "images", "limit", "done", "OOM kills", "peak", "bound", "described", "images/s")
+HEAD = ("ingest", "images", "limit", "done", "OOM kills", "peak", "reckoned", "described", "images/s")
 
 Found = dict[str, Any]  # figures of the text by name, and what is drawn
 
@@ -65,8 +65,8 @@ def float_bytes(kind: str) -> int:
     return 3 * 4 * width * height
 
 
-def bound_bytes(ingest: Ingest, kind: str) -> int:
-    """Return what the pixels of today's can come to: all that may wait, a list in each loader, a batch in hand."""
+def reckoned_bytes(ingest: Ingest, kind: str) -> int:
+    """Return the pixels of all that may wait in today's, of a list in each loader, and of a batch in hand."""
     batches = ingest.loaders * (ingest.prefetch + 1) + 1
     return batches * ingest.batch * float_bytes(kind)
 
@@ -86,7 +86,7 @@ def _row(course: Course) -> list[str]:
         str(course.done),
         str(course.oom_kills),
         mb(course.peak_bytes),
-        mb(bound_bytes(ingest, kind)) if ingest.batch else "-",
+        mb(reckoned_bytes(ingest, kind)) if ingest.batch else "-",
         mb(described) if described else "-",
         f"{course.images_per_s:.1f}" if course.images_per_s else "-",
     ]
@@ -104,8 +104,8 @@ def batch_size_only(bench: Bench) -> Found:
         "base_mb": alone.quiet[0]["held_bytes"] / 1e6,
         "alone": _done(alone),
         "four_loaders": _done(four_loaders),
-        "bound_24_gb": bound_bytes(Ingest(24, 4, 4), "large") / 1e9,
-        "bound_4_gb": bound_bytes(Ingest(4, 4, 4), "large") / 1e9,
+        "reckoned_24_gb": reckoned_bytes(Ingest(24, 4, 4), "large") / 1e9,
+        "reckoned_4_gb": reckoned_bytes(Ingest(4, 4, 4), "large") / 1e9,
         "left_mb": max(course.shared_left_bytes for course in courses) / 1e6,
         "ours_mb": ours.peak_bytes / 1e6,
         "courses": [_drawn(course) for course in courses],
@@ -293,7 +293,7 @@ def _drawn(course: Course) -> Found:
         "limit": ingest.limit_bytes,
         "killed": bool(course.oom_kills),
         "peak": course.peak_bytes,
-        "bound": bound_bytes(ingest, kind),
+        "reckoned": reckoned_bytes(ingest, kind),
         "described": _described_bytes(course),
         "held": _thinned(course.held),
     }

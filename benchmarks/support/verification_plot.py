@@ -41,7 +41,7 @@ def _short(title: str) -> str:
 def _waiting(axes: Any, found: Mapping[str, Any]) -> None:
     courses = found["courses"]
     for number, course in enumerate(courses):
-        color = TODAYS[number] if course["bound"] else HELD
+        color = TODAYS[number] if course["reckoned"] else HELD
         times, sizes = [at_s for at_s, _held in course["held"]], [held / 1e9 for _at_s, held in course["held"]]
         axes.plot(
             times, sizes, color=color, lw=1.6, label=_short(course["title"]) + (", killed" if course["killed"] else "")
@@ -60,18 +60,18 @@ def _waiting(axes: Any, found: Mapping[str, Any]) -> None:
 
 
 def _peaks(axes: Any, found: Mapping[str, Any]) -> None:
-    courses = [course for course in found["courses"] if course["bound"]]
+    courses = [course for course in found["courses"] if course["reckoned"]]
     for row, course in enumerate(reversed(courses)):
         marker = "X" if course["killed"] else "o"
-        axes.plot([course["peak"] / 1e9, course["bound"] / 1e9], [row, row], color=MUTED, lw=0.8)
-        axes.plot(course["bound"] / 1e9, row, "|", color=PREDICTED, ms=13, mew=2)
+        axes.plot([course["peak"] / 1e9, course["reckoned"] / 1e9], [row, row], color=MUTED, lw=0.8)
+        axes.plot(course["reckoned"] / 1e9, row, "|", color=PREDICTED, ms=13, mew=2)
         axes.plot(course["peak"] / 1e9, row, marker, color=TODAYS[0], ms=7)
         if course["described"]:
             axes.plot(course["described"] / 1e9, row, "D", mfc="none", color=HELD, ms=7)
     for marker, label, color in (
         ("o", "measured", TODAYS[0]),
         ("X", "killed at its limit", TODAYS[0]),
-        ("|", "bound by arithmetic", PREDICTED),
+        ("|", "pixels, reckoned", PREDICTED),
         ("D", "estimate of the description", HELD),
     ):
         axes.plot([], [], marker, color=color, mfc="none" if marker == "D" else color, label=label)
