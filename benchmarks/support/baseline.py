@@ -118,7 +118,7 @@ def _work_off(job_url: str, arguments: argparse.Namespace, client: httpx.Client)
             images = len(batch["image"])
             for image in batch["image"]:  # a copy to the device reads them: their pages become this process's, too
                 image.flatten()[::FLOATS_PER_PAGE].sum()
-            _stall(stall_s, batches, arguments.workers * arguments.prefetch)
+            _stall(stall_s, batches)
             time.sleep(arguments.gpu_s * images)
             stall_s = 0.0
             results = [_result(*pair) for pair in zip(batch["image_id"], batch["subject"], strict=True)]
@@ -130,10 +130,10 @@ def _work_off(job_url: str, arguments: argparse.Namespace, client: httpx.Client)
             future.result()
 
 
-def _stall(most_s: float, batches: Any, waiting_most: int) -> None:
-    """Wait until so many batches wait, which only torch's own queue knows."""
+def _stall(most_s: float, batches: Any) -> None:
+    """Wait until all batches that were asked for wait, which only torch's own queue knows."""
     until_s = time.monotonic() + most_s
-    while time.monotonic() < until_s and batches._worker_result_queue.qsize() < waiting_most:  # noqa: SLF001
+    while time.monotonic() < until_s and batches._worker_result_queue.qsize() < batches._tasks_outstanding:  # noqa: SLF001
         time.sleep(0.1)
 
 
