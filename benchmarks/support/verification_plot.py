@@ -15,14 +15,15 @@ TODAYS = ("#7f1d1d", "#b45309", "#d97706", "#a3a3a3", "#525252")
 PHOTOGRAPHS = {"tiny": "#4a7c59", "typical": "#b07d00", "large": "#7f1d1d"}
 
 
-def draw(file: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Draw what the six items found, in their order."""
+def draw(file: Path, found: Mapping[int, Mapping[str, Any]]) -> None:
+    """Draw what the items found that were run, by their numbers."""
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK})
     figure, panels = plt.subplots(3, 2, figsize=(12, 13), layout="constrained")
-    for axes, panel, number in zip(
-        panels.flat, (_waiting, _peaks, _rates, _jobs, _ratios, _files), (1, 2, 3, 4, 5, 6), strict=True
-    ):
-        panel(axes, found[number - 1] if number != 2 else {"courses": found[0]["courses"] + found[1]["courses"]})
+    both = {"courses": [course for number in (1, 2) if number in found for course in found[number]["courses"]]}
+    drawn = zip((_waiting, _peaks, _rates, _jobs, _ratios, _files), panels.flat, range(1, 7), strict=True)
+    for panel, axes, number in drawn:
+        if number in found:
+            panel(axes, both if number == 2 else found[number])
         axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
