@@ -2,7 +2,7 @@
 
     python benchmarks/verification.py [1 … 6] [--images-scale 0.3]
 
-Each item keeps its figures in --keep; what is there becomes a section of RESULTS.md, in words of support/verification.md,
+Each item keeps its figures in --keep; what is there becomes a section of RESULTS.md, worded by support/verification.md,
 and a plot. A scaled run only prints. Pins no memory where there is no GPU. Never fails by seconds.
 """
 
