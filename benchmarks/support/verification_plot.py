@@ -20,11 +20,14 @@ def draw(file: Path, found: Mapping[int, Mapping[str, Any]]) -> None:
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK})
     figure, panels = plt.subplots(3, 2, figsize=(12, 13), layout="constrained")
     both = {"courses": [course for number in (1, 2) if number in found for course in found[number]["courses"]]}
+    items = {**found, **({2: both} if both["courses"] else {})}
     drawn = zip((_waiting, _peaks, _rates, _jobs, _ratios, _files), panels.flat, range(1, 7), strict=True)
     for panel, axes, number in drawn:
-        if number in found:
-            panel(axes, both if number == 2 else found[number])
         axes.spines[["top", "right"]].set_visible(False)
+        if number in items:
+            panel(axes, items[number])
+        else:
+            axes.set_axis_off()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -57,7 +60,7 @@ def _waiting(axes: Any, found: Mapping[str, Any]) -> None:
     axes.set(
         xlabel="seconds since the start", ylabel="anonymous + shared, GB", ylim=(0, courses[0]["limit"] / 1e9 * 1.1)
     )
-    axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.9))
+    axes.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def _peaks(axes: Any, found: Mapping[str, Any]) -> None:
