@@ -125,7 +125,7 @@ def _ratios(axes: Any, found: Mapping[str, Any]) -> None:
 def _files(axes: Any, found: Mapping[str, Any]) -> None:
     for (title, points), color in zip(found["files"], (TODAYS[0], TODAYS[2], HELD), strict=True):
         axes.plot(*_series(points, 1), color=color, lw=1.4, label=_short(title))
-    _title(axes, "6  Open files of the whole tree: 480 tiny, then jobs of 48")
+    _title(axes, "6  Open files of the whole tree: 440 tiny, then jobs of 48")
     axes.set(xlabel="seconds since the start", ylabel="open files", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 
