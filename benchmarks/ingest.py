@@ -240,7 +240,7 @@ def _settings(scenario: Scenario) -> dict[str, str]:
 def _command(scenario: Scenario, running: Session, job_id: int) -> tuple[list[str], Mapping[str, str]]:
     if scenario.program == "baseline":
         job_url = f"{running.server.api_url}/jobs/{job_id}/"
-        return [*BASELINE, job_url, running.server.token, "--gpu-s", str(scenario.gpu_s), *scenario.arguments], {}
+        return [*BASELINE, running.server.token, job_url, "--gpu-s", str(scenario.gpu_s), *scenario.arguments], {}
     if scenario.program == "processes":
         return DECODING_IN_PROCESSES, _settings(scenario) | CHILD_ENVIRONMENT
     return [*WORKER, "--exit-when-idle"], _settings(scenario)

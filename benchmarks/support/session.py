@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ from benchmarks.support.cgroup import Enclosure, enclose
 SAMPLE_S = 0.05
 CPU_SAMPLE_S = 0.5
 SAVED_TIMEOUT_S = 20.0
+SHARED = Path("/dev/shm")  # noqa: S108 (where torch makes its files)
+_STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
 _HERE = Path(__file__).parent
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -127,6 +129,8 @@ class Session:
     process: subprocess.Popen[str] | None = None
     max_usage_bytes: int | None = None
     oom_kills: int | None = None
+    worker_pids: set[int] = field(default_factory=set)  # all there ever were: a zombie has left the cgroup
+    shared_left_bytes: int = 0  # shared memory that outlived them
     _sampling: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -207,7 +211,6 @@ class Session:
 
     def _sample(self) -> None:
         cpu_due = 0.0
-        worker_pids: set[int] = set()  # all there ever were: a zombie has left the cgroup
         while not self._sampling.wait(SAMPLE_S):
             now = time.time()
             try:
@@ -216,8 +219,8 @@ class Session:
                     self.samples.charged.append((now, charged))
                 if now >= cpu_due:
                     cpu_due = now + CPU_SAMPLE_S
-                    worker_pids.update(self.enclosure.pids())
-                    self.samples.cpu.append(_cpu_sample(now, worker_pids))
+                    self.worker_pids.update(self.enclosure.pids())
+                    self.samples.cpu.append(_cpu_sample(now, self.worker_pids))
             except FileNotFoundError:
                 return  # the cgroup is gone
 
@@ -225,12 +228,15 @@ class Session:
 @contextmanager
 def session(limit_bytes: int, data: Path) -> Iterator[Session]:
     """Bring a server and an enclosure up; at the end nothing of either is left."""
-    with DevServer(save_delay_s=0.0) as server, enclose(limit_bytes) as enclosure:
+    with DevServer(save_delay_s=0.0) as server, ExitStack() as stack:
+        enclosure = stack.enter_context(enclose(limit_bytes))
         running = Session(server, enclosure, data)
         try:
             yield running
         finally:
             running.finish()
+            stack.close()
+            running.shared_left_bytes = remove_shared(frozenset(running.worker_pids))
 
 
 @contextmanager
@@ -257,6 +263,15 @@ def flow(batches: Sequence[Mapping[str, Any]], depth: int) -> Flow:
     if len(inside) < 2:
         return Flow(0.0, 0.0, 0)
     return Flow(inside[0]["at_s"], inside[-1]["at_s"], sum(batch["images"] for batch in inside[1:]))
+
+
+def remove_shared(pids: AbstractSet[int], folder: Path = SHARED) -> int:
+    """Remove what these ended processes left of torch's shared memory, else memory until a reboot; return its bytes."""
+    left = [file for pid in pids for file in folder.glob(f"torch_{pid}_*")]
+    size_bytes = sum(file.stat().st_blocks * _STAT_BLOCK_BYTES for file in left)
+    for file in left:
+        file.unlink()
+    return size_bytes
 
 
 def census(pids: Sequence[int]) -> Counter[str]:
