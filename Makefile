@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench soak clean
+.PHONY: demo test bench soak audit clean
 
 demo: .venv/.installed-desk
 	$(BIN)/ami demo
@@ -18,6 +18,9 @@ bench: .venv/.installed-test
 
 soak: .venv/.installed-test
 	$(BIN)/pytest -m soak --timeout=3600
+
+audit: .venv/.installed-audit
+	$(BIN)/pip-audit --skip-editable
 
 .venv/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -286,7 +286,7 @@ cli.add_command(devserver_command)
 
 
 def main() -> None:
-    """Run the command line; the console scripts point here."""
+    """Run the command line, where it can."""
     if sys.platform != "linux":
         sys.exit(
             f"ami: runs on Linux, not on {sys.platform}: pidfd, memfd and /proc are what its memory bound stands on"

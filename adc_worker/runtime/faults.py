@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, ProxyError, SSLError
+from urllib3.exceptions import HTTPError, NewConnectionError, ProxyError, SSLError
 
 from adc_worker.errors import AntennaRefused, ExitCode, ImageError, LinkError, StagingFull, WorkerFault
 from adc_worker.log import get_logger
@@ -66,7 +67,7 @@ RULES = (  # the first that matches counts
     Rule(_is(ImageError), Affected.IMAGE, "look at one of these URLs in a browser: several images fail alike"),
     Rule(_is(ProxyError), Affected.HOST, "check the proxy in HTTP_PROXY and HTTPS_PROXY, or list the host in NO_PROXY"),
     Rule(_is(SSLError), Affected.HOST, "install the CA of the image host here (ca-certificates, SSL_CERT_FILE)"),
-    Rule(_is(NameResolutionError), Affected.HOST, "check the DNS of this machine, and the host's name"),
+    Rule(_is(socket.gaierror), Affected.HOST, "check the DNS of this machine, and the host's name"),
     Rule(
         _is(NewConnectionError), Affected.HOST, "check that this machine's network and firewall let it reach the host"
     ),

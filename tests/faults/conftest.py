@@ -40,12 +40,19 @@ class Desk:
     jobs: list[int] = field(default_factory=list)
     images_may_come: threading.Event = field(default_factory=threading.Event)
 
-    def add_job(self, count: int, first: int = 0, host: ImageServer | None = None, size_px: int = 24) -> int:
+    def add_job(
+        self,
+        count: int,
+        first: int = 0,
+        host: ImageServer | None = None,
+        size_px: int = 24,
+        hostname: str = "127.0.0.1",
+    ) -> int:
         """Add a job of numbered images; `host` serves them, or the desk's own image server."""
         images = host or self.images
         for number in range(first, first + count):
             images.replies.setdefault(f"/{number}.png", Reply(numbered(number, size_px, size_px)))
-        urls = [images.url(f"/{number}.png") for number in range(first, first + count)]
+        urls = [images.url(f"/{number}.png", hostname) for number in range(first, first + count)]
         self.jobs.append(self.antenna.add_job(counting_pipeline.SLUG, urls, algorithms=ALGORITHMS))
         return self.jobs[-1]
 

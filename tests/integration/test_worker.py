@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from adc_worker.devserver.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
 from tests.support.waiting import wait_until
-from tests.support.workers import environment, run_to_end, worker
+from tests.support.workers import REPOSITORY, environment, run_to_end, worker
 
 BLOBS = ("--pipeline", "light_sheet_blobs")
 SIMULATED = ("--pipeline", "simulated")
@@ -211,3 +213,17 @@ def test_an_idle_worker_polls_and_answers_a_job_that_appears(
         running.process.send_signal(signal.SIGINT)
         assert running.wait() == ExitCode.OK
     assert len(running.events("plan")) == 2
+
+
+def test_ctrl_c_while_the_program_is_still_imported_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "adc_worker", "worker"]
+    ended = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert not ended.stderr

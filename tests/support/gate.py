@@ -53,8 +53,12 @@ class Gate:
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._http.server_address[1]}"
+
+    @property
     def api_url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}{self._upstream.path}"
+        return f"http://{self.address}{self._upstream.path}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -123,7 +127,10 @@ class Gate:
         try:
             names = ("Authorization", "Content-Type", "User-Agent")
             headers = {name: value for name in names if (value := handler.headers.get(name))}
-            connection.request(handler.command, handler.path, body or None, headers)
+            target = (
+                urlsplit(handler.path)._replace(scheme="", netloc="").geturl()
+            )  # where it is a proxy, it gets a URL
+            connection.request(handler.command, target, body or None, headers)
             response = connection.getresponse()
             return response.status, response.read(), response.headers.get("Content-Type", "")
         finally:

@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 import torch
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError, ProxyError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError, SSLError
 
 from adc_worker.errors import (
     AntennaRefused,
@@ -53,7 +53,7 @@ def connection() -> HTTPConnection:
 
 
 REFUSED = NewConnectionError(connection(), "refused")
-UNKNOWN_NAME = NameResolutionError(HOST, connection(), socket.gaierror(-2, "Name or service not known"))
+UNKNOWN_NAME = socket.gaierror(-2, "Name or service not known")
 
 
 @pytest.mark.parametrize(
