@@ -252,7 +252,7 @@ def overheads(folder: Path, device: str, slugs: Sequence[str], images: int) -> s
     head = ("pipeline", "boxes", "crops scored", *speeds, "overhead", "with allocator", *peaks, "1000 page faults")
     return (
         f"{images} photographs of {SIZE_PX[0]}x{SIZE_PX[1]} a row; boxes and scored crops are means per photograph."
-        " Page faults make single rows scatter by a fifth and more; `all` sums up.\n\n" + report.table(head, rows)
+        " Single rows scatter by a tenth and more; `all` sums up.\n\n" + report.table(head, rows)
     )
 
 

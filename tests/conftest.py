@@ -45,9 +45,13 @@ def _nothing_leaks() -> Iterator[None]:
     yield
     if not _leaks(threads, children, files):
         return
-    gc.collect()  # a file in a reference cycle is no leak; only now, as a collection with torch loaded takes 0.15 s
+
+    def nothing_left() -> bool:
+        gc.collect()  # a file in a reference cycle is no leak; only here, as a collection with torch loaded takes 0.15 s
+        return not _leaks(threads, children, files)
+
     try:
-        wait_until(lambda: not _leaks(threads, children, files), timeout_s=LEAK_TIMEOUT_S)
+        wait_until(nothing_left, timeout_s=LEAK_TIMEOUT_S)
     except TimeoutError:
         pytest.fail("left behind: " + "; ".join(_leaks(threads, children, files)))
 

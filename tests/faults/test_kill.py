@@ -118,12 +118,9 @@ STAGES = {
         _post("withhold"), lambda desk, _log: desk.gate.held["POST result"], lambda desk: desk.gate.open()
     ),
 }  # fmt: skip
-SHORT = {"inferring"}  # the others run by hand
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.soak]) for name in STAGES]
-)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_worker_killed_at_any_stage_loses_nothing_and_repeats_at_most_one_batch(desk: Desk, name: str) -> None:
     """The whole group dies, parent and child together; the next start finishes from its own disk."""
     stage = STAGES[name]
