@@ -47,7 +47,7 @@ def _nothing_leaks() -> Iterator[None]:
         return
 
     def nothing_left() -> bool:
-        gc.collect()  # a file in a reference cycle is no leak; only here, as a collection with torch loaded takes 0.15 s
+        gc.collect()  # a file in a reference cycle is no leak; only here: with torch loaded it takes 0.15 s
         return not _leaks(threads, children, files)
 
     try:

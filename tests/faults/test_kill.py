@@ -25,6 +25,7 @@ from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess, run_to_end, worker
 
 IMAGES = 24
+SOME = 8  # of them, on record when the worker is killed
 LARGE_PX = 3000  # a PNG of this size decodes for a good part of a second
 
 
@@ -48,7 +49,7 @@ def _journal(desk: Desk, query: str) -> list[tuple[Any, ...]]:
 
 
 def _recorded(desk: Desk) -> int:
-    return len(_journal(desk, "SELECT 1 FROM adc_task"))
+    return len(_journal(desk, "SELECT 1 FROM adc_task UNION ALL SELECT 1 FROM adc_finished"))
 
 
 def _kept(desk: Desk) -> int:
@@ -71,6 +72,11 @@ def _cut_off(desk: Desk) -> set[str]:
 
 def _downloaded_twice(desk: Desk, cut_off: set[str]) -> set[str]:
     return {target for target, count in desk.downloads().items() if count > 1} - cut_off
+
+
+def _hold_fetches(desk: Desk) -> None:
+    """Hand out no more once some tasks are on record: no answer is on its way when the worker is killed."""
+    desk.gate.fault = lambda route: 503 if route == "POST tasks" and _recorded(desk) >= SOME else None
 
 
 def _staged(desk: Desk) -> int:
@@ -104,11 +110,16 @@ STAGES = {
         lambda desk, _log: _staged(desk) >= 5,
         lambda desk: desk.switch("hold", on=False),
     ),
-    "decoding": Stage(lambda _desk: None, lambda _desk, log: log.events("plan"), lambda _desk: None, LARGE_PX),
+    "decoding": Stage(
+        _hold_fetches,
+        lambda desk, log: log.events("plan") and _recorded(desk) >= SOME,
+        lambda desk: desk.gate.open(),
+        LARGE_PX,
+    ),
     "inferring": Stage(
-        lambda _desk: None,
-        lambda desk, log: log.events("plan") and sum(desk.inferred.values()) >= 4,
-        lambda _desk: None,
+        _hold_fetches,
+        lambda desk, _log: sum(desk.inferred.values()) >= 4 and _recorded(desk) >= SOME,
+        lambda desk: desk.gate.open(),
     ),
     "kept": Stage(_post(503), lambda desk, _log: _kept(desk) >= 4, lambda desk: desk.gate.open()),
     "posting": Stage(
