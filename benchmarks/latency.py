@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adc_worker.devserver.server import DevServer
 from adc_worker.devserver.sheets import write_sheets
+from benchmarks.support import report
 from benchmarks.support.hardware import caption
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, worker
@@ -50,20 +51,26 @@ def first_result_s(server: DevServer, image: Path, data: Path) -> tuple[float, f
 
 
 def main() -> None:
-    print(caption())
-    rows = []
+    told, rows = caption(), []
     with tempfile.TemporaryDirectory() as folder, DevServer(save_delay_s=0.0) as server:
         (image,) = write_sheets(Path(folder), 1, seed=1, sizes=((4096, 2160),))
         for run in range(RUNS):
             torch_s = import_torch_s()
             rows.append((torch_s, *first_result_s(server, image, Path(folder) / f"data{run}")))
     torch_s, cold_s, warm_s = (statistics.median(column) for column in zip(*rows, strict=True))
-    extra = statistics.median(cold - torch for torch, cold, _warm in rows)
-    print("| median of 5 | s | must be |\n|---|---|---|")
-    print(f"| import torch, alone | {torch_s:.2f} | |")
-    print(f"| process start to first result | {cold_s:.2f} | |")
-    print(f"| … minus the import in the same run | {extra:.2f} | at most 3 |")
-    print(f"| job published to its result, worker idle (polls every 0.2 s) | {warm_s:.2f} | at most 2 |")
+    extra_s = statistics.median(cold - torch for torch, cold, _warm in rows)
+    table = report.table(
+        (f"median of {RUNS}", "seconds", "at most"),
+        [
+            ("import torch, alone", f"{torch_s:.2f}", ""),
+            ("process start to first result", f"{cold_s:.2f}", ""),
+            ("… minus the import in the same run", f"{extra_s:.2f}", "3"),
+            ("job published to its result, worker idle", f"{warm_s:.2f}", "2"),
+        ],
+    )
+    text = f"## The first result of a job (`benchmarks/latency.py`)\n\n{told}\n\nOne image of 4096x2160.\n\n{table}"
+    print(text)
+    report.write_section("latency", text)
 
 
 if __name__ == "__main__":
