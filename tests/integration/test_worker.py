@@ -219,7 +219,7 @@ def test_ctrl_c_while_the_program_is_still_imported_ends_it_without_a_traceback(
     (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "adc_worker", "worker"]
     ended = subprocess.run(
-        command,
+        ["env", "--default-signal=INT", *command],  # a suite in the background ignores it, and so would its children
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
         capture_output=True,
         text=True,
