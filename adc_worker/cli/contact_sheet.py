@@ -48,8 +48,9 @@ def write_contact_sheet(items: Sequence[ContactItem], path: Path, *, width_px: i
             text = textwrap.fill(reason, letters - 4, max_lines=height // FONT_PX // 2, placeholder=" …")
             middle = (left + width / 2, top + TITLE_PX + height / 2)
             draw.text(middle, text, FAULT, font, anchor="mm", align="center", spacing=8)
-        title, room = item.image_path.stem, max(1, letters - len(caption) - 4)
-        title = title if len(title) <= room else f"{title[:room]}…"
+        title, room_px = item.image_path.stem, width - font.getlength(caption) - FONT_PX
+        while len(title) > 1 and font.getlength(title) > room_px:
+            title = f"{title[:-2]}…"
         draw.text((left, top + TITLE_PX // 2), title, INK, font, anchor="lm")
         draw.text((left + width, top + TITLE_PX // 2), caption, INK, font, anchor="rm")
     path.parent.mkdir(parents=True, exist_ok=True)
