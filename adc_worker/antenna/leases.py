@@ -25,8 +25,8 @@ ACK_WAIT_MIN_S = 1.0  # the smallest that AMI_ANTENNA_ACK_WAIT_SECONDS takes, to
 # one costs a few second deliveries an hour, a mistake does not last as long as the process.
 CORRECTION_LEASES = 12
 ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed (contract)
-# Shares of ack_wait: between two looks at a job while the saves hold fetching up, the window that the rate is taken
-# from, and how long a result may wait to be saved before the server counts as the slower one.
+# Shares of ack_wait: most between two looks at a job whose saves may hold fetching up, the window that the rate is
+# taken from, and how long a result may wait to be saved before the server counts as the slower one.
 LOOK_SHARE, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 150, 1 / 5, 1 / 10
 EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
 
@@ -157,6 +157,7 @@ class SaveWatch:
 
     def __init__(self, accepted: int = 0) -> None:
         self.per_s = ASSUMED_SAVES_PER_S
+        self._first_at = 0.0
         self._at: float | None = None  # of the last look
         self._moved_at = 0.0  # when the counters were last seen to rise
         self._accepted, self._saved, self._unsaved = accepted, 0, 0
@@ -166,15 +167,25 @@ class SaveWatch:
         """Return how many results wait to be saved, as far as known, when `accepted` were taken so far."""
         return max(0, self._unsaved + accepted - self._accepted)
 
-    def is_due(self, lease: LeaseTerms, now: float) -> bool:
-        """Whether it is long enough since the last look."""
-        return self._at is None or now - self._at >= LOOK_SHARE * lease.ack_wait_s
+    def room(self, lease: LeaseTerms, held: int, accepted: int) -> int:
+        """Return how many tasks, beside those held, Antenna would save within their leases at the rate it saves now."""
+        return lease.held_limit(self.per_s) - held - self.unsaved(accepted)
+
+    def is_due(self, lease: LeaseTerms, now: float, held: int, accepted: int) -> bool:
+        """Whether to look: once tasks are held, and then from half of what the saves allow on, so before they bind.
+
+        Soon after the first look, then ever less often.
+        """
+        if self._at is None:
+            return held > 0
+        pause_s = min(LOOK_SHARE * lease.ack_wait_s, self._at - self._first_at)
+        return now - self._at >= pause_s and 2 * self.room(lease, held, accepted) < lease.held_limit(self.per_s)
 
     def look(self, lease: LeaseTerms, now: float, accepted: int, saved: int) -> None:
         """Take in how many of our results were `accepted` so far, and how many of the job are `saved` by `now`."""
         self._unsaved = max(0, self.unsaved(accepted) - (saved - self._saved))
         if self._at is None:
-            self._since, self._moved_at = (now, saved), now
+            self._since, self._moved_at, self._first_at = (now, saved), now, now
         elif saved > self._saved:
             self._moved_at = now
         elif saved < self._saved or now - self._moved_at > lease.ack_wait_s:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LOOK_SHARE, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
+from adc_worker.antenna.leases import LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
@@ -33,6 +33,7 @@ from adc_worker.tuning.probe_report import PROBE_DOWNLOADS
 _log = get_logger(__name__)
 
 STOP_CHECK_S = 0.5
+SAVES_CHECK_S = 0.1  # between two attempts to fetch while the saves allow no more
 RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
 # A link error on the last delivery is posted while the lease still has this share left, to be saved in time.
 LAST_CHANCE_SHARE = 0.2
@@ -120,7 +121,7 @@ class TaskFetch:
         tasks: list[Task] = []
         try:
             if (count := self._within_saves(count)) < 1:
-                self.next_at = time.monotonic() + LOOK_SHARE * self._lease.ack_wait_s
+                self.next_at = time.monotonic() + SAVES_CHECK_S
                 return
             sent_at = lease_clock()
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
@@ -145,9 +146,10 @@ class TaskFetch:
 
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
-        if self._room() < count and self._unsaved() and self._saves.is_due(self._lease, time.monotonic()):
+        held = self._journal.held_count(self.job_id)
+        if self._saves.is_due(self._lease, time.monotonic(), held, self._poster.accepted[self.job_id]):
             self._look()
-        return min(count, self._room())
+        return min(count, self._saves.room(self._lease, held, self._poster.accepted[self.job_id]))
 
     def _look(self) -> None:
         with self._looking:  # fetching and the extension of leases both come here
@@ -156,10 +158,6 @@ class TaskFetch:
 
     def _unsaved(self) -> int:
         return self._saves.unsaved(self._poster.accepted[self.job_id])
-
-    def _room(self) -> int:
-        held = self._journal.held_count(self.job_id)
-        return self._lease.held_limit(self._saves.per_s) - held - self._unsaved()
 
 
 class Intake:
