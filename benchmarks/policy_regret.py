@@ -159,8 +159,7 @@ def probed(seen: Seen) -> ImageProbe:
         download_s=seen.download_s,
         decode_s=seen.decode_s,
         inference_s=seen.inference_s,
-        detections=0,
-        result_bytes=1000,
+        keep_s=seen.keep_s,
     )
 
 
@@ -173,16 +172,20 @@ def host_of(world: World) -> HostBudget:
 
 def plan_for(world: World, lease: LeaseTerms) -> tuple[IngestPlan, ProbeReport]:
     seen, downloads = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
+    sightings = [
+        Sighting(one.photo.width_px, one.photo.height_px, one.photo.compressed_bytes, one.photo.scratch_bytes,
+                 one.first_byte_s - one.set_up_s, one.download_s - one.set_up_s) for one in downloads
+    ]  # fmt: skip
     measured = ProbeReport(
-        tuple(probed(one) for one in seen),
+        tuple(
+            replace(probed(one), first_byte_s=sighting.first_byte_s, download_s=sighting.download_s)
+            for one, sighting in zip(seen, sightings[: len(seen)], strict=True)
+        ),
         world.base_bytes,
         max(world.inference_bytes([one.photo]) for one in seen),
         downloads=at_once((one.staged_s, one.download_s - one.first_byte_s) for one in downloads),
     )
-    measured = measured.with_sighted(
-        Sighting(one.photo.width_px, one.photo.height_px, one.photo.compressed_bytes, one.photo.scratch_bytes,
-                 one.first_byte_s, one.download_s) for one in downloads[len(seen):]
-    )  # fmt: skip
+    measured = ProbeReport.of(measured, sightings[len(seen) :], [])
     return IngestPolicy().plan(measured, host_of(world), lease), measured
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from adc_worker.cli.status import plan_table, size
-from adc_worker.runtime.probe import PROBE_IMAGES
 from adc_worker.runtime.tune import Tuning, tune
 from adc_worker.settings import Settings
 from adc_worker.tuning.plan import IngestPlan
@@ -50,7 +49,7 @@ def show(tuning: Tuning, console: Console) -> None:
         f" {host.cores} cores, {'a GPU' if host.gpu else 'no GPU'}, {size(host.staging_bytes)} for staged images",
     )
     rows.add_row("sample", tuning.source)
-    for one in report.images[:PROBE_IMAGES]:
+    for one in report.images:
         rows.add_row(
             "",
             f"{one.width_px} x {one.height_px} px, {size(one.compressed_bytes)}: download {one.download_s:.2f} s,"

@@ -41,16 +41,20 @@ REDIRECTS_MAX = 3
 # A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
-_this_thread = threading.local()  # its download: until (monotonic seconds), cancelled, policy
+_this_thread = threading.local()  # its download: until (monotonic seconds), cancelled, policy, seconds of set-up so far
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadStats:
-    """Seconds to the first byte of the body and to its last, and the bytes of the body."""
+    """Seconds to the first byte of the body and to its last, the bytes of the body, and the seconds of connecting.
+
+    A connection that is new takes names, TCP and TLS; the next download over it does not.
+    """
 
     first_byte_s: float
     total_s: float
     size_bytes: int
+    set_up_s: float = 0.0
 
 
 class _UntilDeadline(io.RawIOBase):
@@ -92,6 +96,13 @@ class _Connection(HTTPConnection):
     """Connects to an address that the policy has seen, not to a name that may mean another one a moment later."""
 
     response_class = _Response
+
+    def connect(self) -> None:
+        started = time.monotonic()
+        try:
+            super().connect()
+        finally:
+            _this_thread.set_up_s += time.monotonic() - started
 
     def _new_conn(self) -> socket.socket:
         if self.proxy is not None:
@@ -157,7 +168,7 @@ class ImageClient:
         """Write the body of `url` to the file descriptor `fd`."""
         started = time.monotonic()
         _this_thread.until, _this_thread.cancelled = started + self._download_s, cancelled
-        _this_thread.policy = self._policy
+        _this_thread.policy, _this_thread.set_up_s = self._policy, 0.0
         response = self._open(url)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
@@ -172,7 +183,7 @@ class ImageClient:
             raise LinkError(f"download broke off: {type(error).__name__}: {error}") from error
         finally:
             _release(response)
-        return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes)
+        return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes, _this_thread.set_up_s)
 
     def _open(self, url: str) -> urllib3.BaseHTTPResponse:
         for _hop in range(REDIRECTS_MAX + 1):

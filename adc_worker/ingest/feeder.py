@@ -210,7 +210,8 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
     def _seconds_to_next_close(self) -> float | None:
         if not self._source.images or not self._may_admit():
             return None
-        return max(0.0, self._source.images[0].staged_at + self._plan.batch_wait_s - time.monotonic())
+        first = self._source.images[0]
+        return 0.0 if first.urgent else max(0.0, first.staged_at + self._plan.batch_wait_s - time.monotonic())
 
     def _kind(self, image: StagedImage) -> _Kind:
         return image.header.shape, self._runs_alone(image)

@@ -10,7 +10,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
@@ -33,7 +33,8 @@ class StagedImage:
     path: Path
     header: ImageHeader
     download: DownloadStats
-    staged_at: float  # monotonic seconds; 0 when it is urgent
+    staged_at: float  # monotonic seconds
+    urgent: bool = False  # on its last delivery
     suspect: bool = False  # a process died while it worked on it: runs alone, decoded in a process of its own
 
 
@@ -43,7 +44,7 @@ class StagedQueue:
     Attributes:
         still_wanted: settles an image whose lease is over, and says so, before it is decoded.
         changed: guards the rest, and is waited for.
-        images: the oldest first; what is taken out is the reader's.
+        images: urgent ones, then the oldest first; what is taken out is the reader's.
         ended: whether no image will follow.
     """
 
@@ -53,10 +54,10 @@ class StagedQueue:
         self.images: list[StagedImage] = []
         self.ended = False
 
-    def put(self, image: StagedImage, *, urgent: bool = False) -> None:
-        """Add an image, or give one back; an urgent one (on its last delivery) goes before all others."""
+    def put(self, image: StagedImage) -> None:
+        """Add an image, or give one back; an urgent one goes before all others."""
         with self.changed:
-            insort(self.images, replace(image, staged_at=0.0) if urgent else image, key=lambda one: one.staged_at)
+            insort(self.images, image, key=lambda one: (not one.urgent, one.staged_at))
             self.changed.notify_all()
 
     def end(self) -> None:
@@ -65,11 +66,14 @@ class StagedQueue:
             self.ended = True
             self.changed.notify_all()
 
-    def get(self) -> StagedImage | None:
-        """Wait for the next image; None at the end."""
+    def get(self, *, largest: bool = False) -> StagedImage | None:
+        """Wait for the next image, or for the largest of those that are there; None at the end."""
         with self.changed:
             self.changed.wait_for(lambda: self.images or self.ended)
-            return self.images.pop(0) if self.images else None
+            if not self.images:
+                return None
+            sizes = [image.header.pixel_bytes if largest else 0 for image in self.images]
+            return self.images.pop(sizes.index(max(sizes)))
 
 
 class StagingArea:

@@ -31,7 +31,6 @@ class InferenceStats:
     inference_s: float
     keep_s: float
     detections: int
-    result_bytes: int
     device_s: float  # of inference_s, what the models took
 
 
@@ -44,7 +43,7 @@ def infer_and_keep(
 ) -> InferenceStats:
     """Infer uint8 [n, H, W, 3] and keep each image's result; `staged` and `reports` say what row i is."""
     started, device_s = time.perf_counter(), pipeline.clock.total_s
-    keep_s, detections, result_bytes, arrays_bytes = 0.0, 0, 0, 0
+    keep_s, detections, arrays_bytes = 0.0, 0, 0
     waiting: list[ImageResult] = []
     for image, report, found in zip(staged, reports, pipeline.infer(images), strict=True):
         if isinstance(found, ImageError):
@@ -62,20 +61,20 @@ def infer_and_keep(
         arrays_bytes += sum(one.scores.nbytes + one.logits.nbytes for box in found for one in box.classifications)
         if arrays_bytes >= KEEP_BYTES:
             keeping = time.perf_counter()
-            result_bytes += outcomes.succeed(waiting)
+            outcomes.succeed(waiting)
             waiting, arrays_bytes = [], 0
             keep_s += time.perf_counter() - keeping
         del found, parts  # or the last image's arrays would live as long as the next one's inference
     keeping = time.perf_counter()
-    result_bytes += outcomes.succeed(waiting)
+    outcomes.succeed(waiting)
     keep_s += time.perf_counter() - keeping
     inference_s, device_s = time.perf_counter() - started - keep_s, pipeline.clock.total_s - device_s
-    return InferenceStats(inference_s, keep_s, detections, result_bytes, device_s)
+    return InferenceStats(inference_s, keep_s, detections, device_s)
 
 
 def measured_image(staged: Sequence[StagedImage], reports: Sequence[DecodeReport], stats: InferenceStats) -> ImageProbe:
-    """Return what an image of a batch cost: sizes are the largest, times and results the mean."""
-    header, count = staged[0].header, len(staged)
+    """Return what an image of a batch cost: sizes are the largest, times the mean."""
+    header = staged[0].header
     return ImageProbe(
         compressed_bytes=max(image.header.compressed_bytes for image in staged),
         width_px=header.width_px,
@@ -84,7 +83,6 @@ def measured_image(staged: Sequence[StagedImage], reports: Sequence[DecodeReport
         first_byte_s=fmean(image.download.first_byte_s for image in staged),
         download_s=fmean(image.download.total_s for image in staged),
         decode_s=fmean(report.decode_s for report in reports),
-        inference_s=stats.inference_s / count,
-        detections=stats.detections // count,
-        result_bytes=stats.result_bytes // count,
+        inference_s=stats.inference_s / len(staged),
+        keep_s=stats.keep_s,
     )

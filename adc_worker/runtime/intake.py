@@ -380,7 +380,7 @@ class Intake:
             self._journal.erase_url(held)
             self._faults.image_came(host)
             self._faults.watch("staging", None)
-            self.staged.put(replace(image, suspect=held.strikes is not None), urgent=last)
+            self.staged.put(replace(image, suspect=held.strikes is not None, urgent=last))
         return None
 
     def _cancelled(self) -> bool:

@@ -36,7 +36,7 @@ class Outcomes(Protocol):
     """What the probe and a batch tell of their images: `succeed` returns the bytes of the results."""
 
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
-    def succeed(self, results: Sequence[ImageResult]) -> int: ...
+    def succeed(self, results: Sequence[ImageResult]) -> None: ...
     def fail_staged(self, image: StagedImage, error: ImageError) -> None: ...
 
 
@@ -92,15 +92,14 @@ class JobOutcomes:
         alone = alone or any(image.suspect for image in images)
         self._journal.begin([image.id for image in images], oom_kills(), alone=alone)
 
-    def succeed(self, results: Sequence[ImageResult]) -> int:
-        """Keep results, return their bytes: they survive a crash from here on, and their staged files are gone."""
-        size_bytes = self._journal.keep([(result.task_id, result.parts) for result in results])
+    def succeed(self, results: Sequence[ImageResult]) -> None:
+        """Keep results: they survive a crash from here on, and their staged files are gone."""
+        self._journal.keep([(result.task_id, result.parts) for result in results])
         with self._lock:
             self.done += len(results)
             self.detections += sum(result.detections for result in results)
             self.truncated += sum(result.truncated for result in results)
         self._settle([result.task_id for result in results])
-        return size_bytes
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:
         """Keep an error result: the evidence is in the image."""

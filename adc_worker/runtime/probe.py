@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from adc_worker.antenna.wire import Capture
 from adc_worker.errors import AntennaError, ImageError, ImageTooLarge
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import PeakResidentMemory
-from adc_worker.ingest.arena import Arena
+from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.staging import StagedImage, StagedQueue
@@ -22,10 +23,8 @@ from adc_worker.models.pipeline import Pipeline
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import Outcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once, spread
+from adc_worker.tuning.probe_report import PROBE_IMAGES, ImageProbe, ProbeReport, Sighting, at_once, spread
 
-PROBE_IMAGES = 2
-ALIKE = 1.5  # two probes whose pixels differ by more do not tell what the others are
 _log = get_logger(__name__)
 
 
@@ -51,19 +50,20 @@ def probe(
     life: SignsOfLife,
     limit_s: float,
     wait: Callable[[], bool],
-    sizes: Callable[[], Sequence[Sighting]] = list,
+    sizes: Callable[[], Sequence[Sighting]],
 ) -> ProbeReport | None:
     """Measure up to two images that can be decoded, one at a time and `limit_s` at most; None when the job has none.
 
-    An image that fails, or whose lease is over, has its outcome and another takes its place. One for which others on
-    this host leave no memory waits for it, as long as `wait`, which lets a moment pass, says so. What is staged by then
-    tells its size and how long a download takes over open connections; `sizes` returns those that Antenna lists.
+    The second is the largest of those that are there: memory is planned with it. An image that fails, or whose lease is
+    over, has its outcome and another takes its place. One for which others on this host leave no memory waits for it,
+    as long as `wait`, which lets a moment pass, says so. What is staged by then tells its size and how long a download
+    takes over open connections; `sizes` returns those that Antenna lists.
     """
     base_bytes = measure().used_bytes
     probes: list[ImageProbe] = []
     downloaded: list[StagedImage] = []
     inference_peak_bytes = vram_peak_bytes = 0
-    while len(probes) < PROBE_IMAGES and (image := source.get()) is not None:
+    while len(probes) < PROBE_IMAGES and (image := source.get(largest=bool(probes))) is not None:
         try:
             if not _wait_for_memory(image, measure, wait):
                 source.put(image)
@@ -82,13 +82,10 @@ def probe(
         vram_peak_bytes = max(vram_peak_bytes, vram.growth_bytes())
     if not probes:
         return None
-    pixels, known = [one.tensor_bytes for one in probes], sizes()
-    uncertain = not known and (len(probes) < PROBE_IMAGES or max(pixels) > ALIKE * min(pixels))
-    waiting = list(source.images)
+    listed, waiting = sizes(), list(source.images)
     transfers = [(one.staged_at, one.download.total_s - one.download.first_byte_s) for one in downloaded + waiting]
-    downloads = at_once(transfers)
-    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, uncertain, downloads)
-    return report.with_sighted([*map(_sighting, waiting), *known])
+    report = ProbeReport(tuple(probes), base_bytes, inference_peak_bytes, vram_peak_bytes, downloads=at_once(transfers))
+    return ProbeReport.of(report, list(map(_sighting, waiting)), listed)
 
 
 def _sighting(image: StagedImage) -> Sighting:
@@ -98,8 +95,8 @@ def _sighting(image: StagedImage) -> Sighting:
         header.height_px,
         header.compressed_bytes,
         header.scratch_bytes,
-        download.first_byte_s,
-        download.total_s,
+        download.first_byte_s - download.set_up_s,
+        download.total_s - download.set_up_s,
     )
 
 
@@ -123,10 +120,7 @@ def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait
 
 def _measure(image: StagedImage, pipeline: Pipeline, outcomes: Outcomes) -> tuple[ImageProbe, int]:
     header = image.header
-    arena = Arena(header.pixel_bytes)
-    region = arena.allocate(header.pixel_bytes)
-    if region is None:
-        raise AssertionError("an empty arena holds the image it was made for")
+    arena, region = Arena(header.pixel_bytes), Region(0, header.pixel_bytes)
     try:
         rows = arena.view(region, header.shape)
         outcomes.begin([image], alone=True)
@@ -139,6 +133,8 @@ def _measure(image: StagedImage, pipeline: Pipeline, outcomes: Outcomes) -> tupl
         stats = infer_and_keep(pipeline, torch.from_numpy(rows).unsqueeze(0), [image], [report], outcomes)
         peak_bytes = memory.growth_bytes()
     finally:
-        arena.free(region)
         arena.close()
-    return measured_image([image], [report], stats), peak_bytes
+    measured, set_up_s = measured_image([image], [report], stats), image.download.set_up_s
+    # A new connection's set-up is paid once.
+    link = (measured.first_byte_s - set_up_s, measured.download_s - set_up_s)
+    return replace(measured, first_byte_s=link[0], download_s=link[1]), peak_bytes

@@ -31,12 +31,12 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes
 from adc_worker.runtime.job import ceilings
 from adc_worker.runtime.outcomes import ImageResult, JobOutcomes, Outcomes
-from adc_worker.runtime.probe import PROBE_IMAGES, known_sizes, listed, probe
+from adc_worker.runtime.probe import known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife
 from adc_worker.settings import Settings
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
-from adc_worker.tuning.probe_report import PIXEL_BYTES, ProbeReport
+from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 
 _log = get_logger(__name__)
 
@@ -101,8 +101,8 @@ class _Unposted:
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
         pass
 
-    def succeed(self, results: Sequence[ImageResult]) -> int:
-        return sum(len(part) for result in results for part in result.parts)
+    def succeed(self, results: Sequence[ImageResult]) -> None:
+        pass
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         _log.warning("photograph_left_out", image_id=image.task.image_id, error=str(error))

@@ -6,6 +6,7 @@ stops nothing but the admission of images: results go on being inferred, kept an
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +26,17 @@ SHRINK_ABOVE, SHRINK_TO = AIM, 0.60  # a shrink goes far enough that the next on
 # Larger images: one batch may be a stray image, and those a quarter larger stay inside (0.8 x 1.25 = 1). Smaller ones:
 # mixed jobs alternate, so only a long stretch is a change. Downloads of one link scatter by a factor of two.
 GROWTH, SHRINKAGE, LINK_CHANGE = 1.25, 1 / 1.5, 3.0
+# Inference takes as long as there are insects on an image: only a stretch of batches tells.
+PACE_CHANGE, PACE_BATCHES = 2.0, 8
 LARGER_BATCHES, SMALLER_BATCHES = 2, 20
 FIRST_BATCHES = 4  # stand in for a probe that says little about its job
 READY_ENOUGH, GAIN = 0.95, 1.03
 # A step plans downloads and decodes to be so many times slower, which asks for more of these; the more often that was
 # in vain, the slower.
 STEP, STEPS = 1.5, ("download_concurrency", "decode_workers", "prefetch_factor", "batch_size")
-WINDOW_BATCHES = 20  # over which rates and readiness are compared
+# A new report is followed where it changes one of these, or sizes.
+FOLLOWED = (*STEPS, "batch_bytes", "arena_bytes", "held_limit")
+WINDOW_BATCHES = 20  # and SETTLE_S: over which rates and readiness are compared
 # Before anything grows its last change is this old: a worker that starts beside this one takes memory for its libraries
 # first, and for a job some seconds later (RESULTS.md, "The governor").
 SETTLE_S = 5.0
@@ -108,7 +113,7 @@ class Governor:
         self._lease = lease
         self._slack = 1.0  # times slower than measured, that downloads and decodes are planned to be
         self._seen: deque[ImageProbe] = deque(maxlen=SMALLER_BATCHES)
-        self._recent: deque[Observation] = deque(maxlen=WINDOW_BATCHES)  # since the last change took effect
+        self._recent: deque[Observation] = deque()  # since the last change took effect, as far as the window goes
         self._available: deque[tuple[float, int]] = deque(maxlen=FALLING_BATCHES)  # (seconds, bytes)
         self._unexplained: deque[int] = deque([0], maxlen=WINDOW_BATCHES)
         self._planned_room_bytes = self._room_bytes(host)
@@ -137,7 +142,7 @@ class Governor:
         action: Action = "hold"
         reason = "the last change takes effect with the next loader"
         if seen.in_force:
-            self._recent.append(seen)
+            self._note(seen)
             self._seen.append(seen.image)
             self._since_change += 1
             self._since_change_s += seen.batch_s
@@ -166,17 +171,24 @@ class Governor:
         held_bytes = max(0, seen.host.used_bytes - self._base_bytes)
         return replace(seen.host, available_bytes=seen.host.available_bytes + held_bytes)
 
+    def _note(self, seen: Observation) -> None:
+        """Keep a window of batches and of seconds: quick batches of one image differ too much for few of them."""
+        recent = self._recent
+        recent.append(seen)
+        while len(recent) > WINDOW_BATCHES and sum(one.batch_s for one in recent) - recent[0].batch_s >= SETTLE_S:
+            recent.popleft()
+
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
-            resized = self._report.uncertain or report.tensor_bytes_per_image != self._report.tensor_bytes_per_image
             self._report, self._slack = report, 1.0
             self._seen.clear()
             plan = self._made(host, self._slack)
             # A link that is ten times slower and still fast enough changes nothing.
-            if resized or plan.download_concurrency != self.plan.download_concurrency:
+            if any(getattr(plan, name) != getattr(self.plan, name) for name in FOLLOWED):
                 size_mb = report.tensor_bytes_per_image / 1e6
+                reason = f"{size_mb:.0f} MB, {report.download_s:.2f} s and {report.inference_s:.3f} s an image now"
                 self._planned_room_bytes = self._room_bytes(host)
-                return self._take("replan", plan, f"{size_mb:.0f} MB and {report.download_s:.2f} s an image now")
+                return self._take("replan", plan, reason)
         if pressure > SHRINK_ABOVE:
             return self._shrink(host)
         if self._trial is not None:
@@ -192,11 +204,19 @@ class Governor:
         report, seen, downloads_at_once = self._report, self._seen, self.plan.download_concurrency
         if report.uncertain and len(seen) == FIRST_BATCHES:
             return report.measured_by(tuple(seen), downloads_at_once)
+        recent = tuple(seen)[-PACE_BATCHES:]
+        paces = [one.inference_s / report.inference_s for one in recent]
+        if len(paces) == PACE_BATCHES and (min(paces) > PACE_CHANGE or max(paces) < 1 / PACE_CHANGE):
+            return report.measured_by(recent, downloads_at_once)
         if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
             return report.for_images_like(seen[-1], downloads_at_once)
-        downloads = [one for one in seen if one.download_s > 0]  # the rest were on disk from an earlier run
-        if _changed([one.download_s / report.download_s for one in downloads], LINK_CHANGE, 1 / LINK_CHANGE):
-            return report.for_link_like(downloads[-1], downloads_at_once)
+        slower = [report.link_slower(one) for one in seen if one.download_s > 0]  # the rest were on disk already
+        # Downloads that share a link take longer the more there are: that is no change of the link.
+        more = downloads_at_once / report.downloads
+        if _changed([max(one, one / more) for one in slower], math.inf, 1 / LINK_CHANGE) or _changed(
+            [min(one, one / more) for one in slower], LINK_CHANGE, 0.0
+        ):
+            return report.for_link(slower[-1], downloads_at_once)
         return None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
@@ -231,7 +251,9 @@ class Governor:
             return "hold", "the last change settles"
         if self._is_disturbed():
             self._engine_tried = True
-            return self._try(in_processes(self.plan), self._slack, "decode threads slow inference: decode processes")
+            processes = in_processes(self.plan)
+            if processes.peak_bytes <= self._base_bytes + AIM * room_bytes:
+                return self._try(processes, self._slack, "decode threads slow inference: decode processes")
         slack = STEP * self._patience["step"] * self._slack
         plan = self._made(host, slack)
         if hungry and any(getattr(plan, name) > getattr(self.plan, name) for name in STEPS):
@@ -257,8 +279,8 @@ class Governor:
         return taken
 
     def _judge(self, trial: _Trial) -> tuple[Action, str]:
-        if len(self._recent) < WINDOW_BATCHES:
-            return "hold", f"a step is on trial for {WINDOW_BATCHES} batches"
+        if len(self._recent) < WINDOW_BATCHES or self._since_change_s < SETTLE_S:
+            return "hold", f"a step is on trial for {WINDOW_BATCHES} batches and {SETTLE_S:.0f} s"
         self._trial = None
         compared = f"{self._images_per_s():.2f} images/s after {trial.images_per_s:.2f}"
         if self._images_per_s() >= GAIN * trial.images_per_s:
@@ -274,8 +296,13 @@ class Governor:
         return sum(one.images for one in self._recent) / sum(one.batch_s for one in self._recent)
 
     def _made(self, host: HostBudget, slack: float) -> IngestPlan:
-        report = replace(self._report.slower(slack), base_bytes=self._base_bytes)
+        report = replace(self._report, base_bytes=self._base_bytes)
         plan = self._policy.plan(report, host, self._lease)
+        if slack > 1:
+            asked = self._policy.plan(report.slower(slack), host, self._lease)
+            names = ("images_per_s", "held_limit", "staged_ahead", "fetch_size", "binds")  # as it is, not as if
+            why = {**asked.why, **{name: plan.why[name] for name in names}}
+            plan = replace(asked, **{name: getattr(plan, name) for name in names}, why=why)
         return plan if self.plan.decode_engine == "threads" else in_processes(plan)
 
     def _take(self, action: Action, plan: IngestPlan, reason: str) -> tuple[Action, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-_OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
+OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class IngestPlan:
         base_bytes: memory of the process tree that ingest has no part in.
         peak_bytes: predicted peak memory of the whole process tree.
         images_per_s: predicted rate.
-        binds: what limits that rate: "link", "decode", "inference", "memory" or "lease".
+        binds: what holds it back: the slowest stage ("link", "decode" or "inference"), or else what keeps that stage or
+            the batches from what they should be: "memory", "vram", "lease", or "ceiling", an operator's setting.
         why: one line of arithmetic per field.
     """
 
@@ -66,7 +67,7 @@ class IngestPlan:
     @property
     def descriptors(self) -> int:
         """Open files it may take: a socket and a file a download, two a decode, and what libraries and journal hold."""
-        return 2 * self.download_concurrency + 2 * self.decode_workers + _OTHER_DESCRIPTORS
+        return 2 * self.download_concurrency + 2 * self.decode_workers + OTHER_DESCRIPTORS
 
     def log_fields(self) -> dict[str, Any]:
         """Return the plan as flat fields for a log line, without the reasons."""

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import HORIZON_SHARE, LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.tuning.plan import IngestPlan
+from adc_worker.tuning.plan import OTHER_DESCRIPTORS, IngestPlan
 from adc_worker.tuning.probe_report import ProbeReport
 
 _MB = 1_000_000
@@ -28,6 +28,8 @@ DOWNLOAD_HEADROOM = 1.5
 DECODE_HEADROOM = 1.5
 FETCH_COVER_S = 2.0  # an empty fetch takes 0.6 s and others up to 0.17 s (contract); staged work covers three of them
 TASKS_PER_FETCH_MAX = 64
+# Part of a batch's inference that keeping its results may take: half of what the slowest stage may rest (promise 3).
+KEEP_SHARE = 0.05
 # Interpreter heaps, connection buffers, 16 MB of results on their way into the journal, a megabyte of each post. The
 # results of one image are in what inference was measured to need.
 RESERVE_BYTES = 64 * _MB
@@ -82,43 +84,52 @@ class _Arithmetic:
 
     def plan(self) -> IngestPlan:
         report, host, why = self.report, self.host, self.why
-        staged_bytes = max(host.staging_bytes, report.compressed_bytes) if host.staging_in_memory else 0
-        reserve = RESERVE_BYTES * (2 if report.uncertain else 1) + staged_bytes
-        workers, scratch, images_bytes = self._share_memory(self._wanted_workers(), self.room_bytes - reserve)
-        downloads_most = self._operators(DOWNLOADS_MAX, self.ceilings.downloads, FIXED_DOWNLOADS)
+        reserve, reserve_why = self._reserve()
+        room = self.room_bytes - reserve
+        wanted_batch, wanted_workers = self._wanted_batch(), self._wanted_workers()
+        batch, workers, cut = self._fitting(room, wanted_batch, wanted_workers)
+        connections = self._connections()
         rates = {
-            # What the probe's downloads brought: they may have shared the link, and only trying more of them tells.
-            "link": min(downloads_most / report.download_s, report.downloads / max(report.transfer_s, 1e-6)),
+            "link": report.link_per_s(connections),
             "decode": workers / max(report.decode_s, 1e-6),
-            "inference": 1 / report.inference_s,
+            "inference": 1 / (report.inference_s + report.keep_s / batch),
         }
         slowest = min(rates, key=lambda stage: rates[stage])
         rate = rates[slowest]
         held = self.lease.held_limit(rate)
         why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {self.lease.ack_wait_s:.0f} s of lease = {held}"
-        wanted = self._wanted_batch()
-        batch = self._batch(images_bytes, wanted, max(1, held // 2))
-        prefetch = self._prefetch(images_bytes - self._working_set(wanted), wanted, workers)
-        arena = self._arena(images_bytes - self._working_set(batch), batch, prefetch)
+        allowed = max(1, held // 2)
+        if allowed < batch:
+            batch, cut = allowed, "lease"
+        why["batch_size"] += f"; half of {held} leased {allowed}: {batch}"
+        scratch, working_set = workers * self._decode_bytes, self._working_set(batch)
+        pixels = room - scratch - working_set
+        prefetch = self._prefetch(pixels, batch, workers)
+        arena = self._arena(pixels, batch, prefetch)
         batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
-        why["batch_bytes"] = f"a third of the arena, at least one image: {_mb(batch_bytes)}"
-        downloads = self._downloads(rate, downloads_most)
+        downloads = self._downloads(min(rates["decode"], rates["inference"]), connections)
         staged = self._staged_ahead(rate, downloads, batch, held)
-        working_set = self._working_set(batch)
         peak = report.base_bytes + arena + scratch + working_set + reserve
-        why["peak_bytes"] = (
-            f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(scratch)}"
-            f" + inference {_mb(working_set)} + reserve {_mb(reserve)} = {_mb(peak)}"
-        )
-        binds = "memory" if batch < min(wanted, held // 2) else "lease" if batch < wanted else slowest
-        why["images_per_s"] = (
-            f"link {rates['link']:.1f} ({downloads_most} downloads of {report.download_s:.2f} s, "
+        # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
+        solo = max(arena, host.limit_bytes - report.base_bytes - reserve - scratch - self._working_set(1))
+        binds, says = self._binds(slowest, workers, connections, cut, short=workers < wanted_workers)
+        wait_s = batch * report.inference_s
+        why |= {
+            "batch_bytes": f"a third of the arena, at least one image: {_mb(batch_bytes)}",
+            "scratch_bytes": f"{workers} x ({_mb(report.decode_scratch_bytes)} of a decoder + "
+            f"{_mb(report.compressed_bytes)} of its file) = {_mb(scratch)}",
+            "solo_bytes": f"the limit of {_mb(host.limit_bytes)} less all but the arena, at least that: {_mb(solo)}",
+            "batch_wait_s": f"{batch} x {report.inference_s:.3f} s of inference = {wait_s:.3f} s",
+            "base_bytes": f"measured after the models were loaded: {_mb(report.base_bytes)}",
+            "peak_bytes": f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(scratch)}"
+            f" + inference {_mb(working_set)} + {reserve_why} = {_mb(peak)}",
+            "images_per_s": f"link {rates['link']:.1f} ({connections} downloads of {report.download_s:.2f} s, "
             f"{report.downloads:.1f} of {report.transfer_s:.2f} s may share it), "
             f"decode {rates['decode']:.1f} ({workers} x {report.decode_s:.3f} s), "
-            f"inference {rates['inference']:.1f} (1 / {report.inference_s:.3f} s): {binds} binds"
-        )
-        # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
-        solo = host.limit_bytes - report.base_bytes - reserve - scratch - self._working_set(1)
+            f"inference {rates['inference']:.1f} ({report.inference_s:.3f} s with the copy to the device, "
+            f"{report.keep_s:.3f} s a batch to keep results): {rate:.2f}",
+            "binds": says,
+        }
         return IngestPlan(
             batch_size=batch,
             batch_bytes=batch_bytes,
@@ -127,27 +138,39 @@ class _Arithmetic:
             decode_engine="threads",
             arena_bytes=arena,
             scratch_bytes=scratch,
-            solo_bytes=max(arena, solo),
+            solo_bytes=solo,
             pin_memory=self._pin_memory(),
             download_concurrency=downloads,
             staged_ahead=staged,
             fetch_size=self._fetch_size(rate, staged),
             held_limit=held,
-            batch_wait_s=batch * report.inference_s,
+            batch_wait_s=wait_s,
             base_bytes=report.base_bytes,
             peak_bytes=peak,
             images_per_s=rate,
             binds=binds,
-            why=why,
+            why=why | {"decode_engine": "threads are faster; processes where threads slow a GPU's inference"},
         )
 
     @property
     def _fixed(self) -> bool:
         return self.ceilings.mode == "fixed"
 
-    def _operators(self, computed: int, ceiling: int | None, old_default: int) -> int:
-        """Return the computed value within the operator's ceiling; in fixed mode that itself, or its old default."""
-        return (ceiling or old_default) if self._fixed else _at_most(computed, ceiling)
+    def _operators(self, computed: int, ceiling: int | None, old_default: int) -> tuple[int, str]:
+        """Return the computed value within the operator's ceiling, and a word on that; in fixed mode the operator's."""
+        if self._fixed:
+            value = ceiling or old_default
+            return value, f", in fixed mode {value}"
+        value = _at_most(computed, ceiling)
+        return value, f", of which the settings allow {value}" if value < computed else ""
+
+    def _reserve(self) -> tuple[int, str]:
+        staged = max(self.host.staging_bytes, self.report.compressed_bytes) if self.host.staging_in_memory else 0
+        doubt = RESERVE_BYTES if self.report.uncertain else 0
+        said = f"reserve {_mb(RESERVE_BYTES)}"
+        said += f" + {_mb(doubt)} of doubt" if doubt else ""
+        said += f" + staged images {_mb(staged)}" if staged else ""
+        return RESERVE_BYTES + doubt + staged, said
 
     def _wanted_workers(self) -> int:
         report, cores = self.report, self.host.cores
@@ -155,108 +178,167 @@ class _Arithmetic:
             workers = _at_most(self.ceilings.fixed_decode_workers, self.ceilings.decode_workers)
             self.why["decode_workers"] = f"AMI_NUM_WORKERS or its old default: {workers}"
             return workers
-        needed = math.ceil(DECODE_HEADROOM * report.decode_s / report.inference_s)
-        workers = _at_most(max(1, min(needed, cores)), self.ceilings.decode_workers)
+        needed = max(1, math.ceil(DECODE_HEADROOM * report.decode_s / report.inference_s))
+        workers, allowed = self._operators(min(needed, cores), self.ceilings.decode_workers, 0)
         self.why["decode_workers"] = (
             f"{DECODE_HEADROOM} x decode {report.decode_s:.3f} s / inference {report.inference_s:.3f} s = {needed}, "
-            f"{cores} cores: {workers}"
+            f"{cores} cores: {min(needed, cores)}{allowed}"
         )
         return workers
 
-    def _share_memory(self, wanted_workers: int, left: int) -> tuple[int, int, int]:
-        """Return decode workers, their scratch, and what is left for the images of batches with all they need.
-
-        In proportion where memory is scarce, so that more takes none away.
-        """
-        one, image = self.report.decode_scratch_bytes + self.report.compressed_bytes, self._bytes_per_image
-        workers = max(1, min(wanted_workers, left // (one + image)))
-        self.why["decode_workers"] += f"; {_mb(max(0, left))} holds {max(0, left // (one + image))}"
-        return workers, workers * one, min(left - one, max(left * image // (one + image), left - wanted_workers * one))
-
-    @property
-    def _place(self) -> int:
-        """An image's bytes in the arena: whole pages."""
-        return -(-self.report.tensor_bytes_per_image // PAGE_BYTES) * PAGE_BYTES
-
-    @property
-    def _bytes_per_image(self) -> int:
-        """What an image more in a batch costs: its place in each batch of the arena, and inference."""
-        return BATCHES_IN_ARENA * self._place + self.report.inference_peak_bytes
-
-    def _working_set(self, batch: int) -> int:
-        return self.report.inference_peak_bytes * min(self.ceilings.images_per_call, batch)
-
     def _wanted_batch(self) -> int:
+        report, image_bytes = self.report, self.report.usual_tensor_bytes
         if self._fixed:
-            self.why["batch_size"] = "AMI_ANTENNA_API_BATCH_SIZE or its old default"
-            return self.ceilings.tasks_per_fetch or BATCH_SIZE_MAX
-        ratio, image_bytes = self.report.download_inference_ratio, self.report.tensor_bytes_per_image
-        asked = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio)))
+            wanted = self.ceilings.tasks_per_fetch or BATCH_SIZE_MAX
+            self.why["batch_size"] = f"AMI_ANTENNA_API_BATCH_SIZE or its old default: {wanted}"
+            return wanted
+        ratio = report.download_inference_ratio
+        kept = math.ceil(report.keep_s / (KEEP_SHARE * report.inference_s))
+        asked = min(BATCH_SIZE_MAX, max(BATCH_SIZE_MIN, math.ceil(BATCH_SIZE_MIN * ratio), kept))
         holds = max(1, BATCH_BYTES_CAP // image_bytes)
         self.why["batch_size"] = (
-            f"download:inference {ratio:.2f} asks for {asked}; {_mb(image_bytes)} an image: "
-            f"{_mb(BATCH_BYTES_CAP)} a batch holds {holds}"
+            f"download:inference {ratio:.2f} and {1e3 * report.keep_s:.1f} ms to keep a batch ask for {asked}; "
+            f"{_mb(image_bytes)} an image: {_mb(BATCH_BYTES_CAP)} a batch holds {holds}"
         )
         return min(asked, holds)
 
-    def _batch(self, images_bytes: int, wanted: int, lease: int) -> int:
-        fits = max(1, images_bytes // self._bytes_per_image)
-        gpu, per_image = "", self.report.vram_peak_bytes
-        if per_image and self.host.vram_free_bytes < per_image * self.ceilings.images_per_call:  # else calls bound it
-            fits = min(fits, max(1, self.host.vram_free_bytes // per_image))
-            gpu = f" with {_mb(per_image)} of the GPU's {_mb(self.host.vram_free_bytes)} each"
-        batch = min(wanted, lease, fits)
-        self.why["batch_size"] += (
-            f"; {_mb(max(0, images_bytes))} for images, {BATCHES_IN_ARENA} batches and inference holds"
-            f" {fits}{gpu}, half the lease {lease}: {batch}"
-        )
-        return batch
+    def _fitting(self, room: int, wanted_batch: int, wanted_workers: int) -> tuple[int, int, str]:
+        """Return the largest batch that fits with all decode workers, else one image and the workers that fit, too.
 
-    def _prefetch(self, pixels_bytes: int, wanted_batch: int, workers: int) -> int:
-        """Return the batches decoded ahead: more than one only where memory holds the batches that were wanted."""
-        ratio = self.report.download_inference_ratio
-        # That many and one are decoded or ready at a time: every worker needs an image.
-        busy = max(1, min(PREFETCH_MAX, math.ceil(workers / wanted_batch) - 1))
+        A decoder that stands still is the greater loss; and so no more memory ever takes either away. The third is what
+        cut them.
+        """
+        fits = max((n for n in range(1, wanted_batch + 1) if self._needs(n, wanted_workers) <= room), default=0)
+        batch, workers = max(1, fits), wanted_workers
+        if not fits:
+            workers = max((n for n in range(1, wanted_workers + 1) if self._needs(1, n) <= room), default=1)
+        cut = "memory" if fits < wanted_batch else ""
+        self.why["batch_size"] += f"; {_mb(max(0, room))} with {wanted_workers} decoding {fits}"
+        self.why["decode_workers"] += f"; {_mb(max(0, room))} with batches of {batch}: {workers}"
+        per_image, free = self.report.vram_peak_bytes, self.host.vram_free_bytes
+        if per_image and free < per_image * self.ceilings.images_per_call:  # else calls bound it
+            holds = max(1, free // per_image)
+            self.why["batch_size"] += f"; the GPU's {_mb(free)}, {_mb(per_image)} each, {holds}"
+            if holds < batch:
+                batch, cut = holds, "vram"
+        return batch, workers, cut
+
+    def _needs(self, batch: int, workers: int) -> int:
+        """Return the memory of batches of `batch` images, as many of them as keep `workers` decoders busy."""
+        batches = self._busy(batch, workers) + BATCHES_IN_ARENA - 1
+        return batches * self._batch_bytes(batch) + workers * self._decode_bytes + self._working_set(batch)
+
+    def _busy(self, batch: int, workers: int) -> int:
+        """Return the batches ahead that keep every worker busy: that many and one are decoded or ready at a time.
+
+        Of the largest images, fewer are in a batch.
+        """
+        images = max(1, self._batch_bytes(batch) // self._place)
+        return max(1, min(PREFETCH_MAX, math.ceil(workers / images) - 1))
+
+    @property
+    def _place(self) -> int:
+        """An image's bytes in the arena."""
+        return _whole_pages(self.report.tensor_bytes_per_image)
+
+    def _batch_bytes(self, batch: int) -> int:
+        """Return the bytes of so many usual images in the arena, or of the largest one."""
+        return max(self._place, batch * _whole_pages(self.report.usual_tensor_bytes))
+
+    @property
+    def _decode_bytes(self) -> int:
+        """What a running decode takes beside its image: the decoder's own memory, and the file."""
+        return self.report.decode_scratch_bytes + self.report.compressed_bytes
+
+    def _working_set(self, batch: int) -> int:
+        at_once = min(self.ceilings.images_per_call, batch)
+        largest = max(1.0, at_once * self.report.usual_tensor_bytes / self.report.tensor_bytes_per_image)
+        return int(largest * self.report.inference_peak_bytes)
+
+    def _binds(self, slowest: str, workers: int, connections: int, cut: str, *, short: bool) -> tuple[str, str]:
+        """Return what holds the plan back, and why."""
+        ceilings, report = self.ceilings, self.report
+        if slowest == "decode" and short:
+            return "memory", f"decoding is slowest, and memory holds no more than {workers} decoders"
+        if slowest == "decode" and workers < self.host.cores and (self._fixed or workers == ceilings.decode_workers):
+            return "ceiling", f"decoding is slowest, and the settings allow no more than {workers} decoders"
+        if slowest == "link" and report.link_per_s(connections) < report.link_per_s(DOWNLOADS_MAX):
+            return "ceiling", f"the link is slowest, and settings or open files allow {connections} downloads"
+        if cut:
+            return cut, f"it keeps batches small; the slowest stage is {slowest}"
+        return slowest, "the slowest stage"
+
+    def _connections(self) -> int:
+        """Return how many downloads there may be at once: by descriptors, and by the operator's setting."""
+        files = (self.host.descriptors - OTHER_DESCRIPTORS) // 2 - self.host.cores  # two a download and a decode
+        return self._operators(max(1, min(DOWNLOADS_MAX, files)), self.ceilings.downloads, FIXED_DOWNLOADS)[0]
+
+    def _prefetch(self, pixels_bytes: int, batch: int, workers: int) -> int:
+        """Return the batches decoded ahead."""
+        ratio, busy, batch_bytes = (
+            self.report.download_inference_ratio,
+            self._busy(batch, workers),
+            self._batch_bytes(batch),
+        )
         computed = max(busy, min(PREFETCH_MAX, math.ceil(ratio)))
-        wanted = self._operators(computed, self.ceilings.prefetch_factor, FIXED_PREFETCH)
-        needed = (busy + BATCHES_IN_ARENA - 1) * wanted_batch * self._place if busy > 1 else 0
+        wanted, allowed = self._operators(computed, self.ceilings.prefetch_factor, FIXED_PREFETCH)
+        needed = (busy + BATCHES_IN_ARENA - 1) * batch_bytes if busy > 1 else 0
         cap = pixels_bytes if self._fixed else min(max(ARENA_BYTES_CAP, needed), pixels_bytes)
-        fits = max(1, cap // (wanted_batch * self._place) - (BATCHES_IN_ARENA - 1))
+        fits = max(1, cap // batch_bytes - (BATCHES_IN_ARENA - 1))
         self.why["prefetch_factor"] = (
-            f"download:inference {ratio:.2f} and {workers} decode workers ask for {wanted}, "
-            f"{_mb(max(0, cap))} holds {fits}"
+            f"download:inference {ratio:.2f} and {workers} decode workers ask for {computed}{allowed}; "
+            f"{_mb(max(0, cap))} holds {fits}: {min(wanted, fits)}"
         )
         return min(wanted, fits)
 
     def _arena(self, pixels_bytes: int, batch: int, prefetch: int) -> int:
-        batch_bytes = batch * self._place
+        batch_bytes = self._batch_bytes(batch)
         wanted = (prefetch + BATCHES_IN_ARENA - 1) * batch_bytes
+        arena = max(self._place, min(wanted, pixels_bytes))
         self.why["arena_bytes"] = (
             f"({prefetch} ready + 1 inferred + 1 decoding) x {_mb(batch_bytes)} = {_mb(wanted)}, "
-            f"{_mb(max(0, pixels_bytes))} left for it"
+            f"{_mb(max(0, pixels_bytes))} left for it: {_mb(arena)}"
         )
-        return max(self._place, min(wanted, pixels_bytes))
+        return arena
 
-    def _downloads(self, rate: float, most: int) -> int:
-        busy = DOWNLOAD_HEADROOM * rate * self.report.download_s
-        self.why["download_concurrency"] = (
-            f"{rate:.2f} images/s x {self.report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, at most {most}"
+    def _downloads(self, wanted_per_s: float, connections: int) -> int:
+        """Return the downloads that bring what the other stages take, unless those measured shared the link.
+
+        More of them share it then, too, and bring what they can.
+        """
+        report = self.report
+        rate = min(wanted_per_s, connections / report.download_s)
+        busy = DOWNLOAD_HEADROOM * rate * report.download_s
+        # Should they share it, all of the largest are to come within half of the time that a task is held for.
+        lease = int(HORIZON_SHARE / 2 * self.lease.ack_wait_s * report.link_bytes_per_s / report.compressed_bytes)
+        downloads = connections if self._fixed else min(connections, max(DOWNLOADS_MIN, min(lease, math.ceil(busy))))
+        mode = (
+            "in fixed mode" if self._fixed else f"lease allows {lease}, at least {DOWNLOADS_MIN}, at most {connections}"
         )
-        return most if self._fixed else min(most, max(DOWNLOADS_MIN, math.ceil(busy)))
+        self.why["download_concurrency"] = (
+            f"{rate:.2f} images/s x {self.report.download_s:.2f} s x {DOWNLOAD_HEADROOM} = {busy:.1f}, "
+            f"{mode}: {downloads}"
+        )
+        return downloads
 
     def _staged_ahead(self, rate: float, downloads: int, batch: int, held: int) -> int:
         wanted = downloads + 2 * batch + math.ceil(rate * FETCH_COVER_S)
         fits = max(1, self.host.staging_bytes // self.report.compressed_bytes)
+        staged = max(1, min(wanted, held, fits))
         self.why["staged_ahead"] = (
             f"{downloads} downloading + 2 batches of {batch} + {FETCH_COVER_S:.0f} s of fetching = {wanted}; "
-            f"lease allows {held}, {'memory' if self.host.staging_in_memory else 'disk'} {fits}"
+            f"lease allows {held}, {'memory' if self.host.staging_in_memory else 'disk'} {fits}: {staged}"
         )
-        return max(1, min(wanted, held, fits))
+        return staged
 
     def _fetch_size(self, rate: float, staged: int) -> int:
-        computed = min(TASKS_PER_FETCH_MAX, max(1, math.ceil(rate * FETCH_COVER_S)))
-        wanted = self._operators(computed, self.ceilings.tasks_per_fetch, BATCH_SIZE_MAX)
-        self.why["fetch_size"] = f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {wanted}, at most {staged} staged"
+        needed = max(1, math.ceil(rate * FETCH_COVER_S))
+        computed = min(TASKS_PER_FETCH_MAX, needed)
+        wanted, allowed = self._operators(computed, self.ceilings.tasks_per_fetch, BATCH_SIZE_MAX)
+        self.why["fetch_size"] = (
+            f"{FETCH_COVER_S:.0f} s of {rate:.2f} images/s = {needed}, at most {TASKS_PER_FETCH_MAX}{allowed}; "
+            f"{staged} staged: {min(wanted, staged)}"
+        )
         return min(wanted, staged)
 
     def _pin_memory(self) -> bool:
@@ -269,8 +351,19 @@ class _Arithmetic:
 
 def in_processes(plan: IngestPlan) -> IngestPlan:
     """Return the plan with decode processes, of which one more waits, in place of decode threads."""
-    extra_bytes = DECODE_PROCESS_BYTES * (plan.decode_workers + 1)
-    return replace(plan, decode_engine="processes", peak_bytes=plan.peak_bytes + extra_bytes)
+    count = plan.decode_workers + 1
+    extra_bytes = DECODE_PROCESS_BYTES * count
+    peak = plan.peak_bytes + extra_bytes
+    why = {
+        **plan.why,
+        "decode_engine": "decode threads slowed the GPU's inference: processes",
+        "peak_bytes": f"{plan.why['peak_bytes']}; + {count} decode processes {_mb(extra_bytes)} = {_mb(peak)}",
+    }
+    return replace(plan, decode_engine="processes", peak_bytes=peak, why=why)
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def _at_most(value: int, ceiling: int | None) -> int:

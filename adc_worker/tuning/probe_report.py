@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 
-PROBE_DOWNLOADS = 4
+PROBE_IMAGES, PROBE_DOWNLOADS = 2, 4
 PIXEL_BYTES = 3  # uint8 RGB, the form in which images wait and travel
+ALIKE, ALIKE_S = (
+    1.5,
+    2.0,
+)  # images whose pixels, or whose inference, differ by a larger factor do not stand for each other
+# Inference of a larger image than was measured takes no more than this on top: the image as float32 twice, and as
+# uint8 twice. A model's memory that does not grow with the image would else be scaled, too.
+INFERENCE_BYTES_PER_PX_MAX = 30
 
 
 @dataclass(frozen=True, slots=True)
 class ImageProbe:
-    """The measurements of one probe image; seconds, bytes and pixels."""
+    """The measurements of one image, or of a batch's mean image; seconds, bytes and pixels.
+
+    Attributes:
+        first_byte_s, download_s: 0 where the image was still on disk from an earlier run.
+        inference_s: with its way to the device.
+        keep_s: to keep the results of its batch, however large that is.
+    """
 
     compressed_bytes: int
     width_px: int
@@ -23,12 +36,15 @@ class ImageProbe:
     download_s: float
     decode_s: float
     inference_s: float
-    detections: int
-    result_bytes: int
+    keep_s: float
 
     @property
     def tensor_bytes(self) -> int:
         return PIXEL_BYTES * self.width_px * self.height_px
+
+    def decoded_like(self, other: ImageProbe) -> ImageProbe:
+        """Return the same image with the seconds of a decode in proportion to another's pixels."""
+        return replace(self, decode_s=other.decode_s * self.tensor_bytes / other.tensor_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +81,13 @@ class ProbeReport:
     """The measurements of a job's first images, and of the process that took them.
 
     Attributes:
-        images: one or two probes, in the order they were inferred; then what was sighted, with the last one's times.
+        images: what was decoded and inferred, in that order: one or two, or the mean of the first batches.
         base_bytes: memory of the process tree after the models were loaded.
         inference_peak_bytes: growth of the process's memory while inferring one image.
         vram_peak_bytes: the same of the GPU's memory; 0 on the CPU.
-        uncertain: whether one image alone, or two that differ, stand for the job: plans leave a wider margin.
+        uncertain: whether these images may not stand for the job: plans leave a wider margin.
         downloads: how many there were at once on average, so how many may have shared the link.
+        sighted: images of the job that were not decoded; their times are reckoned.
     """
 
     images: tuple[ImageProbe, ...]
@@ -79,14 +96,33 @@ class ProbeReport:
     vram_peak_bytes: int = 0
     uncertain: bool = False
     downloads: float = 1.0
+    sighted: tuple[ImageProbe, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("a probe report needs at least one image")
 
+    @classmethod
+    def of(cls, measured: ProbeReport, staged: Sequence[Sighting], listed: Sequence[Sighting]) -> ProbeReport:
+        """Return what was measured with what was sighted, and whether both together stand for the job.
+
+        They do not when one image alone was measured, or none downloaded; when the one that sets the pace was slower
+        than the other; or when sizes differ: of the two while nothing else is known of the job's images, or of the
+        largest that is known of and the larger of the two.
+        """
+        sizes, whole = [one.tensor_bytes for one in measured.images], measured.with_sighted([*staged, *listed])
+        uncertain = (
+            len(sizes) < PROBE_IMAGES
+            or not any(one.download_s > 0 for one in measured.images)
+            or measured.inference_s > ALIKE_S * min(one.inference_s for one in measured.images)
+            or (max(sizes) > ALIKE * min(sizes) and not listed)
+            or whole.tensor_bytes_per_image > ALIKE * max(sizes)
+        )
+        return replace(whole, uncertain=uncertain)
+
     def with_sighted(self, sightings: Iterable[Sighting]) -> ProbeReport:
         """Return the report of a job that has these images, too; what was not measured of them goes by their pixels."""
-        measured, images = self.images[-1], list(self.images)
+        measured, sighted = self._largest, list(self.sighted)
         for seen in sightings:
             scale = PIXEL_BYTES * seen.width_px * seen.height_px / measured.tensor_bytes
             more = replace(
@@ -97,51 +133,98 @@ class ProbeReport:
                 decode_scratch_bytes=seen.decode_scratch_bytes or int(scale * measured.decode_scratch_bytes),
                 first_byte_s=seen.first_byte_s,
                 download_s=seen.download_s,
-                decode_s=scale * measured.decode_s,
             )
-            images.append(more)
-        report = replace(self, images=tuple(images))
-        larger = report.tensor_bytes_per_image / self.tensor_bytes_per_image
-        inference, vram = (int(larger * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
-        return replace(report, inference_peak_bytes=inference, vram_peak_bytes=vram)
+            sighted.append(more.decoded_like(measured))
+        return replace(self, sighted=tuple(sighted)).with_memory_of(self)
+
+    def with_memory_of(self, measured: ProbeReport) -> ProbeReport:
+        """Return the report with the pipeline's memory as it was measured, scaled to the largest image of this one."""
+        size, measured_size = self.tensor_bytes_per_image, measured.tensor_bytes_per_image
+        most_more = max(0, size - measured_size) // PIXEL_BYTES * INFERENCE_BYTES_PER_PX_MAX
+        inference, vram = (
+            min(int(one * size / measured_size), one + most_more)
+            for one in (measured.inference_peak_bytes, measured.vram_peak_bytes)
+        )
+        return replace(self, inference_peak_bytes=inference, vram_peak_bytes=vram)
 
     def measured_by(self, batches: Sequence[ImageProbe], downloads: int) -> ProbeReport:
-        """Return the report with the times and the largest size of the first batches, each of them a mean image."""
-        largest = max(batches, key=lambda one: one.tensor_bytes)
-        linked = [one for one in batches if one.download_s > 0] or self.images
-        seen = replace(
-            largest,
-            decode_s=median(one.decode_s for one in batches),
-            inference_s=median(one.inference_s for one in batches),
-            download_s=median(one.download_s for one in linked),
-            first_byte_s=median(one.first_byte_s for one in linked),
-        )
-        return self.for_images_like(seen, downloads)
+        """Return the report with what batches, each of them a mean image, took; the sizes of before stay known."""
+        inference_s, keep_s = median(one.inference_s for one in batches), median(one.keep_s for one in batches)
+        images = tuple(replace(one, inference_s=inference_s, keep_s=keep_s) for one in batches)
+        made = ProbeReport(images, self.base_bytes, 0, downloads=downloads)
+        known = tuple(one.decoded_like(made._largest) for one in self._all)
+        if any(one.download_s > 0 for one in images):  # over connections that are open
+            known = tuple(replace(one, first_byte_s=0.0, download_s=0.0) for one in known)
+        return replace(made, sighted=known).with_memory_of(self)
 
     def for_images_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
-        """Return the report of a job whose images look like `seen`; the pipeline's memory is scaled by pixels."""
-        scale = seen.tensor_bytes / self.tensor_bytes_per_image
-        inference, vram = (int(scale * one) for one in (self.inference_peak_bytes, self.vram_peak_bytes))
-        return ProbeReport((seen,), self.base_bytes, inference, vram, downloads=downloads)
+        """Return the report of a job whose images look like `seen`."""
+        return ProbeReport((seen,), self.base_bytes, 0, downloads=downloads).with_memory_of(self)
 
-    def for_link_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
-        """Return the report of a job whose downloads, so many at once, take what `seen` took."""
-        images = (replace(one, download_s=seen.download_s, first_byte_s=seen.first_byte_s) for one in self.images)
-        return replace(self, images=tuple(images), downloads=downloads)
+    def for_link(self, slower: float, downloads: int) -> ProbeReport:
+        """Return the report of a job whose downloads, so many at once, take `slower` times as long."""
+        return self._each(
+            lambda one: replace(one, download_s=slower * one.download_s, first_byte_s=slower * one.first_byte_s),
+            downloads,
+        )
 
     def slower(self, factor: float) -> ProbeReport:
         """Return that of a job whose decodes take `factor` times as long; and downloads, by a later first byte."""
-        images = []
-        for one in self.images:
+
+        def slowed(one: ImageProbe) -> ImageProbe:
             more_s = (factor - 1) * one.download_s
             waiting_s, decode_s = one.first_byte_s + more_s, factor * one.decode_s
-            images.append(replace(one, decode_s=decode_s, first_byte_s=waiting_s, download_s=one.download_s + more_s))
-        return replace(self, images=tuple(images))
+            return replace(one, decode_s=decode_s, first_byte_s=waiting_s, download_s=one.download_s + more_s)
+
+        return self._each(slowed, self.downloads)
+
+    def _each(self, change: Callable[[ImageProbe], ImageProbe], downloads: float) -> ProbeReport:
+        images, sighted = (tuple(map(change, group)) for group in (self.images, self.sighted))
+        return replace(self, images=images, sighted=sighted, downloads=downloads)
+
+    def link_per_s(self, connections: int) -> float:
+        """Return the images/s that the link brings over so many connections.
+
+        No more than the downloads brought that were measured: they may have shared it, and only trying more tells.
+        """
+        return min(connections / self.download_s, self.downloads / max(self.transfer_s, 1e-6))
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """What the downloads that were measured brought together."""
+        return self.downloads / max(self._transfer_s_per_byte, 1e-12)
+
+    @property
+    def _transfer_s_per_byte(self) -> float:
+        downloads = [one for one in self._all if one.download_s > 0]
+        size_bytes = sum(one.compressed_bytes for one in downloads)
+        return sum(one.download_s - one.first_byte_s for one in downloads) / max(1, size_bytes)
+
+    def link_slower(self, seen: ImageProbe) -> float:
+        """Return how many times as long as was to be expected a download took, given its bytes; 1 where none was."""
+        downloads = [one for one in self._all if one.download_s > 0]
+        if not downloads or seen.download_s <= 0:
+            return 1.0
+        waiting_s = median(one.first_byte_s for one in downloads)
+        return seen.download_s / max(1e-6, waiting_s + self._transfer_s_per_byte * seen.compressed_bytes)
+
+    @property
+    def _largest(self) -> ImageProbe:
+        return max(self.images, key=lambda one: one.tensor_bytes)
+
+    @property
+    def _all(self) -> tuple[ImageProbe, ...]:
+        return self.images + self.sighted
 
     @property
     def tensor_bytes_per_image(self) -> int:
         """Bytes of one decoded image; the largest seen, since memory is planned with it."""
-        return max(image.tensor_bytes for image in self.images)
+        return max(image.tensor_bytes for image in self._all)
+
+    @property
+    def usual_tensor_bytes(self) -> int:
+        """Bytes of the decoded image in the middle: of mixed sizes, batches hold as many as of this one."""
+        return median_low([image.tensor_bytes for image in self._all])
 
     @property
     def download_inference_ratio(self) -> float:
@@ -154,31 +237,33 @@ class ProbeReport:
 
         As long as an inference where every image was still on disk from an earlier run.
         """
-        measured = [image.download_s for image in self.images if image.download_s > 0]
+        measured = [image.download_s for image in self._all if image.download_s > 0]
         return median(measured) if measured else self.inference_s
 
     @property
     def transfer_s(self) -> float:
         """Seconds that the mean download takes after its first byte: large images make a link's rate."""
-        return fmean([one.download_s - one.first_byte_s for one in self.images if one.download_s > 0] or [0.0])
+        return fmean([one.download_s - one.first_byte_s for one in self._all if one.download_s > 0] or [0.0])
 
     @property
     def decode_s(self) -> float:
-        return fmean(image.decode_s for image in self.images)
+        return fmean(image.decode_s for image in self._all)
 
     @property
     def inference_s(self) -> float:
-        """Seconds per image of the warmest probe: the first call of a model pays for its set-up."""
-        return max(self.images[-1].inference_s, 1e-4)
+        """Seconds per image of the last one that is not small: the first call of a model pays for its set-up."""
+        usual = [one for one in self.images if ALIKE * one.tensor_bytes >= self._largest.tensor_bytes]
+        return max(usual[-1].inference_s, 1e-4)
+
+    @property
+    def keep_s(self) -> float:
+        """Seconds to keep the results of a batch."""
+        return min(one.keep_s for one in self.images)
 
     @property
     def compressed_bytes(self) -> int:
-        return max(image.compressed_bytes for image in self.images)
+        return max(image.compressed_bytes for image in self._all)
 
     @property
     def decode_scratch_bytes(self) -> int:
-        return max(image.decode_scratch_bytes for image in self.images)
-
-    @property
-    def result_bytes(self) -> int:
-        return max(image.result_bytes for image in self.images)
+        return max(image.decode_scratch_bytes for image in self._all)

@@ -23,6 +23,7 @@ DOWNLOAD_CPU_S, DOWNLOAD_CPU_S_PER_BYTE = 2e-3, 1e-9
 WINDOW_BYTES = 4_000_000.0  # a connection has this much under way at most (Linux: tcp_wmem)
 FIRST_WINDOW_BYTES = 14_600.0  # ten segments, doubled with every round trip (RFC 6928)
 HANDSHAKE_ROUND_TRIPS = 3  # TCP and TLS
+JITTER = 0.2  # of a round trip
 FETCH_S, EMPTY_FETCH_S = 0.12, 0.6  # Antenna's answers to a fetch
 POST_S, SAVE_S = 0.2, 0.9  # until a result is accepted, and saved
 RETRY_S, RETRY_MAX_S = 0.5, 20.0
@@ -156,7 +157,7 @@ class Seen:
     download_s: float
     decode_s: float
     inference_s: float
-    batch_s: float  # beside the images
+    keep_s: float  # of the batch
     elapsed_s: float  # since the batch before
     ready: bool
     waiting: int
@@ -270,6 +271,7 @@ class _Image:
     photo: Photo
     fetched_s: float
     started_s: float = 0.0
+    set_up_s: float = 0.0  # of its connection
     first_byte_s: float = 0.0
     staged_s: float = 0.0
     decode_started_s: float = 0.0
@@ -302,7 +304,11 @@ class _Link:
             if self._world.handshake_round_trips:  # else the round trip is a server's pause, not the network's
                 slow_start = math.log2(max(1.0, window / FIRST_WINDOW_BYTES))
                 round_trips += self._world.handshake_round_trips + slow_start
-        self._events.after(round_trips * self._world.latency_s, partial(self._answered, image, done))
+                image.set_up_s = self._world.handshake_round_trips * self._world.latency_s
+        jitter = self._random.uniform(
+            1 - JITTER, 1 + JITTER
+        )  # else downloads that begin together stay in step for ever
+        self._events.after(jitter * round_trips * self._world.latency_s, partial(self._answered, image, done))
 
     def _answered(self, image: _Image, done: Callable[[_Image], None]) -> None:
         if self._random.random() < self._world.failure_share:
@@ -546,7 +552,7 @@ class _Ingest:
             download_s=sum(image.staged_s - image.started_s for image in images) / number,
             decode_s=sum(image.decoded_s - image.decode_started_s for image in images) / number,
             inference_s=gpu_s / number,
-            batch_s=self._world.batch_s,
+            keep_s=self._world.batch_s + self._world.keep_s * number,
             elapsed_s=elapsed_s,
             ready=ready,
             waiting=sum(map(len, self._waiting.values())),
@@ -570,22 +576,38 @@ class Downloaded:
     first_byte_s: float
     download_s: float
     staged_s: float
+    set_up_s: float
 
 
 def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Downloaded]]:
-    """Return what the first two images show when they are measured one at a time, and all downloads until then.
+    """Return what two images show that are measured one at a time, and all downloads until then, theirs first.
 
-    Theirs come first.
+    The second is the largest of those that are there when the first is done.
     """
     photos = world.photos[:in_hand]
     largest = max(photo.pixel_bytes for photo in photos)
     feed = Feed(1, largest, 1, 1, 2 * largest, 1 << 50, PROBE_DOWNLOADS, in_hand, 2, in_hand, 0.0)
     ingest = _Ingest(replace(world, photos=photos), feed, None)
-    seen = ingest.run().batches[:2]
+    first = ingest.run().batches[0]
+    came = sorted(ingest.images, key=lambda image: image.staged_s)
+    measured, others = came[:1], came[1:]
+    seen, at_s = [first], first.at_s
+    if others:
+        there = [image for image in others if image.staged_s <= at_s] or others[:1]
+        second = max(there, key=lambda image: image.photo.px)
+        gpu_s = world.gpu_s(second.photo)
+        at_s = max(at_s, second.staged_s) + second.photo.decode_s + gpu_s + first.keep_s
+        seen.append(
+            replace(
+                first, photo=second.photo, first_byte_s=second.first_byte_s, decode_s=second.photo.decode_s,
+                download_s=second.staged_s - second.started_s, inference_s=gpu_s, at_s=at_s,
+            )
+        )  # fmt: skip
+        measured.append(second)
+        others.remove(second)
     return seen, [
-        Downloaded(image.photo, image.first_byte_s, image.staged_s - image.started_s, image.staged_s)
-        for image in sorted(ingest.images, key=lambda image: image.staged_s)
-        if image.staged_s <= seen[-1].at_s
+        Downloaded(image.photo, image.first_byte_s, image.staged_s - image.started_s, image.staged_s, image.set_up_s)
+        for image in (*measured, *(image for image in others if image.staged_s <= at_s))
     ]
 
 

@@ -85,7 +85,7 @@ def image_probe(
     download_s: float = 0.2,
     decode_s: float = 0.05,
     inference_s: float = 0.2,
-    result_bytes: int = 20_000,
+    keep_s: float = 0.0,
 ) -> ImageProbe:
     """Return a probe of a usual light-trap photograph on a usual link, unless told otherwise."""
     return ImageProbe(
@@ -97,8 +97,7 @@ def image_probe(
         download_s=download_s,
         decode_s=decode_s,
         inference_s=inference_s,
-        detections=10,
-        result_bytes=result_bytes,
+        keep_s=keep_s,
     )
 
 

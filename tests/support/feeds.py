@@ -123,8 +123,8 @@ class Feed:
             age = float(number) if staged_at is None else staged_at
             self.put_image(staged(number, Path(f"{number}.img"), header(*shape), time.monotonic() + age))
 
-    def put_image(self, image: StagedImage, *, urgent: bool = False) -> None:
-        self.source.put(image, urgent=urgent)
+    def put_image(self, image: StagedImage) -> None:
+        self.source.put(image)
 
     def settle(self) -> None:
         """Return when the feeder's thread has seen all that happened and waits for more, or has ended."""

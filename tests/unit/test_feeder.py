@@ -161,7 +161,7 @@ def test_an_urgent_image_goes_before_all_others(feed: MakeFeed) -> None:
     one.put(2, shape=LONG_SHAPE)
     one.put(3)
     one.settle()
-    one.put_image(staged(4, Path("4.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True)
+    one.put_image(replace(staged(4, Path("4.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True))
     one.settle()
     assert one.engine.numbers == [1, 4, 3]
 
@@ -537,7 +537,7 @@ def test_what_was_not_admitted_stays_queued_in_the_order_of_staging(feed: MakeFe
     one.put(3, 6, shape=LARGE_SHAPE)
     one.put(4, 7)
     one.put(5, shape=LONG_SHAPE)
-    one.put_image(staged(8, Path("8.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True)
+    one.put_image(replace(staged(8, Path("8.img"), header(*PAGE_SHAPE), staged_at=1e9), urgent=True))
     one.settle()
     one.feeder.stop()
     one.engine.succeed_all()

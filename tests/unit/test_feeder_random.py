@@ -286,7 +286,7 @@ class Library:
 
         def produce() -> None:
             for number, kind in enumerate(kinds):
-                source.put(staged(number, self.paths[kind], self.headers[kind]), urgent=number % 7 == 3)
+                source.put(replace(staged(number, self.paths[kind], self.headers[kind]), urgent=number % 7 == 3))
             source.end()
 
         producer = threading.Thread(target=produce)

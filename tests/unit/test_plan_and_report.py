@@ -9,8 +9,8 @@ import pytest
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.tuning.policy import IngestPolicy
-from adc_worker.tuning.probe_report import ProbeReport
-from tests.support.fakes import GB, host, image_probe, report
+from adc_worker.tuning.probe_report import INFERENCE_BYTES_PER_PX_MAX, ProbeReport, Sighting
+from tests.support.fakes import GB, MB, host, image_probe, report
 from tests.support.plans import ingest_plan
 
 PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
@@ -18,11 +18,11 @@ PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
 
 def test_memory_is_planned_with_the_largest_and_time_with_the_mean() -> None:
     """Two images that do not represent each other."""
-    small = image_probe(width_px=100, height_px=100, compressed_bytes=10, decode_scratch_bytes=40, result_bytes=7)
-    large = image_probe(width_px=200, height_px=100, compressed_bytes=30, decode_scratch_bytes=20, result_bytes=3)
+    small = image_probe(width_px=100, height_px=100, compressed_bytes=10, decode_scratch_bytes=40)
+    large = image_probe(width_px=200, height_px=100, compressed_bytes=30, decode_scratch_bytes=20)
     measured = ProbeReport((replace(large, download_s=1, decode_s=1), replace(small, download_s=3, decode_s=2)), 0, 0)
     assert measured.tensor_bytes_per_image == 60_000
-    assert (measured.compressed_bytes, measured.decode_scratch_bytes, measured.result_bytes) == (30, 40, 7)
+    assert (measured.compressed_bytes, measured.decode_scratch_bytes) == (30, 40)
     assert (measured.download_s, measured.decode_s) == (2, 1.5)
 
 
@@ -105,7 +105,39 @@ def test_a_plan_knows_how_many_files_it_may_open() -> None:
 
 
 def test_a_report_follows_the_link_and_keeps_its_images() -> None:
-    """Only the download times are those of what was seen."""
-    changed = report(image_probe(download_s=0.1)).for_link_like(image_probe(width_px=99, download_s=2.0), 8)
-    assert changed.download_s == 2.0
-    assert changed.images[0].width_px == 4096
+    """Only its downloads take longer."""
+    usual = report(image_probe(download_s=0.1))
+    changed = usual.for_link(20.0, 8)
+    assert changed.download_s == pytest.approx(2.0)
+    assert changed.downloads == 8
+    assert changed.decode_s == usual.decode_s
+
+
+def test_a_large_image_that_takes_longer_says_nothing_about_the_link() -> None:
+    """Its first byte comes as soon, and the rest by its size; four times as long all in all is a slower link."""
+    usual = report(image_probe(download_s=0.2, compressed_bytes=1 * MB))  # half of it until the first byte
+    assert usual.link_slower(image_probe(download_s=1.1, compressed_bytes=10 * MB)) == pytest.approx(1.0)
+    assert usual.link_slower(image_probe(download_s=4.4, compressed_bytes=10 * MB)) == pytest.approx(4.0)
+    assert usual.link_slower(image_probe(download_s=0.0)) == 1.0, "it was on disk"
+
+
+def test_memory_of_inference_that_does_not_grow_with_the_image_is_not_scaled_beyond_reason() -> None:
+    """20 MB for 64 x 48 pixels are a library's first call, and not 58 GB for a photograph."""
+    small = image_probe(width_px=64, height_px=48, compressed_bytes=2_000, decode_scratch_bytes=1_200)
+    tiny = report(small, inference_peak_bytes=20 * MB)
+    seen = tiny.with_sighted([Sighting(4096, 2160)])
+    assert 20 * MB < seen.inference_peak_bytes <= 20 * MB + INFERENCE_BYTES_PER_PX_MAX * 4096 * 2160
+    made = IngestPolicy().plan(seen, host(), LeaseTerms())
+    assert made.peak_bytes < host().limit_bytes
+    assert made.solo_bytes > 10 * GB, "larger images are not refused"
+
+
+def test_what_was_measured_again_keeps_the_sizes_that_are_known() -> None:
+    """Four batches of small images do not make the large ones unheard of, and a cold download is forgotten."""
+    large = Sighting(8192, 4320, download_s=9.0)
+    seen = report(image_probe(download_s=5.0)).with_sighted([large])
+    batches = [image_probe(inference_s=time_s, download_s=0.2, decode_s=0.05) for time_s in (0.1, 0.1, 0.1, 3.0)]
+    again = seen.measured_by(batches, 4)
+    assert again.tensor_bytes_per_image == 8192 * 4320 * 3
+    assert (again.inference_s, again.download_s) == (0.1, 0.2)
+    assert again.decode_s == pytest.approx((6 * 0.05 + 4 * 0.05) / 7), "in proportion to pixels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -20,8 +21,8 @@ from adc_worker.models.registry import Simulated
 from adc_worker.runtime.outcomes import ImageResult
 from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife
-from adc_worker.tuning.probe_report import ProbeReport, Sighting
-from tests.support.fakes import GB, MB, host
+from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting
+from tests.support.fakes import GB, MB, host, image_probe
 from tests.support.images import bare_jpeg_header, header, jpeg, staged, written
 
 
@@ -36,9 +37,8 @@ class Sink:
         assert alone
         self.begun = [image.id for image in images]
 
-    def succeed(self, results: Sequence[ImageResult]) -> int:
+    def succeed(self, results: Sequence[ImageResult]) -> None:
         self.done += [result.task_id for result in results]
-        return sum(len(b"".join(result.parts)) for result in results)
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         del error
@@ -64,13 +64,12 @@ class Probed:
 
 
 def test_two_images_are_measured_and_the_rest_waits(tmp_path: Path) -> None:
-    """Nothing is decoded or inferred twice; what waits tells its size."""
+    """The first one, and the largest of the others; nothing is decoded or inferred twice; what waits tells its size."""
     probed = Probed(tmp_path, [jpeg(), jpeg(), jpeg(200, 150), jpeg(40, 30)])
-    assert (probed.sink.done, probed.sink.failed) == ([0, 1], [])
-    assert [image.id for image in probed.queue.images] == [2, 3]
+    assert (probed.sink.done, probed.sink.failed) == ([0, 2], [])
+    assert [image.id for image in probed.queue.images] == [1, 3]
     assert probed.measured.tensor_bytes_per_image == 3 * 200 * 150
-    assert len(probed.measured.images) == 4
-    assert not probed.measured.uncertain
+    assert (len(probed.measured.images), len(probed.measured.sighted)) == (2, 2)
 
 
 def test_an_image_that_fails_or_fits_nowhere_is_replaced(tmp_path: Path) -> None:
@@ -82,18 +81,28 @@ def test_an_image_that_fails_or_fits_nowhere_is_replaced(tmp_path: Path) -> None
     assert probed.measured.tensor_bytes_per_image == 3 * 97 * 61
 
 
-@pytest.mark.parametrize(("files", "done"), [([jpeg()], [0]), ([jpeg(), jpeg(9, 7)], [0, 1])])
-def test_one_image_or_two_unlike_each_other_are_little_evidence(
-    files: Sequence[bytes], done: list[int], tmp_path: Path
+USUAL = image_probe(width_px=400, height_px=300)
+
+
+@pytest.mark.parametrize(
+    ("images", "listed", "uncertain"),
+    [
+        ([USUAL, USUAL], [], False),
+        ([USUAL], [], True),
+        ([USUAL], [Sighting(400, 300)], True),  # a size tells nothing about a warm-up
+        ([USUAL, image_probe(width_px=40, height_px=30)], [], True),
+        ([USUAL, image_probe(width_px=40, height_px=30)], [Sighting(400, 300)], False),
+        ([USUAL, USUAL], [Sighting(4000, 3000)], True),
+        ([replace(USUAL, inference_s=9.0), USUAL], [], False),  # a first call pays for a model's set-up
+        ([USUAL, replace(USUAL, inference_s=9.0)], [], True),
+        ([replace(USUAL, download_s=0.0)] * 2, [], True),
+    ],
+)
+def test_images_that_may_not_stand_for_their_job_are_little_evidence(
+    images: list[ImageProbe], listed: list[Sighting], uncertain: bool
 ) -> None:
-    """Unless Antenna has listed the sizes of the others."""
-    probed = Probed(tmp_path, files)
-    assert probed.sink.done == done
-    assert probed.measured.uncertain
-    (tmp_path / "again").mkdir()
-    told = Probed(tmp_path / "again", files, [Sighting(500, 400)])
-    assert not told.measured.uncertain
-    assert told.measured.tensor_bytes_per_image == 3 * 500 * 400
+    """One alone, two sizes, a size far beyond the measured ones, a pace of one image, no download."""
+    assert ProbeReport.of(ProbeReport(tuple(images), 0, 0), [], listed).uncertain is uncertain
 
 
 def test_a_job_without_images_has_no_report(tmp_path: Path) -> None:
