@@ -89,6 +89,7 @@ def probe(
 
 
 def _sighting(image: StagedImage) -> Sighting:
+    """Return what is known of an image that was staged; a new connection's set-up is paid once."""
     header, download = image.header, image.download
     return Sighting(
         header.width_px,
@@ -134,7 +135,6 @@ def _measure(image: StagedImage, pipeline: Pipeline, outcomes: Outcomes) -> tupl
         peak_bytes = memory.growth_bytes()
     finally:
         arena.close()
-    measured, set_up_s = measured_image([image], [report], stats), image.download.set_up_s
-    # A new connection's set-up is paid once.
-    link = (measured.first_byte_s - set_up_s, measured.download_s - set_up_s)
-    return replace(measured, first_byte_s=link[0], download_s=link[1]), peak_bytes
+    seen = _sighting(image)
+    measured = measured_image([image], [report], stats)
+    return replace(measured, first_byte_s=seen.first_byte_s, download_s=seen.download_s), peak_bytes

@@ -18,7 +18,7 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import AIM, IngestPolicy, in_processes
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport
+from adc_worker.tuning.probe_report import ALIKE, ImageProbe, ProbeReport
 
 # The ladder (design, "The governor"), as parts of the memory that ingest may take: (measured - base) / (budget - base).
 GROW_BELOW, STOP_ABOVE, RESUME_BELOW = 0.65, 0.90, 0.65
@@ -200,24 +200,36 @@ class Governor:
         return self._grow(replace(host, available_bytes=min(size_bytes for _seconds, size_bytes in self._available)))
 
     def _drifted(self) -> ProbeReport | None:
-        """Return the report to plan with when images or link have changed for good."""
+        """Return the report to plan with when images, inference or link have changed for good."""
         report, seen, downloads_at_once = self._report, self._seen, self.plan.download_concurrency
-        if report.uncertain and len(seen) == FIRST_BATCHES:
-            return report.measured_by(tuple(seen), downloads_at_once)
         recent = tuple(seen)[-PACE_BATCHES:]
-        paces = [one.inference_s / report.inference_s for one in recent]
-        if len(paces) == PACE_BATCHES and (min(paces) > PACE_CHANGE or max(paces) < 1 / PACE_CHANGE):
+        usual = [one for one in recent if 1 / ALIKE <= one.tensor_bytes / report.usual_tensor_bytes <= ALIKE]
+        paces = [one.inference_s / report.inference_s for one in usual]  # other sizes take another time
+        other_pace = len(paces) == PACE_BATCHES and (min(paces) > PACE_CHANGE or max(paces) < 1 / PACE_CHANGE)
+        if other_pace or (report.uncertain and len(seen) == FIRST_BATCHES):
             return report.measured_by(recent, downloads_at_once)
         if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
             return report.for_images_like(seen[-1], downloads_at_once)
-        slower = [report.link_slower(one) for one in seen if one.download_s > 0]  # the rest were on disk already
-        # Downloads that share a link take longer the more there are: that is no change of the link.
-        more = downloads_at_once / report.downloads
-        if _changed([max(one, one / more) for one in slower], math.inf, 1 / LINK_CHANGE) or _changed(
-            [min(one, one / more) for one in slower], LINK_CHANGE, 0.0
-        ):
-            return report.for_link(slower[-1], downloads_at_once)
-        return None
+        slower = self._link_slower()
+        return report.for_link(slower, downloads_at_once) if slower is not None else None
+
+    def _link_slower(self) -> float | None:
+        """Return how many times as long as planned downloads take when the link has changed.
+
+        They take longer the more of them share it, which is no change; and where sizes are mixed, small ones take what
+        the large ones leave: then only steps tell.
+        """
+        downloads = [one for one in self._seen if one.download_s > 0]
+        sizes = [one.compressed_bytes for one in downloads]
+        if not sizes or max(sizes) > LINK_CHANGE * min(sizes):
+            return None
+        each = [self._report.link_slower(one) for one in downloads]
+        more = self.plan.download_concurrency / self._report.downloads
+        if _changed([min(one, one / more) for one in each], LINK_CHANGE, 0.0):
+            return min(each[-LARGER_BATCHES:])
+        if self._since_change_s < SETTLE_S:
+            return None
+        return max(each) if _changed([max(one, one / more) for one in each], math.inf, 1 / LINK_CHANGE) else None
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
         if self._trial is not None:

@@ -107,7 +107,7 @@ class _Arithmetic:
         prefetch = self._prefetch(pixels, batch, workers)
         arena = self._arena(pixels, batch, prefetch)
         batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
-        downloads = self._downloads(min(rates["decode"], rates["inference"]), connections)
+        downloads = self._downloads(rate, min(rates["decode"], rates["inference"]), connections)
         staged = self._staged_ahead(rate, downloads, batch, held)
         peak = report.base_bytes + arena + scratch + working_set + reserve
         # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
@@ -301,13 +301,14 @@ class _Arithmetic:
         )
         return arena
 
-    def _downloads(self, wanted_per_s: float, connections: int) -> int:
-        """Return the downloads that bring what the other stages take, unless those measured shared the link.
+    def _downloads(self, rate: float, wanted_per_s: float, connections: int) -> int:
+        """Return the downloads that bring the planned rate.
 
-        More of them share it then, too, and bring what they can.
+        Where they mostly wait for their first byte they hardly share the link: then as many as the other stages want.
         """
         report = self.report
-        rate = min(wanted_per_s, connections / report.download_s)
+        if report.transfer_s < report.download_s / 2:
+            rate = min(wanted_per_s, connections / report.download_s)
         busy = DOWNLOAD_HEADROOM * rate * report.download_s
         # Should they share it, all of the largest are to come within half of the time that a task is held for.
         lease = int(HORIZON_SHARE / 2 * self.lease.ack_wait_s * report.link_bytes_per_s / report.compressed_bytes)

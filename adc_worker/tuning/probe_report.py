@@ -243,7 +243,7 @@ class ProbeReport:
     @property
     def transfer_s(self) -> float:
         """Seconds that the mean download takes after its first byte: large images make a link's rate."""
-        return fmean([one.download_s - one.first_byte_s for one in self._all if one.download_s > 0] or [0.0])
+        return self._transfer_s_per_byte * fmean(one.compressed_bytes for one in self._all)
 
     @property
     def decode_s(self) -> float:

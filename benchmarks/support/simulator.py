@@ -295,6 +295,7 @@ class _Link:
         self._idle = 0
 
     def download(self, image: _Image, done: Callable[[_Image], None]) -> None:
+        image.set_up_s = 0.0
         image.started_s = self._events.now  # of the attempt that succeeds: the worker measures that one, too
         round_trips = 1.0
         if self._idle:

@@ -12,6 +12,7 @@ from adc_worker.tuning.governor import (
     FIRST_BATCHES,
     GROWTH,
     LARGER_BATCHES,
+    PACE_BATCHES,
     SETTLE_S,
     SMALLER_BATCHES,
     WINDOW_BATCHES,
@@ -238,6 +239,42 @@ def test_inference_that_decode_threads_disturb_gets_decode_processes() -> None:
 
 
 # --- images and links that change
+
+
+def test_inference_that_stays_slower_is_planned_with() -> None:
+    """More insects after midnight: eight batches in a row; one that is slow by itself changes nothing."""
+    slower = replace(image_probe(), inference_s=0.9)
+    job = Governed(16 * GB)
+    assert [job.actions(1, image=image) for image in [slower, image_probe()] * 20] == [[]] * 40
+    assert job.actions(PACE_BATCHES, image=slower) == ["replan"]
+    assert job.governor.plan.images_per_s == pytest.approx(1 / 0.9)
+    assert job.actions(100, image=slower) == []
+
+
+def test_a_warm_up_that_one_image_measured_is_corrected_though_sizes_are_listed() -> None:
+    """9 s for the first call, 0.05 s from then on."""
+    job = Governed(16 * GB, probe=image_probe(inference_s=9.0), uncertain=True)
+    assert job.actions(FIRST_BATCHES, image=image_probe(inference_s=0.05)) == ["replan"]
+    assert job.governor.inference_s == 0.05
+
+
+def test_downloads_that_share_a_link_are_no_slower_link() -> None:
+    """Three times as many of them take four times as long, and small ones beside large ones take any time."""
+    usual = image_probe(download_s=1.0)
+    job = Governed(probe=usual)
+    assert job.actions(WINDOW_BATCHES, ready=False) == ["step"]
+    assert "replan" not in job.actions(100, image=replace(usual, download_s=4.0, first_byte_s=2.0))
+    mixed = [usual, replace(usual, compressed_bytes=10, download_s=9.0)]
+    assert [job.actions(1, image=image).count("replan") for image in mixed * 20] == [0] * 40
+
+
+def test_a_slower_link_lowers_what_is_leased_though_downloads_cannot_grow() -> None:
+    """Forty times slower behind a ceiling of two downloads: tasks would wait for it past their leases."""
+    job = Governed(ceilings=Ceilings(downloads=2))
+    before = job.governor.plan
+    slow = replace(image_probe(), download_s=8.0, first_byte_s=4.0)
+    assert job.actions(LARGER_BATCHES, image=slow) == ["replan"]
+    assert job.governor.plan.held_limit < before.held_limit / 5
 
 
 def _replans(job: Governed, *sizes: float) -> int:

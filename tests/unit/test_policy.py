@@ -26,7 +26,7 @@ from adc_worker.tuning.policy import (
     Ceilings,
     IngestPolicy,
 )
-from adc_worker.tuning.probe_report import ProbeReport
+from adc_worker.tuning.probe_report import PROBE_DOWNLOADS, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 
@@ -121,7 +121,7 @@ def test_tiny_images_on_a_slow_link_get_large_batches_and_much_prefetch() -> Non
         assert made.batch_size == BATCH_SIZE_MAX
         assert made.prefetch_factor == PREFETCH_MAX
         assert made.binds == "link"
-        assert made.download_concurrency == DOWNLOADS_MAX
+    assert far.download_concurrency == DOWNLOADS_MAX > narrow.download_concurrency > PROBE_DOWNLOADS
     assert far.staged_ahead >= 100
     assert far.staged_ahead > narrow.staged_ahead > 2 * BATCH_SIZE_MAX
 
@@ -129,14 +129,84 @@ def test_tiny_images_on_a_slow_link_get_large_batches_and_much_prefetch() -> Non
 def test_a_link_that_the_probes_downloads_may_have_shared_is_not_hoped_to_be_wider() -> None:
     """Four downloads of 2 s each after their first byte: 2 images/s, or tasks would wait for it past their leases.
 
-    More of them are tried all the same, as many as it would bring within a quarter of the lease.
+    And all of them are to come within a quarter of the lease. Downloads that wait for their first byte share nothing.
     """
     large = replace(image_probe(download_s=2.1, compressed_bytes=20 * MB), first_byte_s=0.1)
     made = plan(report(large), host())
     assert made.images_per_s == pytest.approx(2.0)
     assert made.held_limit == 300
-    assert made.download_concurrency == 16  # 1.5 x 5 x 2.1
-    assert plan(report(large), host(), lease=LeaseTerms(30)).download_concurrency == 15  # 40 MB/s x 7.5 s / 20 MB
+    assert made.download_concurrency == 7  # 1.5 x 2 x 2.1
+    assert plan(report(large), host(), lease=LeaseTerms(10)).download_concurrency == 5  # 40 MB/s x 2.5 s / 20 MB
+    waiting = plan(report(replace(large, first_byte_s=1.6)), host())  # 8 images/s over the link, 5 to infer
+    assert waiting.download_concurrency == 16  # 1.5 x 5 x 2.1
+
+
+def test_decoders_are_kept_before_batches_where_memory_is_scarce() -> None:
+    """Six would be wanted: five with an image of 18 MB each, one more inferred, and not three batches of two."""
+    slow = image_probe(width_px=2880, height_px=2048, decode_s=0.08, inference_s=0.02)
+    made = plan(report(slow, inference_peak_bytes=10 * MB), host(limit_bytes=1_750 * MB))
+    assert (made.batch_size, made.decode_workers, made.prefetch_factor) == (1, 5, 4)
+    assert made.binds == "memory"
+
+
+def test_mixed_sizes_get_batches_of_the_usual_one_in_the_memory_of_the_largest() -> None:
+    """One image of 75 Mpx in the list does not bring all others down to batches of one."""
+    small, huge = image_probe(width_px=640, height_px=480, download_s=2.0), Sighting(10_000, 7_500, 20 * MB, 30 * MB)
+    known = [Sighting(640, 480, MB)] * 9
+    alike, mixed = (
+        plan(report(small, inference_peak_bytes=MB).with_sighted(sizes), host()) for sizes in (known, [*known, huge])
+    )
+    assert mixed.batch_size == alike.batch_size > 1
+    assert mixed.batch_bytes == pytest.approx(225 * MB, rel=0.01)
+
+
+def test_keeping_a_batch_on_a_slow_disk_is_shared_by_more_images() -> None:
+    """50 ms a commit beside 50 ms of inference an image: a twentieth of a batch's inference."""
+    quick = image_probe(width_px=640, height_px=480, download_s=0.02, inference_s=0.05)
+    assert plan(report(quick), host()).batch_size == 4
+    slow_disk = plan(report(replace(quick, keep_s=0.05)), host())
+    assert slow_disk.batch_size == 20
+    assert slow_disk.images_per_s == pytest.approx(1 / (0.05 + 0.05 / 20))
+
+
+def test_few_descriptors_allow_few_downloads() -> None:
+    """1024 allow all; of 200 most are for libraries and decoders."""
+    far = replace(image_probe(download_s=2.0, inference_s=0.05), first_byte_s=1.9)
+    few = plan(report(far), replace(host(), descriptors=200))
+    assert few.descriptors <= 200
+    assert few.download_concurrency < plan(report(far), host()).download_concurrency == DOWNLOADS_MAX
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "ceilings", "binds"),
+    [
+        ({"download_s": 30.0}, {}, {}, "link"),
+        ({"download_s": 30.0}, {}, {"downloads": 4}, "ceiling"),
+        ({"decode_s": 9.0}, {}, {}, "decode"),
+        ({"decode_s": 9.0}, {}, {"decode_workers": 2}, "ceiling"),
+        ({"decode_s": 9.0}, {"limit_bytes": 1_800 * MB}, {}, "memory"),
+        ({}, {"limit_bytes": 1_800 * MB}, {}, "memory"),
+        ({}, {}, {}, "inference"),
+    ],
+)
+def test_more_of_what_binds_is_faster_or_allows_larger_batches(
+    changes: dict[str, float], limits: dict[str, int], ceilings: dict[str, int], binds: str
+) -> None:
+    """Ten times as much of it, and the verdict of `ami worker tune` is none that an operator acts upon in vain."""
+    one = image_probe(**changes)  # type: ignore[arg-type]
+    if "download_s" in changes:
+        one = replace(one, first_byte_s=29.0)
+    machine = host(**limits)  # type: ignore[arg-type]
+    made = plan(report(one), machine, Ceilings(**ceilings))  # type: ignore[arg-type]
+    assert made.binds == binds
+    better = {
+        "link": lambda: plan(report(replace(one, download_s=3.0, first_byte_s=2.9)), machine),
+        "decode": lambda: plan(report(one), replace(machine, cores=80)),
+        "ceiling": lambda: plan(report(one), machine),
+        "memory": lambda: plan(report(one), host()),
+        "inference": lambda: plan(report(replace(one, inference_s=one.inference_s / 10)), machine),
+    }[binds]()
+    assert (better.images_per_s, better.batch_size) > (made.images_per_s, made.batch_size)
 
 
 def test_huge_images_get_small_batches_and_no_prefetch() -> None:
