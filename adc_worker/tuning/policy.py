@@ -106,7 +106,7 @@ class _Arithmetic:
         pixels = room - scratch - working_set
         prefetch = self._prefetch(pixels, batch, workers)
         arena = self._arena(pixels, batch, prefetch)
-        batch_bytes = max(report.tensor_bytes_per_image, arena // BATCHES_IN_ARENA)
+        batch_bytes = self._batch_bytes(batch)
         downloads = self._downloads(rate, min(rates["decode"], rates["inference"]), connections)
         staged = self._staged_ahead(rate, downloads, batch, held)
         peak = report.base_bytes + arena + scratch + working_set + reserve
@@ -115,7 +115,7 @@ class _Arithmetic:
         binds, says = self._binds(slowest, workers, connections, cut, short=workers < wanted_workers)
         wait_s = batch * report.inference_s
         why |= {
-            "batch_bytes": f"a third of the arena, at least one image: {_mb(batch_bytes)}",
+            "batch_bytes": f"{batch} usual images, or the largest one: {_mb(batch_bytes)}",
             "scratch_bytes": f"{workers} x ({_mb(report.decode_scratch_bytes)} of a decoder + "
             f"{_mb(report.compressed_bytes)} of its file) = {_mb(scratch)}",
             "solo_bytes": f"the limit of {_mb(host.limit_bytes)} less all but the arena, at least that: {_mb(solo)}",
