@@ -171,7 +171,7 @@ def host_of(world: World) -> HostBudget:
 
 
 def plan_for(world: World, lease: LeaseTerms) -> tuple[IngestPlan, ProbeReport]:
-    seen, downloads = probe(world, IntakeLimits.for_probe(None, lease).in_hand)
+    seen, downloads = probe(world, IntakeLimits.for_probe(Ceilings(), lease).in_hand)
     sightings = [
         Sighting(one.photo.width_px, one.photo.height_px, one.photo.compressed_bytes, one.photo.scratch_bytes,
                  one.first_byte_s - one.set_up_s, one.download_s - one.set_up_s) for one in downloads

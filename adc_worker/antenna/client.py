@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -84,7 +85,11 @@ class AntennaClient:
             return wire.JobState(id=job_id, status="FAILURE")
 
     def captures(self, job_id: int) -> list[wire.Capture]:
-        """List some of a job's photographs, from all over its collection; none where Antenna names no collection."""
+        """List some of a job's photographs, from all over its collection; none where Antenna names no collection.
+
+        What can be had within `CAPTURES_TIMEOUT_S` and one answer more: a plan waits for it.
+        """
+        until = time.monotonic() + CAPTURES_TIMEOUT_S
         about = self._send("GET", f"/jobs/{job_id}/", timeout=CAPTURES_TIMEOUT_S)
         job = _read(wire.parse_job, about)
         if job.project_id is None or job.collection_id is None:
@@ -93,11 +98,16 @@ class AntennaClient:
         params["offset"] = 0
         found: list[wire.Capture] = []
         for number in range(1, CAPTURE_PAGES + 1):
-            body = self._send("GET", "/captures/", params=params, timeout=CAPTURES_TIMEOUT_S)
-            count, captures = _read(wire.parse_captures, body)
+            try:
+                body = self._send("GET", "/captures/", params=params, timeout=CAPTURES_TIMEOUT_S)
+                count, captures = _read(wire.parse_captures, body)
+            except AntennaError:
+                if found:
+                    break
+                raise
             found += captures
             params["offset"] = number * max(CAPTURES_PER_PAGE, count // CAPTURE_PAGES)
-            if params["offset"] >= count:
+            if params["offset"] >= count or time.monotonic() > until:
                 break
         return found
 

@@ -27,7 +27,7 @@ from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import BATCHES_IN_ARENA
+from adc_worker.tuning.policy import BATCHES_IN_ARENA, Ceilings
 from adc_worker.tuning.probe_report import PROBE_DOWNLOADS
 
 _log = get_logger(__name__)
@@ -52,10 +52,10 @@ class IntakeLimits:
     held: int
 
     @classmethod
-    def for_probe(cls, fetch_ceiling: int | None, lease: LeaseTerms) -> IntakeLimits:
+    def for_probe(cls, ceilings: Ceilings, lease: LeaseTerms) -> IntakeLimits:
         """Two tasks to measure, and a few behind them so that the link does not rest meanwhile."""
-        held = lease.unproven_limit
-        return cls(downloads=PROBE_DOWNLOADS, in_hand=held, fetch_size=min(8, fetch_ceiling or 8), held=held)
+        held, downloads = lease.unproven_limit, min(PROBE_DOWNLOADS, ceilings.downloads or PROBE_DOWNLOADS)
+        return cls(downloads=downloads, in_hand=held, fetch_size=min(8, ceilings.tasks_per_fetch or 8), held=held)
 
     @classmethod
     def of(cls, plan: IngestPlan) -> IntakeLimits:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.wire import Capture
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
@@ -34,8 +35,8 @@ from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.settings import Settings
 from adc_worker.tuning.governor import Governor, Observation
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import Ceilings, IngestPolicy
+from adc_worker.tuning.plan import IngestPlan, descriptors
+from adc_worker.tuning.policy import DOWNLOADS_MAX, Ceilings, IngestPolicy
 from adc_worker.tuning.probe_report import ImageProbe
 
 _log = get_logger(__name__)
@@ -137,12 +138,15 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         context.staging,
         outcomes,
         context.lease,
-        IntakeLimits.for_probe(context.settings.antenna_api_batch_size, context.lease),
+        IntakeLimits.for_probe(ceilings(context.settings), context.lease),
         turn,
         faults=context.faults,
         life=context.life,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
+    threads = ThreadPoolExecutor(1, thread_name_prefix="captures")
+    if memory.governor is None:  # before any task is fetched
+        run.captures = threads.submit(listed, context.client, job_id)
     intake.start()
     try:
         with context.reporter.job(run.view):
@@ -157,6 +161,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
         intake.close()
+        threads.shutdown()
     context.check_threads()
     worked = intake.fetched - intake.parked
     if worked:
@@ -177,6 +182,7 @@ class _JobRun:
     turn: Turn
     started: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
+    captures: Future[list[Capture]] | None = None  # where the job is not planned for yet
     switch_s: float | None = None
     seen: ImageProbe | None = None
     decision: str = ""
@@ -237,26 +243,24 @@ class _JobRun:
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""
-        with ThreadPoolExecutor(1, thread_name_prefix="captures") as threads:  # while the first images are on their way
-            captures = threads.submit(listed, self.context.client, self.job_id)
-            report = probe(
-                self.intake.staged,
-                self.pipeline,
-                lambda: self.context.host(self.pipeline),
-                self.outcomes,
-                self.context.life,
-                FIRST_INFERENCE_LEASES * self.context.lease.ack_wait_s,
-                self._wait_for_memory,
-                lambda: known_sizes(captures.result()),
-            )
+        report = probe(
+            self.intake.staged,
+            self.pipeline,
+            lambda: self.context.host(self.pipeline),
+            self.outcomes,
+            self.context.life,
+            FIRST_INFERENCE_LEASES * self.context.lease.ack_wait_s,
+            self._wait_for_memory,
+            lambda: known_sizes(self.captures.result()) if self.captures else [],
+        )
         if report is None:
             return None
         host, lease = self.context.host(self.pipeline), self.context.lease
         governor = Governor(self.context.policy, report, host, lease)
-        if governor.plan.descriptors > host.descriptors:
+        if host.descriptors < (wanted := descriptors(DOWNLOADS_MAX, host.cores)):
             _log.warning(
                 "few_descriptors",
-                note=f"this process may open {host.descriptors} files and may need {governor.plan.descriptors}:"
+                note=f"this process may open {host.descriptors} files; below {wanted} they keep downloads from growing:"
                 f" set LimitNOFILE={DESCRIPTORS} in its systemd unit, or minfds={DESCRIPTORS} in supervisord.conf",
             )
         self._log_plan(governor.plan, inputs={"report": asdict(report), "host": asdict(host), "lease": asdict(lease)})

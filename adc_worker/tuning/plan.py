@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
+_OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
+
+
+def descriptors(downloads: int, decodes: int) -> int:
+    """Return the open files it may take: two a download, two a decode, and what libraries and journal hold."""
+    return 2 * downloads + 2 * decodes + _OTHER_DESCRIPTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +68,6 @@ class IngestPlan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         object.__setattr__(self, "why", MappingProxyType(dict(self.why)))
-
-    @property
-    def descriptors(self) -> int:
-        """Open files it may take: a socket and a file a download, two a decode, and what libraries and journal hold."""
-        return 2 * self.download_concurrency + 2 * self.decode_workers + OTHER_DESCRIPTORS
 
     def log_fields(self) -> dict[str, Any]:
         """Return the plan as flat fields for a log line, without the reasons."""

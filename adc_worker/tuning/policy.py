@@ -8,7 +8,7 @@ from typing import Literal
 
 from adc_worker.antenna.leases import HORIZON_SHARE, LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.tuning.plan import OTHER_DESCRIPTORS, IngestPlan
+from adc_worker.tuning.plan import IngestPlan, descriptors
 from adc_worker.tuning.probe_report import ProbeReport
 
 _MB = 1_000_000
@@ -270,7 +270,7 @@ class _Arithmetic:
 
     def _connections(self) -> int:
         """Return how many downloads there may be at once: by descriptors, and by the operator's setting."""
-        files = (self.host.descriptors - OTHER_DESCRIPTORS) // 2 - self.host.cores  # two a download and a decode
+        files = (self.host.descriptors - descriptors(0, self.host.cores)) // 2
         return self._operators(max(1, min(DOWNLOADS_MAX, files)), self.ceilings.downloads, FIXED_DOWNLOADS)[0]
 
     def _prefetch(self, pixels_bytes: int, batch: int, workers: int) -> int:

@@ -8,10 +8,10 @@ import pytest
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
+from adc_worker.tuning.plan import descriptors
 from adc_worker.tuning.policy import IngestPolicy
 from adc_worker.tuning.probe_report import INFERENCE_BYTES_PER_PX_MAX, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
-from tests.support.plans import ingest_plan
 
 PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
 
@@ -99,9 +99,8 @@ def test_a_host_without_memory_or_cores_is_a_measuring_error() -> None:
 
 def test_a_plan_knows_how_many_files_it_may_open() -> None:
     """A socket and a file for each download, two for each decode."""
-    few, many = ingest_plan(download_concurrency=1, decode_workers=1), ingest_plan(download_concurrency=32)
-    assert many.descriptors - few.descriptors == 2 * 31 + 2
-    assert many.descriptors < 1024  # the usual soft limit
+    assert descriptors(32, 2) - descriptors(1, 1) == 2 * 31 + 2
+    assert descriptors(32, 64) < 1024  # the usual soft limit
 
 
 def test_a_report_follows_the_link_and_keeps_its_images() -> None:

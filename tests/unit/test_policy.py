@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.tuning.plan import IngestPlan
+from adc_worker.tuning.plan import IngestPlan, descriptors
 from adc_worker.tuning.policy import (
     AIM,
     ARENA_BYTES_CAP,
@@ -173,7 +173,7 @@ def test_few_descriptors_allow_few_downloads() -> None:
     """1024 allow all; of 200 most are for libraries and decoders."""
     far = replace(image_probe(download_s=2.0, inference_s=0.05), first_byte_s=1.9)
     few = plan(report(far), replace(host(), descriptors=200))
-    assert few.descriptors <= 200
+    assert descriptors(few.download_concurrency, few.decode_workers) <= 200
     assert few.download_concurrency < plan(report(far), host()).download_concurrency == DOWNLOADS_MAX
 
 
