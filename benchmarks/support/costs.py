@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,25 @@ def decode_cpu_s(files: list[Path]) -> float:
             decode(file, header, out)
         rounds_s.append(time.process_time() - started)
     return min(rounds_s) / len(files)
+
+
+def cores_together(files: list[Path]) -> float:
+    """Return what decodes on all cores at once bring, compared to one alone; of the best round each."""
+    cores, header = len(os.sched_getaffinity(0)), read_header(files[0], 1 << 30)
+    outs = [np.ones(header.shape, np.uint8) for _ in range(cores)]
+
+    def decode_all(out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        for file in files:
+            decode(file, read_header(file, 1 << 30), out)
+
+    spent_s: dict[int, list[float]] = {1: [], cores: []}
+    with ThreadPoolExecutor(cores) as threads:
+        for _round in range(ROUNDS):
+            for count, times_s in spent_s.items():
+                started = time.perf_counter()
+                list(threads.map(decode_all, outs[:count]))
+                times_s.append(time.perf_counter() - started)
+    return cores * min(spent_s[1]) / min(spent_s[cores])
 
 
 def _download_cpu_s(urls: list[str], data: Path) -> float:

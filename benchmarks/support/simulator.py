@@ -80,6 +80,8 @@ class World:
             not count.
         warm_up_s: what the first inference takes on top.
         inference_bytes_per_px: host memory of inference.
+        cores_together: what all cores do at once, compared to one alone; less than their number where two of them are
+            threads of one. None: their number.
         base_bytes: the process with its models.
     """
 
@@ -106,6 +108,13 @@ class World:
     image_cpu_s: float = 0.0
     batch_cpu_s: float = 0.0
     touch_s_per_byte: float = 0.0
+    cores_together: float | None = None
+
+    def core_speed(self, jobs: int) -> float:
+        """Return how fast each of so many jobs runs, compared to one alone."""
+        loss = 1 - (self.cores_together or self.cores) / self.cores  # of each core's speed, when all are busy
+        busy = min(jobs, self.cores)
+        return (1 - loss * (busy - 1) / max(1, self.cores - 1)) * busy / jobs
 
     def inference_bytes(self, images: Iterable[Photo]) -> int:
         return int(self.inference_bytes_per_px * sum(photo.px for photo in list(images)[: self.images_per_call]))
@@ -117,7 +126,7 @@ class World:
         size_bytes = sum(photo.compressed_bytes for photo in self.photos)
         cpu_s = sum(photo.decode_s + self.cpu_s(photo) for photo in self.photos)
         gpu_s = sum(self.gpu_s(photo) + self.keep_s for photo in self.photos)
-        return number / max(size_bytes / self.link_bytes_per_s, cpu_s / self.cores, gpu_s)
+        return number / max(size_bytes / self.link_bytes_per_s, cpu_s / (self.cores_together or self.cores), gpu_s)
 
     def cpu_s(self, photo: Photo) -> float:
         """CPU seconds of a download."""
@@ -229,11 +238,11 @@ class _Events:
 
 
 class _Shared:
-    """What several jobs use at once: each gets the same part of `capacity`, and `most` at most."""
+    """What several jobs use at once: each of n of them gets `rate(n)`."""
 
-    def __init__(self, events: _Events, capacity: float, most: float) -> None:
+    def __init__(self, events: _Events, rate: Callable[[int], float]) -> None:
         self._events = events
-        self._capacity, self._most = capacity, most
+        self._rate_of = rate
         self._served = self._at_s = 0.0  # what a job present all along has got, until when
         self._jobs: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
@@ -245,7 +254,7 @@ class _Shared:
         self._schedule()
 
     def _rate(self) -> float:
-        return min(self._most, self._capacity / len(self._jobs))
+        return self._rate_of(len(self._jobs))
 
     def _advance(self) -> None:
         if self._jobs:
@@ -290,7 +299,7 @@ class _Link:
         self._world, self._events, self._cores = world, events, cores
         window = WINDOW_BYTES / max(world.latency_s, 1e-6)
         most = min(window, world.connection_bytes_per_s)
-        self.shared = _Shared(events, world.link_bytes_per_s, most)
+        self.shared = _Shared(events, lambda downloads: min(most, world.link_bytes_per_s / downloads))
         self._random = random.Random(world.seed)  # noqa: S311 (a seed, no secret)
         self._idle = 0
 
@@ -342,7 +351,7 @@ class _Ingest:
     def __init__(self, world: World, feed: Feed, control: Callable[[Seen], Feed | None] | None) -> None:
         self._world, self._feed, self._control = world, feed, control
         self._events = _Events()
-        self._cores = _Shared(self._events, world.cores, 1.0)
+        self._cores = _Shared(self._events, world.core_speed)
         self._link = _Link(world, self._events, self._cores)
         self._photos = deque(world.photos)
         self._to_download: deque[_Image] = deque()
@@ -619,7 +628,7 @@ class _Loaders:
         self._world, self._batch, self._prefetch, self._loaders = world, batch_size, prefetch, loaders
         self._pinned = pinned
         self._events = _Events()
-        self._cores = _Shared(self._events, world.cores, 1.0)
+        self._cores = _Shared(self._events, world.core_speed)
         self._links = [_Link(world, self._events, self._cores) for _ in range(loaders)]
         shared = self._links[0].shared
         for link in self._links:

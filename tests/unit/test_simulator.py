@@ -76,6 +76,16 @@ def test_work_that_nothing_waits_for_takes_cores_from_decoding() -> None:
     assert simulate(replace(WORLD, **beside), FEED).wall_s == pytest.approx(simulate(WORLD, FEED).wall_s, rel=0.02)  # type: ignore[arg-type]
 
 
+def test_cores_that_are_threads_of_one_bring_less_together() -> None:
+    """Two of them 1.3 times what one brings, which is what a decoder gets that runs alone."""
+    threads = replace(WORLD, cores=2, cores_together=1.3)
+    assert [threads.core_speed(jobs) for jobs in (1, 2, 4)] == pytest.approx([1.0, 0.65, 0.325])
+    assert WORLD.core_speed(4) == 1.0
+    decoding, one = replace(threads, inference_s=0.0), replace(FEED, decode_workers=1)
+    gained = simulate(decoding, FEED).steady_per_s / simulate(decoding, one).steady_per_s
+    assert 1.1 < gained < 1.4
+
+
 def test_holding_more_than_the_lease_allows_expires() -> None:
     """Forty in hand at 10 images/s wait 4 s; a lease of 2 s allows a few."""
     short = replace(WORLD, ack_wait_s=2.0)
