@@ -91,8 +91,6 @@ class WorkerLoop:
         self._jobs_done = 0
         url, held = config.antenna_nats_url, context.journal.subjects
         self._keeper = LeaseKeeper(url.get_secret_value(), context.lease, held, self._unsaved) if url else None
-        # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
-        torch.backends.cudnn.allow_tf32 = False
         self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
 
     def run(self) -> ExitCode:
