@@ -240,7 +240,9 @@ def make_data_folder(config: Settings) -> None:
     except OSError as error:
         raise ConfigurationError(f"AMI_USER_DATA_PATH: cannot create {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise ConfigurationError(f"AMI_USER_DATA_PATH: this user cannot write to {folder}: change its owner, or name another")
+        raise ConfigurationError(
+            f"AMI_USER_DATA_PATH: this user cannot write to {folder}: change its owner, or name another"
+        )
 
 
 def image_client(config: Settings) -> ImageClient:
