@@ -71,7 +71,7 @@ def show(tuning: Tuning, limits: dict[str, Any], console: Console) -> None:
     )
     rows.add_row("lease", f"{lease.ack_wait_s:.0f} s, {lease.max_deliver} deliveries")
     rows.add_row("limits", ", ".join(f"{name}={value}" for name, value in limits.items()) or "none set")
-    rows.add_row("sample", f"{len(report.images)} {tuning.source}")
+    rows.add_row("sample", tuning.source)
     for one in report.images:
         rows.add_row(
             "",
@@ -81,14 +81,14 @@ def show(tuning: Tuning, limits: dict[str, Any], console: Console) -> None:
     if report.sighted:
         rows.add_row("", f"and the sizes of {len(report.sighted)} more, listed or downloaded meanwhile")
     doubt = "; uncertain, so the margin is wider until the first batches are measured" if report.uncertain else ""
-    largest = f"planned with {size(report.tensor_bytes_per_image)} of pixels an image"
-    rows.add_row("", f"{largest}, download:inference {report.download_inference_ratio:.2f}{doubt}")
+    sizes = f"{size(report.usual_tensor_bytes)} of pixels an image, {size(report.tensor_bytes_per_image)} the largest"
+    rows.add_row("", f"planned with {sizes}; download:inference {report.download_inference_ratio:.2f}{doubt}")
     console.print(rows, "", plan_table(plan.log_fields(), plan.why), "", sep="\n")
     rows = Table.grid(padding=(0, 2))
     rows.add_row("binds", BINDS[plan.binds])
     rows.add_row("this plan", f"{plan.images_per_s:.2f} images/s, {size(plan.peak_bytes)} at most")
     rate, needs = f"{old.images_per_s:.2f} images/s", f"{size(old.peak_bytes)} of {size(old.room_bytes)}"
-    killed = f"killed for memory: up to {needs}; would be {rate} with enough of it"
+    killed = f"killed for memory ({needs}); would be {rate} with enough of it"
     rows.add_row("old constants", killed if old.out_of_memory else f"{rate}, up to {needs}")
     rows.add_row("", f"{old.batch_size} tasks a batch, prefetch {FIXED_PREFETCH}, {old.loaders} loaders")
     console.print(rows)

@@ -146,7 +146,7 @@ def ceilings(settings: Settings) -> Ceilings:
         prefetch_factor=settings.antenna_api_dataloader_prefetch_factor,
         downloads=settings.antenna_api_dataloader_download_threads,
         decode_workers=settings.antenna_api_dataloader_num_workers,
-        fixed_decode_workers=4 if settings.num_workers is None else settings.num_workers,
+        fixed_decode_workers=4 if settings.num_workers is None else max(1, settings.num_workers),
         pin_memory=settings.antenna_api_dataloader_pin_memory,
         images_per_call=settings.localization_batch_size,
     )

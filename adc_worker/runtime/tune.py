@@ -71,7 +71,7 @@ class OldConstants:
 
         Without loaders a batch is made in the worker's own process, between two inferences.
         """
-        px = report.tensor_bytes_per_image / PIXEL_BYTES
+        px = report.usual_tensor_bytes / PIXEL_BYTES
         batches = max(1, loaders * (FIXED_PREFETCH + 2)) + 1 + host.gpu  # a GPU's batch is pinned, too
         peak = report.base_bytes + loaders * OLD_LOADER_BYTES + int(batches * batch * OLD_BYTES_PER_PX * px)
         room = min(host.limit_bytes, host.used_bytes + host.available_bytes + host.reserve_bytes)
@@ -156,7 +156,8 @@ def tune(config: Settings, target: str) -> Tuning:
         host = shared(host, instances - len(share.others()))
     limits = ceilings(config)
     plan = IngestPolicy(limits).plan(report, host, lease)
-    old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, limits.fixed_decode_workers)
+    loaders = limits.fixed_decode_workers if config.num_workers is None else config.num_workers
+    old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, loaders)
     return Tuning(job.id, job.pipeline_slug, source, report, host, lease, plan, old)
 
 
@@ -216,7 +217,8 @@ class _Sample:
         if self.captures:
             if (found := self._of_photographs()) is not None:
                 failed = f"; {len(self.errors)} failed: {self.errors[0]}" if self.errors else ""
-                return *found, f"of {len(self.captures)} photographs that Antenna lists; no task was taken{failed}"
+                measured = f"{len(found[0].images)} of {len(self.captures)} photographs that Antenna lists"
+                return *found, f"{measured}; no task was taken{failed}"
             if not all(isinstance(error, ImageMissing) for error in self.errors):
                 raise self._useless("no task was taken")  # it would be spent on what fails here
             reason, self.errors = f"the photographs that Antenna lists are gone: {self.errors[0]}", []
@@ -243,7 +245,7 @@ class _Sample:
         said = f"{self.posted} posted" + (f", {left} left on record here for the next worker" if left else "")
         if found is None:
             raise self._useless(f"of {self.taken} tasks {said}")
-        return *found, f"of {self.taken} tasks, {said}; {reason}"
+        return *found, f"{len(found[0].images)} of {self.taken} tasks, {said}; {reason}"
 
     def _measure(
         self, path: Path, receiver: ResultReceiver, tasks: Callable[[], Sequence[Task]], owner: str = ""

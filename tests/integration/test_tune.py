@@ -64,7 +64,7 @@ def test_tuning_from_listed_photographs_spends_no_delivery(
     assert done.returncode == ExitCode.OK, done.stderr
     told = json.loads(done.stdout)
     assert "POST tasks" not in server.requests
-    assert told["source"] == "of 5 photographs that Antenna lists; no task was taken"
+    assert told["source"] == "2 of 5 photographs that Antenna lists; no task was taken"
     assert told["plan"]["binds"] == "inference"
     assert "more RAM" in told["verdict"]
     assert told["old_constants"]["peak_bytes"] > told["plan"]["peak_bytes"]
@@ -128,7 +128,7 @@ def test_tuning_from_tasks_posts_their_results(server: DevServer, sheets: list[P
         told = tuned(gate, server.token, tmp_path)
     wait_until(lambda: len(server.job(job_id).results) == 2)
     assert server.requests["POST tasks"] == 1
-    assert told.source.startswith("of 2 tasks, 2 posted; Antenna did not list its photographs: ")
+    assert told.source.startswith("2 of 2 tasks, 2 posted; Antenna did not list its photographs: ")
     assert "500" in told.source
 
 

@@ -13,6 +13,7 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.cli.tune import BINDS, recommended, show, tune_command, write_env
 from adc_worker.errors import ConfigurationError
 from adc_worker.host.share import MemoryShare
+from adc_worker.runtime.job import ceilings
 from adc_worker.runtime.tune import OldConstants, Tuning, patience, shared
 from adc_worker.settings import Settings
 from adc_worker.tuning.policy import IngestPolicy
@@ -118,7 +119,7 @@ def test_what_is_written_holds_the_plan() -> None:
 def tuning(**changes: Any) -> Tuning:
     measured, machine, lease = report(image_probe()), host(), LeaseTerms()
     old = OldConstants.on(measured, machine, 24, 4)
-    source = "of 12 photographs that Antenna lists; no task was taken"
+    source = "2 of 12 photographs that Antenna lists; no task was taken"
     made = Tuning(7, "blobs", source, measured, machine, lease, IngestPolicy().plan(measured, machine, lease), old)
     return replace(made, **changes)
 
@@ -156,7 +157,7 @@ def test_sizes_that_are_only_known_are_no_measurements() -> None:
 
 def test_a_rate_that_memory_forbids_is_no_promise() -> None:
     """Beside a plan that works, it would read like the better one."""
-    assert "killed for memory: up to 66.30 GB of 16.00 GB; would be" in shown(tuning())
+    assert "killed for memory (66.30 GB of 16.00 GB); would be" in shown(tuning())
     small = OldConstants.on(report(image_probe()), host(limit_bytes=100 * GB, available_bytes=99 * GB), 24, 4)
     assert "killed" not in shown(tuning(old=small))
 
@@ -196,6 +197,11 @@ def test_old_constants_without_loaders_load_between_two_inferences() -> None:
     assert none.loaders == 0
     assert none.images_per_s < one.images_per_s
     assert none.peak_bytes < one.peak_bytes
+
+
+def test_no_decode_workers_are_not_the_default_of_four() -> None:
+    """In fixed mode the one thread that decodes stands for the old worker's own process."""
+    assert [ceilings(Settings(num_workers=count)).fixed_decode_workers for count in (None, 0, 2)] == [4, 1, 2]
 
 
 def test_old_constants_get_what_memory_there_is() -> None:
