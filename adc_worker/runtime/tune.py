@@ -277,7 +277,8 @@ class _Sample:
 
         def stage(held: HeldTask) -> None:
             try:
-                queue.put(staging.stage(held.id, held.task, enough.is_set))
+                if not enough.is_set():
+                    queue.put(staging.stage(held.id, held.task, enough.is_set))
             except (AdcError, OSError) as error:
                 if not enough.is_set():
                     self.errors.append(error)
