@@ -51,7 +51,7 @@ def tune_command(config: Settings, target: str, env_out: Path | None, *, as_json
     if as_json:
         click.echo(json.dumps(tuning.to_json() | {"limits": limits, "verdict": BINDS[tuning.plan.binds]}))
     else:
-        show(tuning, limits, Console(highlight=False))
+        show(tuning, limits, Console(highlight=False, markup=False))  # what a host answered is no markup
     if env_out is not None:
         write_env(env_out, recommended(tuning.plan, config))
         click.echo(f"wrote {env_out}: ceilings for every job; without them each job has a plan of its own", err=True)

@@ -29,6 +29,7 @@ from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster, PosterLimits, ResultReceiver
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.redaction import redact
 from adc_worker.runtime.faults import advice
 from adc_worker.runtime.job import ceilings, measure_host, naming_gpu_faults
 from adc_worker.runtime.outcomes import JobOutcomes, Outcomes
@@ -158,7 +159,7 @@ def tune(config: Settings, target: str) -> Tuning:
     plan = IngestPolicy(limits).plan(report, host, lease)
     loaders = limits.fixed_decode_workers if config.num_workers is None else config.num_workers
     old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, loaders)
-    return Tuning(job.id, job.pipeline_slug, source, report, host, lease, plan, old)
+    return Tuning(job.id, job.pipeline_slug, redact(source), report, host, lease, plan, old)  # it may quote a URL
 
 
 def shared(host: HostBudget, workers: int) -> HostBudget:

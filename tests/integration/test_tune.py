@@ -106,13 +106,15 @@ def test_a_target_without_a_job_is_said(server: DevServer, tmp_path: Path, targe
         tuned(server, server.token, tmp_path, target)
 
 
-def test_a_broken_photograph_is_replaced_by_another(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    """What was wrong is said, and costs nothing."""
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
-    job_id = server.add_job("simulated", [tmp_path / "broken.jpg", *sheets])
+def test_a_photograph_that_cannot_be_had_is_replaced_by_another(
+    server: DevServer, sheets: list[Path], tmp_path: Path
+) -> None:
+    """What was wrong is said without what signs its URL, and costs nothing."""
+    job_id = server.add_job("simulated", [f"{NOBODY}?X-Amz-Signature=canary", *sheets])
     told = tuned(server, server.token, tmp_path)
     assert len(told.report.images) == 2
-    assert "; 1 failed: " in told.source
+    assert "; 1 failed: cannot reach the image host" in told.source
+    assert "canary" not in told.source
     assert server.job(job_id).errors == {}
 
 
