@@ -236,9 +236,11 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
     task is taken; else two are, and their results are posted. --write sets ceilings: nobody needs them.
     """
     from adc_worker.cli.tune import tune_command  # noqa: PLC0415 (takes torch)
+    from adc_worker.runtime.supervisor import be_like_a_child  # noqa: PLC0415 (help and version need none of it)
 
     config = settings.load(env_file)
     log.configure("console", "warning")
+    be_like_a_child()
     tune_command(config, target, env_out, as_json=as_json)
 
 

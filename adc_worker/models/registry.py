@@ -168,6 +168,8 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
     Raises:
         WorkerFault: that failed; no image is to blame.
     """
+    # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
+    torch.backends.cudnn.allow_tf32 = False
     try:
         return spec.load(device, sizes)
     except WorkerFault:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
@@ -18,6 +21,7 @@ from adc_worker.host import budget
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import anonymous_bytes, stalled_percent
 from adc_worker.host.share import MemoryShare
+from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.loader import JobDataLoader, build_dataloader
 from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
@@ -78,17 +82,37 @@ class WorkerContext:
 
     def host(self, pipeline: Pipeline, loader: JobDataLoader | None = None) -> HostBudget:
         """Measure the host, and this worker with the decoders and pixels of a loader."""
-        pids, used_bytes = self.pids, self.staging.disk.used_bytes if self.staging.disk.in_memory else 0
+        pids, arena_bytes = self.pids, 0
         if loader is not None:
-            pids, used_bytes = (*pids, *loader.feeder.decode_pids), used_bytes + loader.arena.resident_bytes
-        return budget.measure(
-            anonymous_bytes(pids) + used_bytes,
-            self.share,
-            self.settings.memory_limit_bytes,
-            self.staging.disk.limit_bytes,
-            staging_in_memory=self.staging.disk.in_memory,
-            vram_free_bytes=free_bytes(pipeline.device, None) if pipeline.device.type == "cuda" else None,
-        )
+            pids, arena_bytes = (*pids, *loader.feeder.decode_pids), loader.arena.resident_bytes
+        used_bytes = anonymous_bytes(pids) + arena_bytes
+        return measure_host(self.settings, self.staging.disk, self.share, pipeline.device, used_bytes)
+
+
+def measure_host(
+    settings: Settings, disk: DiskBudget, share: MemoryShare, device: torch.device, used_bytes: int
+) -> HostBudget:
+    """Measure the host; to `used_bytes`, which this worker's processes hold, come images that are staged in memory."""
+    return budget.measure(
+        used_bytes + (disk.used_bytes if disk.in_memory else 0),
+        share,
+        settings.memory_limit_bytes,
+        disk.limit_bytes,
+        staging_in_memory=disk.in_memory,
+        vram_free_bytes=free_bytes(device, None) if device.type == "cuda" else None,
+    )
+
+
+@contextmanager
+def naming_gpu_faults() -> Iterator[None]:
+    """Raise a WorkerFault that says what to do in place of what CUDA raises in the body."""
+    try:
+        yield
+    except RuntimeError as error:
+        rule = rule_for(error)
+        if rule is not None and rule.affected is Affected.MACHINE:
+            raise WorkerFault(f"{error}; {rule.advice}", ExitCode.GPU_FAULT) from error
+        raise
 
 
 @dataclass(slots=True)
@@ -123,7 +147,7 @@ def ceilings(settings: Settings) -> Ceilings:
         prefetch_factor=settings.antenna_api_dataloader_prefetch_factor,
         downloads=settings.antenna_api_dataloader_download_threads,
         decode_workers=settings.antenna_api_dataloader_num_workers,
-        fixed_decode_workers=settings.num_workers or 4,
+        fixed_decode_workers=4 if settings.num_workers is None else max(1, settings.num_workers),
         pin_memory=settings.antenna_api_dataloader_pin_memory,
         images_per_call=settings.localization_batch_size,
     )
@@ -149,15 +173,10 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         run.captures = threads.submit(listed, context.client, job_id)
     intake.start()
     try:
-        with context.reporter.job(run.view):
+        with naming_gpu_faults(), context.reporter.job(run.view):
             run.probe_and_feed()
         if outcomes.done:
             context.share.recover()
-    except RuntimeError as error:
-        rule = rule_for(error)
-        if rule is not None and rule.affected is Affected.MACHINE:
-            raise WorkerFault(f"{error}; {rule.advice}", ExitCode.GPU_FAULT) from error
-        raise
     finally:
         context.share.claim(context.host(pipeline).used_bytes, busy=False)
         intake.close()

@@ -53,6 +53,7 @@ _HUNG = 2  # times overdue
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SIGNS_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LIBC = ctypes.CDLL(None, use_errno=True)  # here: the loader's lock may be held by a thread when a child is forked
 # Deaths of a process's own making: evidence against an image that was alone in it.
 _OWN_DEATHS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
@@ -283,6 +284,14 @@ class Supervisor:
         for _child, process in self._running():
             _log.warning("child_killed", pid=process.pid, reason="AMI_SHUTDOWN_GRACE_SECONDS are over")
             process.kill()
+
+
+def be_like_a_child() -> None:
+    """Give this process, which has computed nothing yet, what a child has: its open files and its allocator."""
+    raise_descriptor_limit()
+    os.environ.update(CHILD_ENVIRONMENT)
+    for option, name in (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"), (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"):
+        _LIBC.mallopt(option, int(CHILD_ENVIRONMENT[name]))  # glibc read its variables when this process started
 
 
 def notify(*assignments: str) -> None:

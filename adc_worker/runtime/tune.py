@@ -3,71 +3,88 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.antenna.wire import Capture, Task
-from adc_worker.errors import ConfigurationError, ImageError, LinkError, StagingFull
-from adc_worker.host import budget
-from adc_worker.host.budget import HostBudget
+from adc_worker.antenna.wire import Capture, JobState, PostEntry, Task
+from adc_worker.errors import AdcError, AntennaError, ConfigurationError, ImageError, ImageMissing
+from adc_worker.host.budget import HostBudget, visible_gpus
 from adc_worker.host.memory import anonymous_bytes
 from adc_worker.host.share import MemoryShare
-from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
-from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
-from adc_worker.journal.journal import Journal
-from adc_worker.journal.poster import Poster, PosterLimits
-from adc_worker.log import get_logger
+from adc_worker.ingest.staging import StagedQueue, StagingArea
+from adc_worker.journal.journal import HeldTask, Journal
+from adc_worker.journal.poster import Poster, PosterLimits, ResultReceiver
 from adc_worker.models import registry
-from adc_worker.models.pipeline import CallSizes
-from adc_worker.runtime.job import ceilings
-from adc_worker.runtime.outcomes import ImageResult, JobOutcomes, Outcomes
-from adc_worker.runtime.probe import known_sizes, listed, probe
-from adc_worker.runtime.signs_of_life import SignsOfLife
+from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.redaction import redact
+from adc_worker.runtime.faults import advice
+from adc_worker.runtime.job import ceilings, measure_host, naming_gpu_faults
+from adc_worker.runtime.outcomes import JobOutcomes, Outcomes
+from adc_worker.runtime.probe import known_sizes, probe
+from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, SignsOfLife
+from adc_worker.runtime.worker import image_client, make_data_folder
 from adc_worker.settings import Settings
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
-from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
-
-_log = get_logger(__name__)
+from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_DOWNLOADS, PROBE_IMAGES, ProbeReport
 
 POST_TIMEOUT_S = 60.0
-ATTEMPTS = 3  # at each place of the list, where photographs cannot be had
+PATIENCE_S = 60  # with others that hold the memory
 # An ingest of today's constants, worked out as it was measured (RESULTS.md, rows `today-…`): float32 pixels, Pillow and
 # ToTensor in place of our decoder, 400 MB a loader process (measurements, "Other costs").
-OLD_LOADERS, OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 4, 400_000_000, 12
+OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 400_000_000, 12
 OLD_DECODE_FACTOR, OLD_S_PER_PX, FETCH_S = 1.8, 20e-9, 0.12
 
 
 @dataclass(frozen=True, slots=True)
 class OldConstants:
-    """What today's constants do on a job: arithmetic, not a run."""
+    """What today's constants do on a job: arithmetic, not a run.
+
+    Attributes:
+        peak_bytes: where loading keeps up, so that every queue fills.
+        room_bytes: what a worker can have here.
+        images_per_s: with memory enough.
+    """
 
     batch_size: int
     loaders: int
-    peak_bytes: int  # where loading keeps up, so that every queue fills
+    peak_bytes: int
+    room_bytes: int
     out_of_memory: bool
     images_per_s: float
 
     @classmethod
     def on(cls, report: ProbeReport, host: HostBudget, batch: int, loaders: int) -> OldConstants:
-        """Work it out: each loader has its queue full and makes a batch, as a list and its stack; one is inferred."""
-        px = report.tensor_bytes_per_image / PIXEL_BYTES
-        batches = loaders * (FIXED_PREFETCH + 2) + 1 + host.gpu  # a GPU's batch is pinned, too
+        """Work it out: each loader has its queue full and makes a batch, as a list and its stack; one is inferred.
+
+        Without loaders a batch is made in the worker's own process, between two inferences.
+        """
+        px = report.usual_tensor_bytes / PIXEL_BYTES
+        batches = max(1, loaders * (FIXED_PREFETCH + 2)) + 1 + host.gpu  # a GPU's batch is pinned, too
         peak = report.base_bytes + loaders * OLD_LOADER_BYTES + int(batches * batch * OLD_BYTES_PER_PX * px)
+        room = min(host.limit_bytes, host.used_bytes + host.available_bytes + host.reserve_bytes)
         decode_s = OLD_DECODE_FACTOR * report.decode_s + OLD_S_PER_PX * px
-        loading_s = FETCH_S + batch * (report.download_s / min(batch, FIXED_DOWNLOADS) + decode_s)
-        rate = min(loaders * batch / loading_s, host.cores / decode_s, 1 / report.inference_s)
-        return cls(batch, loaders, peak, peak > host.limit_bytes, rate)
+        downloads = min(batch, FIXED_DOWNLOADS)
+        loading_s = FETCH_S / batch + 1 / report.link_per_s(downloads) + decode_s  # an image, in one loader
+        if loaders:
+            rates = (loaders / loading_s, report.link_per_s(loaders * downloads), host.cores / decode_s)
+            rate = min(*rates, 1 / report.inference_s)
+        else:
+            rate = 1 / (loading_s + report.inference_s)
+        return cls(batch, loaders, peak, room, peak > room, rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +96,7 @@ class Tuning:
     source: str
     report: ProbeReport
     host: HostBudget
+    lease: LeaseTerms
     plan: IngestPlan
     old: OldConstants
 
@@ -88,6 +106,7 @@ class Tuning:
             "pipeline": self.pipeline,
             "source": self.source,
             "machine": asdict(self.host),
+            "lease": asdict(self.lease),
             "sample": asdict(self.report),
             "plan": self.plan.log_fields(),
             "why": dict(self.plan.why),
@@ -95,37 +114,36 @@ class Tuning:
         }
 
 
-class _Unposted:
+class _Nowhere:
     """Takes the results of photographs that no task was spent on."""
 
-    def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
+    def post_results(self, _job_id: int, _entries: Sequence[PostEntry]) -> None:
         pass
 
-    def succeed(self, results: Sequence[ImageResult]) -> None:
-        pass
+    def job(self, job_id: int) -> JobState:
+        return JobState(id=job_id, status="STARTED")
 
-    def fail_staged(self, image: StagedImage, error: ImageError) -> None:
-        _log.warning("photograph_left_out", image_id=image.task.image_id, error=str(error))
+    def fetch_tasks(self, _job_id: int, _count: int) -> list[Task]:
+        return []
 
 
 def tune(config: Settings, target: str) -> Tuning:
     """Find a job of a pipeline's slug or a project's number, measure two of its images, and plan.
 
     Where Antenna lists the job's photographs no task is taken; else two are, and what they come to is posted.
+
+    Raises:
+        ConfigurationError: there is no such job, or nothing of it can be measured here.
     """
     specs, project = registry.available(config), int(target) if target.isdecimal() else None
     if project is None and target not in specs:
         raise ConfigurationError(f"{target}: neither a project's number nor a pipeline ({', '.join(sorted(specs))})")
-    config.user_data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    addresses = AddressPolicy(
-        urlsplit(config.antenna_api_base_url).hostname or "", config.image_allowed_networks, config.image_allowed_hosts
-    )
+    make_data_folder(config)
     with (
         AntennaClient(config.antenna_api_base_url, config.token) as client,
-        ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2) as images,
-        TemporaryDirectory(dir=config.user_data_path, prefix="tune-") as folder,
+        image_client(config) as images,
         closing(MemoryShare(config.user_data_path)) as share,
-        ExitStack() as stack,
+        naming_gpu_faults(),
     ):
         job = next(iter(client.jobs(list(specs) if project is not None else [target], project)), None)
         if job is None:
@@ -133,69 +151,169 @@ def tune(config: Settings, target: str) -> Tuning:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
         pipeline = registry.load(specs[job.pipeline_slug], device, sizes)
-        staging = StagingArea(Path(folder), images, config.image_max_pixels, config.staging_max_bytes)
-        captures, queue = listed(client, job.id), StagedQueue()
-        sink: Outcomes = _Unposted()
-
-        def measure() -> HostBudget:
-            return budget.measure(
-                anonymous_bytes((os.getpid(),)),
-                share,
-                config.memory_limit_bytes,
-                staging.disk.limit_bytes,
-                staging_in_memory=staging.disk.in_memory,
-                vram_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-            )
-
-        host = measure()
-        _stage_listed(captures, staging, queue)
-        source = f"{len(queue.images)} of {len(captures)} photographs that Antenna listed; no task was taken"
-        if not queue.images:
-            sink = stack.enter_context(_tasks(client, images, config, job.id, queue))
-            source = f"{len(queue.images)} tasks, worked off and posted: Antenna lists no photograph to be had"
-        queue.end()
-        known, limit_s = known_sizes(captures), config.antenna_ack_wait_seconds
-        report = probe(queue, pipeline, measure, sink, SignsOfLife(), limit_s, lambda: True, lambda: known)
-    if report is None:
-        raise ConfigurationError(f"{target}: no image of job {job.id} could be measured; try another job")
-    lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
-    plan = IngestPolicy(ceilings(config)).plan(report, host, lease)
-    batch = config.antenna_api_batch_size or BATCH_SIZE_MAX
-    old = OldConstants.on(report, host, batch, config.num_workers or OLD_LOADERS)
-    return Tuning(job.id, job.pipeline_slug, source, report, host, plan, old)
+        lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
+        report, host, source = _Sample(config, client, images, share, pipeline, lease, job.id).take()
+        instances = config.worker_instances or max(1, len(visible_gpus()))
+        host = shared(host, instances - len(share.others()))
+    limits = ceilings(config)
+    plan = IngestPolicy(limits).plan(report, host, lease)
+    loaders = limits.fixed_decode_workers if config.num_workers is None else config.num_workers
+    old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, loaders)
+    return Tuning(job.id, job.pipeline_slug, redact(source), report, host, lease, plan, old)  # it may quote a URL
 
 
-def _stage_listed(captures: Sequence[Capture], staging: StagingArea, queue: StagedQueue) -> None:
-    """Download photographs from far apart in the list until two are here; a few may be broken."""
-    apart = max(1, len(captures) // PROBE_IMAGES)
-    candidates = [one for first in range(min(apart, ATTEMPTS)) for one in captures[first::apart]]
-    for number, one in enumerate(candidates):
-        if len(queue.images) == PROBE_IMAGES:
-            return
-        with suppress(ImageError, LinkError, StagingFull):
-            task = Task(image_id=one.id, image_url=one.url, reply_subject="none")
-            queue.put(staging.stage(number, task, lambda: False))
+def shared(host: HostBudget, workers: int) -> HostBudget:
+    """Return what one of so many workers has of a host's memory when all of them have a job."""
+    if workers <= 1:
+        return host
+    room_bytes = (host.used_bytes + host.available_bytes) // workers
+    source = f"1/{workers} of {host.limit_source}: as many workers run here"
+    available_bytes = max(0, room_bytes - host.used_bytes)
+    return replace(host, limit_bytes=host.limit_bytes // workers, limit_source=source, available_bytes=available_bytes)
 
 
-@contextmanager
-def _tasks(
-    client: AntennaClient, images: ImageClient, config: Settings, job_id: int, queue: StagedQueue
-) -> Iterator[Outcomes]:
-    """Take two tasks and stage them; what they come to is kept in the journal, and posted in the end."""
-    with closing(Journal(config.journal_path)) as journal:
-        poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
-        folder = config.effective_staging_path
-        owner = journal.owner_in(folder)
-        staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
-        outcomes = JobOutcomes(job_id, journal, staging, poster)
+def patience(
+    measure: Callable[[], HostBudget], share: MemoryShare, pause: Callable[[float], None] = time.sleep
+) -> Iterator[bool]:
+    """Let others finish who hold the memory, a second a turn.
+
+    Raises:
+        ConfigurationError: after a minute; it says who holds how much.
+    """
+    for _second in range(PATIENCE_S):
+        pause(1.0)
+        yield True
+    host, claims = measure(), share.others()
+    held_gb = (host.limit_bytes - host.used_bytes - host.available_bytes) / 1e9
+    raise ConfigurationError(
+        f"waited {PATIENCE_S} s for memory: of {host.limit_bytes / 1e9:.2f} GB ({host.limit_source}) others hold"
+        f" {held_gb:.2f} GB, {len(claims)} workers on this host {sum(one.size_bytes for one in claims) / 1e9:.2f} GB:"
+        " stop one of them, or tune when its job is over"
+    )
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Measures two images of a job, in all as a worker would; notes what is wrong with others, and settles none."""
+
+    config: Settings
+    client: AntennaClient
+    images: ImageClient
+    share: MemoryShare
+    pipeline: Pipeline
+    lease: LeaseTerms
+    job_id: int
+    captures: list[Capture] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    taken: int = 0  # tasks
+    posted: int = 0
+
+    def take(self) -> tuple[ProbeReport, HostBudget, str]:
+        """Return the measurements, the host with the models loaded, and in words where the images came from."""
+        reason = "Antenna lists no photograph of the job"
         try:
-            for held in journal.record(job_id, client.fetch_tasks(job_id, PROBE_IMAGES)):
-                try:
-                    queue.put(staging.stage(held.id, held.task, lambda: False))
-                except ImageError as error:
-                    outcomes.fail(held.id, held.task, error)
-                except (LinkError, StagingFull) as error:
-                    outcomes.give_up(held.id, held.task, str(error))
-            yield outcomes
+            self.captures = self.client.captures(self.job_id)
+        except AntennaError as error:
+            reason = f"Antenna did not list its photographs: {error}"
+        if self.captures:
+            if (found := self._of_photographs()) is not None:
+                failed = f"; {len(self.errors)} failed: {self.errors[0]}" if self.errors else ""
+                measured = f"{len(found[0].images)} of {len(self.captures)} photographs that Antenna lists"
+                return *found, f"{measured}; no task was taken{failed}"
+            if not all(isinstance(error, ImageMissing) for error in self.errors):
+                raise self._useless("no task was taken")  # it would be spent on what fails here
+            reason, self.errors = f"the photographs that Antenna lists are gone: {self.errors[0]}", []
+        return self._of_tasks(reason)
+
+    def _of_photographs(self) -> tuple[ProbeReport, HostBudget] | None:
+        """Measure photographs from all over the list, as many as a worker would have in hand."""
+        most, name = self.lease.unproven_limit, f"tune-{os.getpid()}"
+        chosen = self.captures[:: max(1, len(self.captures) // most)][:most]
+        tasks = [Task(image_id=one.id, image_url=one.url, reply_subject="none") for one in chosen]
+        journal = self.config.journal_path.parent / name / "journal.db"
+        try:
+            return self._measure(journal, _Nowhere(), lambda: tasks, name)
         finally:
-            poster.close(POST_TIMEOUT_S)  # what could not be posted by then, the next worker here posts
+            for folder in (journal.parent, self.config.effective_staging_path / name):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _of_tasks(self, reason: str) -> tuple[ProbeReport, HostBudget, str]:
+        job_id, client = self.job_id, self.client
+        found = self._measure(self.config.journal_path, client, lambda: client.fetch_tasks(job_id, PROBE_IMAGES))
+        if not self.taken:
+            raise ConfigurationError(f"no task of job {job_id} is to be had now; {reason}")
+        left = self.taken - self.posted
+        said = f"{self.posted} posted" + (f", {left} left on record here for the next worker" if left else "")
+        if found is None:
+            raise self._useless(f"of {self.taken} tasks {said}")
+        return *found, f"{len(found[0].images)} of {self.taken} tasks, {said}; {reason}"
+
+    def _measure(
+        self, path: Path, receiver: ResultReceiver, tasks: Callable[[], Sequence[Task]], owner: str = ""
+    ) -> tuple[ProbeReport, HostBudget] | None:
+        """Measure two of these tasks, with a journal at `path`; None where not one of them can be."""
+        config, job_id = self.config, self.job_id
+        with closing(Journal(path)) as journal:
+            folder = config.effective_staging_path
+            owner = owner or journal.owner_in(folder)
+            staging = StagingArea(folder, self.images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
+            limits = PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes)
+            poster = Poster(journal, receiver, limits)
+            try:
+                outcomes = JobOutcomes(job_id, journal, staging, poster)
+                # What fails stays on record: no tuning ends in an error of an image.
+                outcomes.listen(None, lambda _image, error: self.errors.append(error))
+                held = journal.record(job_id, tasks())
+                self.taken = len(held)
+                return self._probe(held, staging, outcomes)
+            finally:
+                poster.close(POST_TIMEOUT_S)
+                self.posted = min(self.taken, poster.accepted[job_id])
+
+    def _probe(
+        self, tasks: Sequence[HeldTask], staging: StagingArea, outcomes: Outcomes
+    ) -> tuple[ProbeReport, HostBudget] | None:
+        """Probe while more are staged, and then no more."""
+        queue, enough = StagedQueue(), threading.Event()
+
+        def stage(held: HeldTask) -> None:
+            try:
+                if not enough.is_set():
+                    queue.put(staging.stage(held.id, held.task, enough.is_set))
+            except (AdcError, OSError) as error:
+                if not enough.is_set():
+                    self.errors.append(error)
+
+        def stage_all() -> None:
+            try:
+                with ThreadPoolExecutor(PROBE_DOWNLOADS) as downloads:
+                    list(downloads.map(stage, tasks))
+            finally:
+                queue.end()
+
+        def host() -> HostBudget:
+            used_bytes = anonymous_bytes((os.getpid(),))
+            return measure_host(self.config, staging.disk, self.share, self.pipeline.device, used_bytes)
+
+        with ThreadPoolExecutor(1) as threads:
+            staged = threads.submit(stage_all)
+            try:
+                report = probe(
+                    queue,
+                    self.pipeline,
+                    host,
+                    outcomes,
+                    SignsOfLife(),
+                    FIRST_INFERENCE_LEASES * self.lease.ack_wait_s,
+                    partial(next, patience(host, self.share)),
+                    lambda: known_sizes(self.captures),
+                )
+            finally:
+                enough.set()
+        staged.result()
+        return (report, host()) if report is not None else None
+
+    def _useless(self, so: str) -> ConfigurationError:
+        cause = min(self.errors, key=lambda error: isinstance(error, ImageError))
+        do = "" if isinstance(cause, ImageError) else f"; {advice(cause)}"
+        return ConfigurationError(f"no image of job {self.job_id} can be measured here: {cause}{do}; {so}")

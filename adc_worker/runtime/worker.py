@@ -91,8 +91,6 @@ class WorkerLoop:
         self._jobs_done = 0
         url, held = config.antenna_nats_url, context.journal.subjects
         self._keeper = LeaseKeeper(url.get_secret_value(), context.lease, held, self._unsaved) if url else None
-        # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
-        torch.backends.cudnn.allow_tf32 = False
         self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
 
     def run(self) -> ExitCode:
@@ -234,6 +232,26 @@ class WorkerLoop:
             ) from error
 
 
+def make_data_folder(config: Settings) -> None:
+    """Make AMI_USER_DATA_PATH unless it is there; raises ConfigurationError where nothing can be kept in it."""
+    folder = config.user_data_path
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"AMI_USER_DATA_PATH: cannot create {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"AMI_USER_DATA_PATH: this user cannot write to {folder}: change its owner, or name another"
+        )
+
+
+def image_client(config: Settings) -> ImageClient:
+    """Return the client that downloads photographs, from where the settings allow."""
+    antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
+    addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
+    return ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2)
+
+
 def run(
     options: WorkerOptions,
     config: Settings,
@@ -246,17 +264,10 @@ def run(
 
     `died` is the process before this one, where its death was of its own making: its pid, and how.
     """
-    try:
-        config.user_data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"AMI_USER_DATA_PATH: cannot create {config.user_data_path}: {error.strerror}"
-        ) from error
+    make_data_folder(config)
     journal = Journal(config.journal_path)
-    antenna_host = urlsplit(config.antenna_api_base_url).hostname or ""
-    addresses = AddressPolicy(antenna_host, config.image_allowed_networks, config.image_allowed_hosts)
     with (
-        ImageClient(config.image_max_bytes, addresses, config.antenna_ack_wait_seconds / 2) as images,
+        image_client(config) as images,
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
         closing(MemoryShare(config.user_data_path)) as share,
     ):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adc_worker.errors import ConfigurationError
 from adc_worker.models.catalogue import (
@@ -18,7 +19,8 @@ from adc_worker.models.catalogue import (
     SCORE_THRESHOLD,
     ClassifierCard,
 )
-from adc_worker.models.registry import available, choose
+from adc_worker.models.pipeline import CallSizes
+from adc_worker.models.registry import available, choose, load
 from adc_worker.settings import Settings
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "pipelines.json"
@@ -40,6 +42,13 @@ def test_pipelines_that_wait_to_be_named_run_only_then() -> None:
     found = available(Settings())
     assert [spec.slug for spec in choose(found, ())] == list(PIPELINES)
     assert [spec.slug for spec in choose(found, ("simulated",))] == ["simulated"]
+
+
+def test_whoever_loads_a_pipeline_gets_boxes_of_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker, tuning and benchmarks alike: with TensorFloat-32 they would depend on what is in a call beside."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    load(available(Settings())["simulated"], torch.device("cpu"), CallSizes())
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
