@@ -5,7 +5,8 @@
 One worker per scenario works off a job per plan, so that no plan pays for a start, three times over: of each plan the
 quickest job counts, since whatever else a machine does slows one. What the jobs of a plan differ by is noise, and only
 plans that differ by more can be ranked. What was measured goes to `grid.json`; --again ranks it by a
-simulation that changed since. Writes a section of RESULTS.md; a scaled run, or a choice of scenarios, only prints.
+simulation that changed since. Writes a section of RESULTS.md, in which scenarios that are not named stay as they were
+measured last; a scaled run only prints.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SECTION, LIMIT_BYTES, RUN_S_MAX = "grid", 4_000_000_000, 80.0
 MEASURED = Path(__file__).with_suffix(".json")
 STAGED_AHEAD, FETCH_SIZE = 64, 32  # what no plan of the grid is short of
 BATCH_S = 0.001  # where no batch was ready
+TIE = 0.001  # of simulated rates: what a batch more or less in the measured stretch makes
 ALIKE_MIN = 0.02  # plans are alike that differ by less, or by less than runs of the same plan
 # What 12 plans differ in: images a batch, batches ahead, decode workers and downloads at once.
 PLANS = [
@@ -96,12 +98,14 @@ class Measured:
     """What one scenario was measured to be.
 
     Attributes:
+        where: when, and at which commit.
         decode_s: CPU seconds of a decode, on one thread.
         cores_together: what decodes on all cores bring, compared to one alone.
         runs: ours and those of the twelve plans, round by round.
     """
 
     scenario: Scenario
+    where: str
     compressed_bytes: int
     decode_s: float
     cores_together: float
@@ -145,48 +149,42 @@ def main() -> None:
     parser.add_argument("--images-scale", type=float, default=1.0)
     parser.add_argument("--again", action="store_true", help="only simulate again what was measured last")
     arguments = parser.parse_args()
-    whole = not arguments.scenarios and arguments.images_scale == 1
-    if arguments.again:
-        measured, where = load()
-    else:
-        chosen = [one for one in SCENARIOS if not arguments.scenarios or one.name in arguments.scenarios]
-        measured = _measure(chosen, arguments.images_scale)
-        where = f"{time.strftime('%Y-%m-%d')}, commit {report.commit()}, {report.machine()}"
-        if whole:
-            MEASURED.write_text(_as_json(where, measured))
-    text = _section(measured, where)
+    chosen = [one for one in SCENARIOS if not arguments.scenarios or one.name in arguments.scenarios]
+    measured = [] if arguments.again else _measure(chosen, arguments.images_scale)
+    if arguments.images_scale != 1:
+        print(_section(measured))
+        return
+    names = {one.scenario.name for one in measured}
+    kept = [one for one in (load() if MEASURED.exists() else []) if one.scenario.name not in names]
+    measured = sorted([*measured, *kept], key=lambda one: SCENARIOS.index(one.scenario))
+    text = json.dumps([asdict(one) for one in measured])
+    MEASURED.write_text(text.replace('{"plan"', '\n{"plan"').replace('{"scenario"', '\n{"scenario"') + "\n")
+    text = _section(measured)
     print(text)
-    if whole:
-        report.write_section(SECTION, text)
+    report.write_section(SECTION, text)
 
 
-def _as_json(where: str, measured: Sequence[Measured]) -> str:
-    """Return what was measured, a run per line."""
-    text = json.dumps({"where": where, "scenarios": list(map(asdict, measured))})
-    return text.replace('{"plan"', '\n{"plan"').replace('{"scenario"', '\n{"scenario"') + "\n"
-
-
-def load() -> tuple[list[Measured], str]:
-    """Return what was measured last: each scenario, and when, at which commit, on which machine."""
-    found = json.loads(MEASURED.read_text())
+def load() -> list[Measured]:
+    """Return what was measured last of each scenario."""
     return [
         Measured(**one | {"scenario": Scenario(**one["scenario"]), "runs": [Run(**run) for run in one["runs"]]})
-        for one in found["scenarios"]
-    ], found["where"]
+        for one in json.loads(MEASURED.read_text())
+    ]
 
 
 def ranking() -> str:
     """Say how the simulation ranks the plans that were measured last."""
     if not MEASURED.exists():
         return "Whether the simulation ranks plans as reality does is not known: `benchmarks/grid.py` has not been run."
-    each = ", ".join(f"{one.scenario.name} {one.tau[0]:.2f}" for one in load()[0])
+    each = ", ".join(f"{one.scenario.name} {one.tau[0]:.2f}" for one in load())
     return f"Kendall's tau between its ranking of the plans of `benchmarks/grid.py` and reality: {each}."
 
 
-def _section(measured: Sequence[Measured], where: str) -> str:
+def _section(measured: Sequence[Measured]) -> str:
+    where = " and ".join(dict.fromkeys(one.where for one in measured))
     return f"""## Our plan against twelve others (`benchmarks/grid.py`)
 
-{where}. Simulated at commit {report.commit()}.
+{where}, {report.machine()}. Simulated at commit {report.commit()}.
 
 Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
 connection (typical-slow: a tenth of that), on the same cores as worker and server; the GPU is a sleep. Images/s from a
@@ -235,7 +233,8 @@ def _measure(scenarios: Sequence[Scenario], images_scale: float) -> list[Measure
                 host.change(slower=scenario.slower)
                 runs = _runs(scenario, photographs, host, Path(folder))
                 host.change()
-                found.append(Measured(scenario, compressed_bytes, decode_s, together, touch_s_per_byte, runs))
+                where = f"{time.strftime('%Y-%m-%d')}, commit {report.commit()}"
+                found.append(Measured(scenario, where, compressed_bytes, decode_s, together, touch_s_per_byte, runs))
                 print(report.row(_row(found[-1])), _detail(found[-1]), sep="\n", flush=True)
     return found
 
@@ -321,9 +320,9 @@ def _world(measured: Measured) -> World:
 
 
 def _work_s(cpu_s: float, images_per_s: float, together: float) -> float:
-    """Return the CPU seconds of an image on a core alone: on two at once, the second adds what both bring together."""
-    busy = cpu_s * images_per_s
-    return (min(busy, 1.0) + max(0.0, busy - 1.0) * (together - 1)) / images_per_s
+    """Return the CPU seconds of an image on a core alone: each that is busy beside one adds what all bring together."""
+    busy, cores = cpu_s * images_per_s, len(os.sched_getaffinity(0))
+    return (min(busy, 1.0) + max(0.0, busy - 1.0) * (together - 1) / max(1, cores - 1)) / images_per_s
 
 
 def _feed(plan: Mapping[str, int], world: World) -> Feed:
@@ -339,13 +338,20 @@ def _feed(plan: Mapping[str, int], world: World) -> Feed:
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float], alike: float) -> tuple[float, int]:
-    """Return Kendall's tau over the pairs that differ by more than `alike` in the first, and how many those are."""
-    agree = total = 0
-    for one, other in combinations(range(len(first)), 2):
-        if abs(first[one] - first[other]) > alike * max(first[one], first[other]):
-            total += 1
-            agree += 1 if (first[one] - first[other]) * (second[one] - second[other]) > 0 else -1
-    return (agree / total if total else 1.0), total
+    """Return Kendall's tau over the pairs that differ by more than `alike` in the first, and how many those are.
+
+    A pair that is tied in the second counts as neither concordant nor discordant, as in Kendall's tau-a.
+    """
+    pairs = list(combinations(range(len(first)), 2))
+    told = [pair for pair in pairs if _order(first, pair, alike)]
+    agree = sum(_order(first, pair, alike) * _order(second, pair, TIE) for pair in told)
+    return (agree / len(told) if told else 1.0), len(told)
+
+
+def _order(values: Sequence[float], pair: tuple[int, int], alike: float) -> int:
+    """Return 1 or -1 by which of two values is larger, 0 where they differ by no more than `alike` of it."""
+    one, other = values[pair[0]], values[pair[1]]
+    return 0 if abs(one - other) <= alike * max(one, other) else 1 if one > other else -1
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ class Ours:
         infer_and_keep(self._pipeline, pixels, [one], [DecodeReport(0.0, truncated=False)], outcomes)  # type: ignore[arg-type]
         return self._found
 
-    def succeed(self, results: Sequence[ImageResult]) -> int:
+    def succeed(self, results: Sequence[ImageResult]) -> None:
         self._found = [len(one.classifications) for result in results for one in result.parts.detections]  # type: ignore[attr-defined]
-        return self._journal.keep([(result.task_id, result.parts) for result in results])
+        self._journal.keep([(result.task_id, result.parts) for result in results])
 
 
 class Plain:

@@ -177,7 +177,7 @@ class SaveWatch:
         Soon after the first look, then ever less often.
         """
         if self._at is None:
-            return held > 0
+            return held + self.unsaved(accepted) > 0
         pause_s = min(LOOK_SHARE * lease.ack_wait_s, self._at - self._first_at)
         return now - self._at >= pause_s and 2 * self.room(lease, held, accepted) < lease.held_limit(self.per_s)
 

@@ -23,10 +23,10 @@ BINDS = {
     "link": "link-bound: more RAM, more cores or a faster GPU would not help",
     "decode": "decode-bound: more cores would help, more RAM would not",
     "inference": "inference-bound: a faster GPU would help, more RAM or a faster link would not",
-    "memory": "memory-bound: more RAM would allow larger batches",
+    "memory": "memory-bound: more RAM would allow larger batches or more decoders",
     "vram": "GPU-memory-bound: more free memory of the GPU would allow larger batches",
     "lease": "lease-bound: a longer lease (AMI_ANTENNA_ACK_WAIT_SECONDS, as Antenna has it) would allow larger batches",
-    "ceiling": "held down by a setting, which images_per_s above names: without it the job would be faster",
+    "ceiling": "held down by a setting, or by the open files allowed: with more the job would be faster",
 }
 # What --write sets, and the part of a plan it takes. Whether to pin memory is no ceiling: false would forbid it where
 # it may be found to help.

@@ -147,9 +147,15 @@ class TaskFetch:
     def _within_saves(self, count: int) -> int:
         """Return how many of `count` tasks Antenna could save within their leases, at the rate it saves now."""
         held = self._journal.held_count(self.job_id)
+        room = self._saves.room(self._lease, held, self._poster.accepted[self.job_id])
         if self._saves.is_due(self._lease, time.monotonic(), held, self._poster.accepted[self.job_id]):
-            self._look()
-        return min(count, self._saves.room(self._lease, held, self._poster.accepted[self.job_id]))
+            try:
+                self._look()
+            except AntennaError:
+                if room < 1:
+                    raise
+            room = self._saves.room(self._lease, held, self._poster.accepted[self.job_id])
+        return min(count, room)
 
     def _look(self) -> None:
         with self._looking:  # fetching and the extension of leases both come here

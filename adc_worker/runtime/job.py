@@ -168,19 +168,17 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         life=context.life,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
-    threads = ThreadPoolExecutor(1, thread_name_prefix="captures")
-    if memory.governor is None:  # before any task is fetched
-        run.captures = threads.submit(listed, context.client, job_id)
-    intake.start()
-    try:
-        with naming_gpu_faults(), context.reporter.job(run.view):
-            run.probe_and_feed()
-        if outcomes.done:
-            context.share.recover()
-    finally:
-        context.share.claim(context.host(pipeline).used_bytes, busy=False)
-        intake.close()
-        threads.shutdown()
+    with ThreadPoolExecutor(1, thread_name_prefix="captures") as threads, closing(intake):
+        if memory.governor is None:  # asked for before any task is
+            run.captures = threads.submit(listed, context.client, job_id)
+        intake.start()
+        try:
+            with naming_gpu_faults(), context.reporter.job(run.view):
+                run.probe_and_feed()
+            if outcomes.done:
+                context.share.recover()
+        finally:
+            context.share.claim(context.host(pipeline).used_bytes, busy=False)
     context.check_threads()
     worked = intake.fetched - intake.parked
     if worked:

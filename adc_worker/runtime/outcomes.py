@@ -33,7 +33,7 @@ class ImageResult:
 
 
 class Outcomes(Protocol):
-    """What the probe and a batch tell of their images: `succeed` returns the bytes of the results."""
+    """What the probe and a batch tell of their images."""
 
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
     def succeed(self, results: Sequence[ImageResult]) -> None: ...

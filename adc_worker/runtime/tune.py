@@ -31,6 +31,7 @@ from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.redaction import redact
 from adc_worker.runtime.faults import advice
+from adc_worker.runtime.intake import IntakeLimits
 from adc_worker.runtime.job import ceilings, measure_host, naming_gpu_faults
 from adc_worker.runtime.outcomes import JobOutcomes, Outcomes
 from adc_worker.runtime.probe import known_sizes, probe
@@ -39,13 +40,13 @@ from adc_worker.runtime.worker import image_client, make_data_folder
 from adc_worker.settings import Settings
 from adc_worker.tuning.plan import IngestPlan
 from adc_worker.tuning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
-from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_DOWNLOADS, PROBE_IMAGES, ProbeReport
+from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 
 POST_TIMEOUT_S = 60.0
 PATIENCE_S = 60  # with others that hold the memory
 # An ingest of today's constants, worked out as it was measured (RESULTS.md, rows `today-…`): float32 pixels, Pillow and
 # ToTensor in place of our decoder, 400 MB a loader process (measurements, "Other costs").
-OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 400_000_000, 12
+OLD_LOADERS, OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 4, 400_000_000, 12
 OLD_DECODE_FACTOR, OLD_S_PER_PX, FETCH_S = 1.8, 20e-9, 0.12
 
 
@@ -157,7 +158,7 @@ def tune(config: Settings, target: str) -> Tuning:
         host = shared(host, instances - len(share.others()))
     limits = ceilings(config)
     plan = IngestPolicy(limits).plan(report, host, lease)
-    loaders = limits.fixed_decode_workers if config.num_workers is None else config.num_workers
+    loaders = OLD_LOADERS if config.num_workers is None else config.num_workers
     old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, loaders)
     return Tuning(job.id, job.pipeline_slug, redact(source), report, host, lease, plan, old)  # it may quote a URL
 
@@ -286,7 +287,8 @@ class _Sample:
 
         def stage_all() -> None:
             try:
-                with ThreadPoolExecutor(PROBE_DOWNLOADS) as downloads:
+                most = IntakeLimits.for_probe(ceilings(self.config), self.lease).downloads
+                with ThreadPoolExecutor(most) as downloads:
                     list(downloads.map(stage, tasks))
             finally:
                 queue.end()

@@ -35,7 +35,7 @@ READY_ENOUGH, GAIN = 0.95, 1.03
 # in vain, the slower.
 STEP, STEPS = 1.5, ("download_concurrency", "decode_workers", "prefetch_factor", "batch_size")
 # A new report is followed where it changes one of these, or sizes.
-FOLLOWED = (*STEPS, "batch_bytes", "arena_bytes", "held_limit")
+FOLLOWED = (*STEPS, "batch_bytes", "arena_bytes", "scratch_bytes", "held_limit")
 WINDOW_BATCHES = 20  # and SETTLE_S: over which rates and readiness are compared
 # Before anything grows its last change is this old: a worker that starts beside this one takes memory for its libraries
 # first, and for a job some seconds later (RESULTS.md, "The governor").
@@ -111,8 +111,10 @@ class Governor:
         self._policy = policy
         self._report = report
         self._lease = lease
+        self._alone_s = report.inference_s  # without decoders beside it
         self._slack = 1.0  # times slower than measured, that downloads and decodes are planned to be
-        self._seen: deque[ImageProbe] = deque(maxlen=SMALLER_BATCHES)
+        self._seen: deque[Observation] = deque(maxlen=SMALLER_BATCHES)  # since the last report
+        self._recent_s = 0.0
         self._recent: deque[Observation] = deque()  # since the last change took effect, as far as the window goes
         self._available: deque[tuple[float, int]] = deque(maxlen=FALLING_BATCHES)  # (seconds, bytes)
         self._unexplained: deque[int] = deque([0], maxlen=WINDOW_BATCHES)
@@ -143,7 +145,7 @@ class Governor:
         reason = "the last change takes effect with the next loader"
         if seen.in_force:
             self._note(seen)
-            self._seen.append(seen.image)
+            self._seen.append(seen)
             self._since_change += 1
             self._since_change_s += seen.batch_s
             action, reason = self._change(seen, host, pressure)
@@ -173,14 +175,15 @@ class Governor:
 
     def _note(self, seen: Observation) -> None:
         """Keep a window of batches and of seconds: quick batches of one image differ too much for few of them."""
-        recent = self._recent
-        recent.append(seen)
-        while len(recent) > WINDOW_BATCHES and sum(one.batch_s for one in recent) - recent[0].batch_s >= SETTLE_S:
-            recent.popleft()
+        self._recent.append(seen)
+        self._recent_s += seen.batch_s
+        while len(self._recent) > WINDOW_BATCHES and self._recent_s - self._recent[0].batch_s >= SETTLE_S:
+            self._recent_s -= self._recent.popleft().batch_s
 
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
             self._report, self._slack = report, 1.0
+            self._alone_s = min(self._alone_s, report.inference_s)
             self._seen.clear()
             plan = self._made(host, self._slack)
             # A link that is ten times slower and still fast enough changes nothing.
@@ -201,35 +204,47 @@ class Governor:
 
     def _drifted(self) -> ProbeReport | None:
         """Return the report to plan with when images, inference or link have changed for good."""
-        report, seen, downloads_at_once = self._report, self._seen, self.plan.download_concurrency
-        recent = tuple(seen)[-PACE_BATCHES:]
-        usual = [one for one in recent if 1 / ALIKE <= one.tensor_bytes / report.usual_tensor_bytes <= ALIKE]
-        paces = [one.inference_s / report.inference_s for one in usual]  # other sizes take another time
-        other_pace = len(paces) == PACE_BATCHES and (min(paces) > PACE_CHANGE or max(paces) < 1 / PACE_CHANGE)
-        if other_pace or (report.uncertain and len(seen) == FIRST_BATCHES):
-            return report.measured_by(recent, downloads_at_once)
-        if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in seen], GROWTH, SHRINKAGE):
-            return report.for_images_like(seen[-1], downloads_at_once)
+        report, downloads_at_once = self._report, self.plan.download_concurrency
+        images = [one.image for one in self._seen]
+        if report.uncertain and len(images) == FIRST_BATCHES:
+            return report.measured_by(images, downloads_at_once)
+        if other := self._other_pace():
+            return report.measured_by(other, downloads_at_once)
+        if _changed([one.tensor_bytes / report.tensor_bytes_per_image for one in images], GROWTH, SHRINKAGE):
+            return report.for_images_like(images[-1], downloads_at_once)
         slower = self._link_slower()
         return report.for_link(slower, downloads_at_once) if slower is not None else None
+
+    def _other_pace(self) -> list[ImageProbe]:
+        """Return the window's images if inference took another time for all of them; other sizes do by themselves."""
+        images, usual_bytes = [one.image for one in self._recent], self._report.usual_tensor_bytes
+        if len(images) < PACE_BATCHES or self._recent_s < SETTLE_S:
+            return []
+        if any(not 1 / ALIKE <= one.tensor_bytes / usual_bytes <= ALIKE for one in images):
+            return []
+        paces = [one.inference_s / self._report.inference_s for one in images]
+        # A GPU may be slower beside decode threads: that is answered with processes first.
+        slower = min(paces) > PACE_CHANGE and (self._engine_tried or not self._recent[-1].host.gpu)
+        return images if slower or max(paces) < 1 / PACE_CHANGE else []
 
     def _link_slower(self) -> float | None:
         """Return how many times as long as planned downloads take when the link has changed.
 
-        They take longer the more of them share it, which is no change; and where sizes are mixed, small ones take what
-        the large ones leave: then only steps tell.
+        A slower one matters when the GPU waits for it. They are faster also when fewer of them share it, which is no
+        change; and small images take what the large ones leave, so that only the large ones tell.
         """
-        downloads = [one for one in self._seen if one.download_s > 0]
-        sizes = [one.compressed_bytes for one in downloads]
-        if not sizes or max(sizes) > LINK_CHANGE * min(sizes):
-            return None
-        each = [self._report.link_slower(one) for one in downloads]
-        more = self.plan.download_concurrency / self._report.downloads
-        if _changed([min(one, one / more) for one in each], LINK_CHANGE, 0.0):
+        seen = [one for one in self._seen if one.image.download_s > 0]
+        most_bytes = max((one.image.compressed_bytes for one in seen), default=0)
+        seen = [one for one in seen if LINK_CHANGE * one.image.compressed_bytes >= most_bytes]
+        each = [self._report.link_slower(one.image) for one in seen]
+        if _changed([0.0 if one.ready else by for one, by in zip(seen, each, strict=True)], LINK_CHANGE, -1.0):
             return min(each[-LARGER_BATCHES:])
-        if self._since_change_s < SETTLE_S:
+        more = self.plan.download_concurrency / self._report.downloads
+        if self._since_change_s < SETTLE_S or not _changed(
+            [max(by, by / more) for by in each], math.inf, 1 / LINK_CHANGE
+        ):
             return None
-        return max(each) if _changed([max(one, one / more) for one in each], math.inf, 1 / LINK_CHANGE) else None
+        return max(each)
 
     def _shrink(self, host: HostBudget) -> tuple[Action, str]:
         if self._trial is not None:
@@ -281,7 +296,7 @@ class Governor:
         """Tell whether a GPU's inference is slower beside decode threads than the probe's was without."""
         if not self._recent[-1].host.gpu or self._engine_tried:
             return False
-        return median(one.image.inference_s for one in self._recent) > DISTURBED * self._report.inference_s
+        return median(one.image.inference_s for one in self._recent) > DISTURBED * self._alone_s
 
     def _try(self, plan: IngestPlan, slack: float, reason: str) -> tuple[Action, str]:
         """Go beyond what the policy planned; it has to prove itself."""
@@ -323,6 +338,7 @@ class Governor:
         self._trial = None
         self._since_change, self._since_change_s = 0, 0.0
         self._recent.clear()
+        self._recent_s = 0.0
         return action, reason
 
     def _pauses(self, pressure: float, stalled_percent: float) -> bool:

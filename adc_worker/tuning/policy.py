@@ -89,9 +89,12 @@ class _Arithmetic:
         wanted_batch, wanted_workers = self._wanted_batch(), self._wanted_workers()
         batch, workers, cut = self._fitting(room, wanted_batch, wanted_workers)
         connections = self._connections()
+        # No more decoders are busy than batches may wait.
+        depth = self._operators(max(PREFETCH_MAX, workers), self.ceilings.prefetch_factor, FIXED_PREFETCH)[0]
+        busy = min(workers, (depth + 1) * self._largest_in(batch))
         rates = {
             "link": report.link_per_s(connections),
-            "decode": workers / max(report.decode_s, 1e-6),
+            "decode": busy / max(report.decode_s, 1e-6),
             "inference": 1 / (report.inference_s + report.keep_s / batch),
         }
         slowest = min(rates, key=lambda stage: rates[stage])
@@ -112,7 +115,7 @@ class _Arithmetic:
         peak = report.base_bytes + arena + scratch + working_set + reserve
         # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
         solo = max(arena, host.limit_bytes - report.base_bytes - reserve - scratch - self._working_set(1))
-        binds, says = self._binds(slowest, workers, connections, cut, short=workers < wanted_workers)
+        binds, says = self._binds(slowest, busy, connections, cut, short=workers < wanted_workers)
         wait_s = batch * report.inference_s
         why |= {
             "batch_bytes": f"{batch} usual images, or the largest one: {_mb(batch_bytes)}",
@@ -125,7 +128,7 @@ class _Arithmetic:
             f" + inference {_mb(working_set)} + {reserve_why} = {_mb(peak)}",
             "images_per_s": f"link {rates['link']:.1f} ({connections} downloads of {report.download_s:.2f} s, "
             f"{report.downloads:.1f} of {report.transfer_s:.2f} s may share it), "
-            f"decode {rates['decode']:.1f} ({workers} x {report.decode_s:.3f} s), "
+            f"decode {rates['decode']:.1f} ({busy} x {report.decode_s:.3f} s), "
             f"inference {rates['inference']:.1f} ({report.inference_s:.3f} s with the copy to the device, "
             f"{report.keep_s:.3f} s a batch to keep results): {rate:.2f}",
             "binds": says,
@@ -215,7 +218,7 @@ class _Arithmetic:
         cut = "memory" if fits < wanted_batch else ""
         self.why["batch_size"] += f"; {_mb(max(0, room))} with {wanted_workers} decoding {fits}"
         self.why["decode_workers"] += f"; {_mb(max(0, room))} with batches of {batch}: {workers}"
-        per_image, free = self.report.vram_peak_bytes, self.host.vram_free_bytes
+        per_image, free = self.report.vram_bytes, self.host.vram_free_bytes
         if per_image and free < per_image * self.ceilings.images_per_call:  # else calls bound it
             holds = max(1, free // per_image)
             self.why["batch_size"] += f"; the GPU's {_mb(free)}, {_mb(per_image)} each, {holds}"
@@ -229,12 +232,12 @@ class _Arithmetic:
         return batches * self._batch_bytes(batch) + workers * self._decode_bytes + self._working_set(batch)
 
     def _busy(self, batch: int, workers: int) -> int:
-        """Return the batches ahead that keep every worker busy: that many and one are decoded or ready at a time.
+        """Return the batches ahead that keep every worker busy: that many and one are decoded or ready at a time."""
+        return max(1, math.ceil(workers / self._largest_in(batch)) - 1)
 
-        Of the largest images, fewer are in a batch.
-        """
-        images = max(1, self._batch_bytes(batch) // self._place)
-        return max(1, min(PREFETCH_MAX, math.ceil(workers / images) - 1))
+    def _largest_in(self, batch: int) -> int:
+        """Return how many of the largest images are in a batch of usual ones' bytes."""
+        return max(1, self._batch_bytes(batch) // self._place)
 
     @property
     def _place(self) -> int:
@@ -251,16 +254,19 @@ class _Arithmetic:
         return self.report.decode_scratch_bytes + self.report.compressed_bytes
 
     def _working_set(self, batch: int) -> int:
-        at_once = min(self.ceilings.images_per_call, batch)
-        largest = max(1.0, at_once * self.report.usual_tensor_bytes / self.report.tensor_bytes_per_image)
-        return int(largest * self.report.inference_peak_bytes)
+        """Return the memory of one call: of the largest image, or of as large ones as it can have at once."""
+        report, at_once = self.report, min(self.ceilings.images_per_call, batch)
+        largest = report.tensor_bytes_per_image
+        size = min(largest, self._batch_bytes(batch) // at_once)
+        return max(report.inference_bytes(largest), at_once * report.inference_bytes(size))
 
     def _binds(self, slowest: str, workers: int, connections: int, cut: str, *, short: bool) -> tuple[str, str]:
         """Return what holds the plan back, and why."""
         ceilings, report = self.ceilings, self.report
         if slowest == "decode" and short:
             return "memory", f"decoding is slowest, and memory holds no more than {workers} decoders"
-        if slowest == "decode" and workers < self.host.cores and (self._fixed or workers == ceilings.decode_workers):
+        held_down = self._fixed or workers == ceilings.decode_workers or ceilings.prefetch_factor is not None
+        if slowest == "decode" and workers < self.host.cores and held_down:
             return "ceiling", f"decoding is slowest, and the settings allow no more than {workers} decoders"
         if slowest == "link" and report.link_per_s(connections) < report.link_per_s(DOWNLOADS_MAX):
             return "ceiling", f"the link is slowest, and settings or open files allow {connections} downloads"
@@ -271,7 +277,7 @@ class _Arithmetic:
     def _connections(self) -> int:
         """Return how many downloads there may be at once: by descriptors, and by the operator's setting."""
         files = (self.host.descriptors - descriptors(0, self.host.cores)) // 2
-        return self._operators(max(1, min(DOWNLOADS_MAX, files)), self.ceilings.downloads, FIXED_DOWNLOADS)[0]
+        return max(1, min(files, self._operators(DOWNLOADS_MAX, self.ceilings.downloads, FIXED_DOWNLOADS)[0]))
 
     def _prefetch(self, pixels_bytes: int, batch: int, workers: int) -> int:
         """Return the batches decoded ahead."""

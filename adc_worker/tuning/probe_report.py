@@ -9,13 +9,11 @@ from statistics import fmean, median, median_low
 
 PROBE_IMAGES, PROBE_DOWNLOADS = 2, 4
 PIXEL_BYTES = 3  # uint8 RGB, the form in which images wait and travel
-ALIKE, ALIKE_S = (
-    1.5,
-    2.0,
-)  # images whose pixels, or whose inference, differ by a larger factor do not stand for each other
-# Inference of a larger image than was measured takes no more than this on top: the image as float32 twice, and as
-# uint8 twice. A model's memory that does not grow with the image would else be scaled, too.
-INFERENCE_BYTES_PER_PX_MAX = 30
+ALIKE = 1.5  # images stand for each other whose pixels differ by no larger factor
+ALIKE_S = 2.0  # and whose inference by no larger one
+# Memory of inference grows with the pixels. A model has some that does not: beyond so many times the pixels that were
+# measured no more than an image as float32 twice, and as uint8 twice, is reckoned for each pixel more.
+PROPORTIONAL_UP_TO, INFERENCE_BYTES_PER_PX = 16, 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +81,9 @@ class ProbeReport:
     Attributes:
         images: what was decoded and inferred, in that order: one or two, or the mean of the first batches.
         base_bytes: memory of the process tree after the models were loaded.
-        inference_peak_bytes: growth of the process's memory while inferring one image.
+        inference_peak_bytes: growth of the process's memory while inferring one image, the largest that was measured.
         vram_peak_bytes: the same of the GPU's memory; 0 on the CPU.
+        peak_tensor_bytes: pixels of that image; 0: of the largest of `images`.
         uncertain: whether these images may not stand for the job: plans leave a wider margin.
         downloads: how many there were at once on average, so how many may have shared the link.
         sighted: images of the job that were not decoded; their times are reckoned.
@@ -97,6 +96,7 @@ class ProbeReport:
     uncertain: bool = False
     downloads: float = 1.0
     sighted: tuple[ImageProbe, ...] = ()
+    peak_tensor_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -135,31 +135,28 @@ class ProbeReport:
                 download_s=seen.download_s,
             )
             sighted.append(more.decoded_like(measured))
-        return replace(self, sighted=tuple(sighted)).with_memory_of(self)
-
-    def with_memory_of(self, measured: ProbeReport) -> ProbeReport:
-        """Return the report with the pipeline's memory as it was measured, scaled to the largest image of this one."""
-        size, measured_size = self.tensor_bytes_per_image, measured.tensor_bytes_per_image
-        most_more = max(0, size - measured_size) // PIXEL_BYTES * INFERENCE_BYTES_PER_PX_MAX
-        inference, vram = (
-            min(int(one * size / measured_size), one + most_more)
-            for one in (measured.inference_peak_bytes, measured.vram_peak_bytes)
-        )
-        return replace(self, inference_peak_bytes=inference, vram_peak_bytes=vram)
+        return replace(self, sighted=tuple(sighted))
 
     def measured_by(self, batches: Sequence[ImageProbe], downloads: int) -> ProbeReport:
         """Return the report with what batches, each of them a mean image, took; the sizes of before stay known."""
-        inference_s, keep_s = median(one.inference_s for one in batches), median(one.keep_s for one in batches)
+        inference_s = median(one.inference_s for one in batches)
+        keep_s = min(self.keep_s, median(one.keep_s for one in batches))  # of a batch of one, or of more
         images = tuple(replace(one, inference_s=inference_s, keep_s=keep_s) for one in batches)
-        made = ProbeReport(images, self.base_bytes, 0, downloads=downloads)
-        known = tuple(one.decoded_like(made._largest) for one in self._all)
+        largest = max(images, key=lambda one: one.tensor_bytes)
+        known = tuple(one.decoded_like(largest) for one in self._all)
         if any(one.download_s > 0 for one in images):  # over connections that are open
             known = tuple(replace(one, first_byte_s=0.0, download_s=0.0) for one in known)
-        return replace(made, sighted=known).with_memory_of(self)
+        uncertain = not any(one.download_s > 0 for one in images + known)
+        return replace(self._of_images(images, downloads), sighted=known, uncertain=uncertain)
 
     def for_images_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
         """Return the report of a job whose images look like `seen`."""
-        return ProbeReport((seen,), self.base_bytes, 0, downloads=downloads).with_memory_of(self)
+        return self._of_images((replace(seen, keep_s=min(self.keep_s, seen.keep_s)),), downloads)
+
+    def _of_images(self, images: tuple[ImageProbe, ...], downloads: float) -> ProbeReport:
+        return replace(
+            self, images=images, sighted=(), uncertain=False, downloads=downloads, peak_tensor_bytes=self._peak_bytes_at
+        )
 
     def for_link(self, slower: float, downloads: int) -> ProbeReport:
         """Return the report of a job whose downloads, so many at once, take `slower` times as long."""
@@ -207,6 +204,26 @@ class ProbeReport:
             return 1.0
         waiting_s = median(one.first_byte_s for one in downloads)
         return seen.download_s / max(1e-6, waiting_s + self._transfer_s_per_byte * seen.compressed_bytes)
+
+    def inference_bytes(self, tensor_bytes: int) -> int:
+        """Return the memory that inference of an image of so many bytes takes."""
+        return self._scaled(self.inference_peak_bytes, tensor_bytes)
+
+    @property
+    def vram_bytes(self) -> int:
+        """The memory of the GPU that inference of the largest image takes."""
+        return self._scaled(self.vram_peak_bytes, self.tensor_bytes_per_image)
+
+    def _scaled(self, peak_bytes: int, tensor_bytes: int) -> int:
+        scale, more = tensor_bytes / self._peak_bytes_at, tensor_bytes - self._peak_bytes_at
+        flat = peak_bytes + INFERENCE_BYTES_PER_PX * more // PIXEL_BYTES
+        if scale > PROPORTIONAL_UP_TO:
+            return min(flat, int(scale * peak_bytes))
+        return max(flat, int(scale * peak_bytes)) if more < 0 else int(scale * peak_bytes)
+
+    @property
+    def _peak_bytes_at(self) -> int:
+        return self.peak_tensor_bytes or self._largest.tensor_bytes
 
     @property
     def _largest(self) -> ImageProbe:

@@ -70,10 +70,10 @@ class Governed:
 def replayed(plan_line: Mapping[str, Any], batch_lines: Sequence[Mapping[str, Any]], policy: IngestPolicy) -> list[str]:
     """Make the decisions of a job again from its log; return the lines that come out differently."""
     inputs = plan_line["inputs"]
-    images = tuple(ImageProbe(**one) for one in inputs["report"].pop("images"))
+    images, sighted = (tuple(ImageProbe(**one) for one in inputs["report"].pop(name)) for name in ("images", "sighted"))
     governor = Governor(
         policy,
-        ProbeReport(images=images, **inputs["report"]),
+        ProbeReport(images=images, sighted=sighted, **inputs["report"]),
         HostBudget(**inputs["host"]),
         LeaseTerms(**inputs["lease"]),
     )

@@ -109,9 +109,8 @@ def test_the_image_that_failed_has_an_error_result_and_the_others_theirs() -> No
     reports: Any = [SimpleNamespace(decode_s=0.1, truncated=False)] * 3
     kept: dict[int, str] = {}
 
-    def succeed(results: Sequence[ImageResult]) -> int:
+    def succeed(results: Sequence[ImageResult]) -> None:
         kept.update({one.task_id: json.loads(b"".join(one.parts))["source_images"][0]["id"] for one in results})
-        return 1
 
     outcomes: Any = SimpleNamespace(
         succeed=succeed, fail_staged=lambda image, error: kept.update({image.id: str(error)})

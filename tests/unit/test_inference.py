@@ -29,9 +29,8 @@ class Outcomes:
         self.kept: dict[int, bytes] = {}
         self.failed: dict[int, str] = {}
 
-    def succeed(self, results: Iterable[ImageResult]) -> int:
+    def succeed(self, results: Iterable[ImageResult]) -> None:
         self.kept |= {result.task_id: b"".join(result.parts) for result in results}
-        return 0
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         self.failed[image.id] = str(error)

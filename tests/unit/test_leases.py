@@ -104,6 +104,14 @@ def test_a_short_job_of_a_fast_worker_does_not_wait_for_the_first_look_at_the_sa
     assert took_s < 5.5
 
 
+def test_saves_are_looked_at_though_every_task_was_worked_off() -> None:
+    """75 results that were accepted and are not known to be saved leave no room; nothing is held then."""
+    lease, watch = LeaseTerms(), SaveWatch()
+    assert watch.room(lease, held=0, accepted=75) == 0
+    assert watch.is_due(lease, 0.0, held=0, accepted=75)
+    assert not SaveWatch().is_due(lease, 0.0, held=0, accepted=0)
+
+
 def test_looks_become_ever_rarer() -> None:
     """A server that saves nothing is asked every 2 s in the end, not whenever a fetch wants more."""
     lease, watch, looks = LeaseTerms(), SaveWatch(), 0

@@ -10,7 +10,7 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.tuning.plan import descriptors
 from adc_worker.tuning.policy import IngestPolicy
-from adc_worker.tuning.probe_report import INFERENCE_BYTES_PER_PX_MAX, ProbeReport, Sighting
+from adc_worker.tuning.probe_report import INFERENCE_BYTES_PER_PX, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())
@@ -125,7 +125,7 @@ def test_memory_of_inference_that_does_not_grow_with_the_image_is_not_scaled_bey
     small = image_probe(width_px=64, height_px=48, compressed_bytes=2_000, decode_scratch_bytes=1_200)
     tiny = report(small, inference_peak_bytes=20 * MB)
     seen = tiny.with_sighted([Sighting(4096, 2160)])
-    assert 20 * MB < seen.inference_peak_bytes <= 20 * MB + INFERENCE_BYTES_PER_PX_MAX * 4096 * 2160
+    assert 20 * MB < seen.inference_bytes(3 * 4096 * 2160) <= 20 * MB + INFERENCE_BYTES_PER_PX * 4096 * 2160
     made = IngestPolicy().plan(seen, host(), LeaseTerms())
     assert made.peak_bytes < host().limit_bytes
     assert made.solo_bytes > 10 * GB, "larger images are not refused"

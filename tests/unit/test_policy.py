@@ -123,6 +123,7 @@ def test_tiny_images_on_a_slow_link_get_large_batches_and_much_prefetch() -> Non
         assert made.binds == "link"
     assert far.download_concurrency == DOWNLOADS_MAX > narrow.download_concurrency > PROBE_DOWNLOADS
     assert far.staged_ahead >= 100
+    assert far.staged_ahead / far.images_per_s > 5, "seconds of work"
     assert far.staged_ahead > narrow.staged_ahead > 2 * BATCH_SIZE_MAX
 
 
@@ -215,6 +216,7 @@ def test_huge_images_get_small_batches_and_no_prefetch() -> None:
     made = plan(report(huge), host())
     assert made.batch_size == 1
     assert made.prefetch_factor == 1
+    assert made.staged_ahead == 6 + 2 * 1 + 4  # six downloads bring 2 images/s, 4 cover two seconds of fetching
 
 
 def test_a_fast_link_and_fast_inference_get_small_batches_and_no_prefetch() -> None:
@@ -227,6 +229,7 @@ def test_a_fast_link_and_fast_inference_get_small_batches_and_no_prefetch() -> N
     assert made.download_concurrency == 2 < slow_link.download_concurrency
     # 2 s of fetching are 100 images at 50 images/s: all but ten of them cover the latency of fetches alone.
     assert made.staged_ahead == 2 + 2 * 4 + 100
+    assert made.staged_ahead / made.images_per_s < 2.5, "seconds of work"
 
 
 def test_a_gpu_is_pinned_for_only_where_the_operator_permits_it() -> None:
@@ -293,6 +296,14 @@ reports = st.builds(
     base_bytes=st.integers(300 * MB, 6 * GB),
     inference_peak_bytes=st.integers(0, 10 * MB) | st.integers(0, 2 * GB),
 )
+sightings = st.builds(
+    Sighting,
+    width_px=st.integers(64, 2_000) | st.integers(64, 12_000),
+    height_px=st.integers(64, 2_000) | st.integers(64, 9_000),
+    compressed_bytes=st.integers(5_000, 60 * MB),
+    decode_scratch_bytes=st.integers(10_000, 400 * MB),
+)
+mixed = st.builds(ProbeReport.with_sighted, reports, st.lists(sightings, max_size=4))
 leases = st.builds(LeaseTerms, ack_wait_s=st.floats(1, 3600))
 ceiling = st.none() | st.integers(1, 40)
 all_ceilings = st.builds(
@@ -318,7 +329,8 @@ def place(measured: ProbeReport) -> int:
 def smallest_peak(measured: ProbeReport) -> int:
     """What one image at a time needs: itself, one decode, one inference."""
     one_decode = measured.decode_scratch_bytes + measured.compressed_bytes
-    return measured.base_bytes + RESERVE_BYTES + place(measured) + one_decode + measured.inference_peak_bytes
+    inference = measured.inference_bytes(measured.tensor_bytes_per_image)
+    return measured.base_bytes + RESERVE_BYTES + place(measured) + one_decode + inference
 
 
 @dataclass(frozen=True)
@@ -337,7 +349,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Draw machines with room for less than one image up to twenty, where the arithmetic is, or for any number."""
-    measured, ceilings = draw(reports), draw(all_ceilings)
+    measured, ceilings = draw(reports | mixed), draw(all_ceilings)
     needed, one = smallest_peak(measured), smallest_peak(measured) - measured.base_bytes - RESERVE_BYTES
     room = needed + int(draw(st.floats(-1, 20) | st.floats(-1, 1000)) * one)
     machine = host(
@@ -393,13 +405,24 @@ def test_an_image_alone_stays_below_the_hard_limit(case: Case) -> None:
 
 
 @often
+@given(cases())
+def test_a_call_of_any_known_size_takes_no_more_than_was_planned(case: Case) -> None:
+    """However many of that size a batch may have, and a call take at once."""
+    made, measured = case.plan(), case.measured
+    planned = made.peak_bytes - made.base_bytes - made.arena_bytes - made.scratch_bytes - RESERVE_BYTES
+    for image in (*measured.images, *measured.sighted):
+        at_once = min(case.ceilings.images_per_call, made.batch_size, max(1, made.batch_bytes // image.tensor_bytes))
+        assert at_once * measured.inference_bytes(image.tensor_bytes) <= planned
+
+
+@often
 @given(cases(), st.integers(0, 4000), st.integers(0, 4000))
 def test_larger_images_never_get_a_larger_batch(case: Case, wider: int, higher: int) -> None:
     """All else being equal."""
-    image = case.measured.images[0]
+    image, alike = case.measured.images[0], replace(case.measured, sighted=())
     larger = replace(image, width_px=image.width_px + wider, height_px=image.height_px + higher)
-    many = case.plan().batch_size
-    assert replace(case, measured=replace(case.measured, images=(larger, larger))).plan().batch_size <= many
+    many = replace(case, measured=alike).plan().batch_size
+    assert replace(case, measured=replace(alike, images=(larger, larger))).plan().batch_size <= many
 
 
 @often
@@ -424,7 +447,7 @@ def test_no_ceiling_is_exceeded(case: Case) -> None:
     """Neither the operator's nor the lease's, nor those of measurements in auto mode."""
     made = case.plan()
     assert made.fetch_size <= (case.ceilings.tasks_per_fetch or TASKS_PER_FETCH_MAX)
-    assert made.prefetch_factor <= (case.ceilings.prefetch_factor or PREFETCH_MAX)
+    assert made.prefetch_factor <= (case.ceilings.prefetch_factor or max(PREFETCH_MAX, made.decode_workers))
     assert made.download_concurrency <= (case.ceilings.downloads or DOWNLOADS_MAX)
     assert made.decode_workers <= (case.ceilings.decode_workers or 64)
     assert made.staged_ahead <= max(1, case.machine.staging_bytes // case.measured.compressed_bytes)
@@ -435,8 +458,9 @@ def test_no_ceiling_is_exceeded(case: Case) -> None:
     if case.ceilings.mode == "auto":
         assert made.decode_workers <= case.machine.cores
         assert made.batch_size <= BATCH_SIZE_MAX
-        assert made.batch_size == 1 or made.batch_size * case.measured.tensor_bytes_per_image <= BATCH_BYTES_CAP
-        keeps_decoders_busy = made.prefetch_factor * made.batch_size < made.decode_workers
+        assert made.batch_size == 1 or made.batch_size * case.measured.usual_tensor_bytes <= BATCH_BYTES_CAP
+        largest_in_a_batch = max(1, made.batch_bytes // place(case.measured))
+        keeps_decoders_busy = made.prefetch_factor * largest_in_a_batch < made.decode_workers
         assert made.prefetch_factor == 1 or keeps_decoders_busy or made.arena_bytes <= ARENA_BYTES_CAP
 
 
@@ -448,8 +472,8 @@ def test_the_arena_holds_its_batches(case: Case) -> None:
     assert made.arena_bytes >= place(case.measured)
     assert made.batch_bytes >= case.measured.tensor_bytes_per_image
     if made.batch_size > 1:
-        assert made.arena_bytes >= (made.prefetch_factor + 2) * made.batch_size * place(case.measured)
-        assert made.batch_bytes >= made.batch_size * case.measured.tensor_bytes_per_image
+        assert made.arena_bytes >= (made.prefetch_factor + 2) * made.batch_bytes
+        assert made.batch_bytes >= made.batch_size * case.measured.usual_tensor_bytes
 
 
 @often
@@ -472,10 +496,12 @@ def test_what_is_said_to_bind_does(case: Case) -> None:
     made = case.plan()
     assert made.images_per_s <= 1 / case.measured.inference_s
     assert made.images_per_s <= made.decode_workers / max(case.measured.decode_s, 1e-6)
+    in_the_arena = (made.prefetch_factor + 1) * max(1, made.batch_bytes // place(case.measured))
+    decoding = min(made.decode_workers, max(in_the_arena, 1))
     if made.binds == "inference":
         assert made.images_per_s >= 1 / (case.measured.inference_s + case.measured.keep_s)
     if made.binds == "decode":
-        assert made.images_per_s == made.decode_workers / max(case.measured.decode_s, 1e-6)
+        assert made.images_per_s == pytest.approx(decoding / max(case.measured.decode_s, 1e-6))
 
 
 SWEPT = [

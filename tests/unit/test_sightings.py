@@ -21,7 +21,7 @@ def test_what_is_staged_behind_the_probe_is_planned_with_by_its_size() -> None:
     assert seen.tensor_bytes_per_image == 4 * USUAL.tensor_bytes_per_image
     assert (seen.compressed_bytes, seen.decode_scratch_bytes) == (20 * MB, 15 * MB)
     assert seen.decode_s == pytest.approx((0.05 + 0.05 + 0.2) / 3)
-    assert seen.inference_peak_bytes == 4 * USUAL.inference_peak_bytes
+    assert seen.inference_bytes(seen.tensor_bytes_per_image) == 4 * USUAL.inference_peak_bytes
     assert seen.inference_s == USUAL.inference_s
 
 
