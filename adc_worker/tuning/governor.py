@@ -182,8 +182,9 @@ class Governor:
 
     def _change(self, seen: Observation, host: HostBudget, pressure: float) -> tuple[Action, str]:
         if (report := self._drifted()) is not None:
+            alike = report.usual_tensor_bytes == self._report.usual_tensor_bytes
+            self._alone_s = min(self._alone_s if alike else math.inf, report.inference_s)
             self._report, self._slack = report, 1.0
-            self._alone_s = min(self._alone_s, report.inference_s)
             self._seen.clear()
             plan = self._made(host, self._slack)
             # A link that is ten times slower and still fast enough changes nothing.
@@ -281,10 +282,11 @@ class Governor:
             processes = in_processes(self.plan)
             if processes.peak_bytes <= self._base_bytes + AIM * room_bytes:
                 return self._try(processes, self._slack, "decode threads slow inference: decode processes")
-        slack = STEP * self._patience["step"] * self._slack
-        plan = self._made(host, slack)
-        if hungry and any(getattr(plan, name) > getattr(self.plan, name) for name in STEPS):
-            return self._try(plan, slack, ready)
+        if hungry:
+            slack = STEP * self._patience["step"] * self._slack
+            plan = self._made(host, slack)
+            if any(getattr(plan, name) > getattr(self.plan, name) for name in STEPS):
+                return self._try(plan, slack, ready)
         return "hold", f"{ready}; nothing to grow with"
 
     def _has_settled(self, action: Action) -> bool:
@@ -327,9 +329,13 @@ class Governor:
         plan = self._policy.plan(report, host, self._lease)
         if slack > 1:
             asked = self._policy.plan(report.slower(slack), host, self._lease)
-            names = ("images_per_s", "held_limit", "staged_ahead", "fetch_size", "binds")  # as it is, not as if
+            names = ("images_per_s", "held_limit", "fetch_size", "binds")  # as it is, not as if
+            more = asked.download_concurrency - plan.download_concurrency
+            staged = min(plan.held_limit, plan.staged_ahead + more)
             why = {**asked.why, **{name: plan.why[name] for name in names}}
-            plan = replace(asked, **{name: getattr(plan, name) for name in names}, why=why)
+            why["staged_ahead"] = f"{plan.staged_ahead} and {more} downloads more, lease allows {plan.held_limit}: {staged}"
+            asked = replace(asked, **{name: getattr(plan, name) for name in names}, why=why)
+            plan = replace(asked, staged_ahead=max(1, staged))
         return plan if self.plan.decode_engine == "threads" else in_processes(plan)
 
     def _take(self, action: Action, plan: IngestPlan, reason: str) -> tuple[Action, str]:
