@@ -333,7 +333,9 @@ class Governor:
             more = asked.download_concurrency - plan.download_concurrency
             staged = min(plan.held_limit, plan.staged_ahead + more)
             why = {**asked.why, **{name: plan.why[name] for name in names}}
-            why["staged_ahead"] = f"{plan.staged_ahead} and {more} downloads more, lease allows {plan.held_limit}: {staged}"
+            why["staged_ahead"] = (
+                f"{plan.staged_ahead} and {more} downloads more, lease allows {plan.held_limit}: {staged}"
+            )
             asked = replace(asked, **{name: getattr(plan, name) for name in names}, why=why)
             plan = replace(asked, staged_ahead=max(1, staged))
         return plan if self.plan.decode_engine == "threads" else in_processes(plan)
