@@ -11,7 +11,7 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -193,33 +193,15 @@ class Outcome:
 
     @property
     def steady_per_s(self) -> float:
-        """Images per second in the middle of the job."""
-        stretch = middle([(batch.at_s, batch.images) for batch in self.batches])
-        return stretch.images / (stretch.end_s - stretch.start_s) if stretch else self.images_per_s
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Part of a job: between two batches, and the images that came out meanwhile."""
-
-    start_s: float
-    end_s: float
-    images: int
-
-
-def middle(batches: Sequence[tuple[float, int]]) -> Stretch | None:
-    """Return the stretch from the first to the third quarter of the batches' images; each is a time and a number.
-
-    What was decoded before it began is what is decoded when it ends: large batches gain nothing by that.
-    """
-    out, start, total = 0, None, sum(images for _at_s, images in batches)
-    for at_s, images in batches:
-        out += images
-        if start is None and 4 * out >= total:
-            start = at_s, out
-        elif start is not None and 4 * out >= 3 * total:
-            return Stretch(start[0], at_s, out - start[1])
-    return None
+        """Images per second between the batches that complete the first and the third quarter."""
+        out, first = 0, None
+        for batch in self.batches:
+            out += batch.images
+            if first is None and 4 * out >= self.images:
+                first = batch.at_s, out
+            elif first is not None and 4 * out >= 3 * self.images:
+                return (out - first[1]) / (batch.at_s - first[0])
+        return self.images_per_s
 
 
 class _Events:
