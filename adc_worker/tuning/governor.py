@@ -205,7 +205,7 @@ class Governor:
 
     def _drifted(self) -> ProbeReport | None:
         """Return the report to plan with when images, inference or link have changed for good."""
-        report, downloads_at_once = self._report, self.plan.download_concurrency
+        report, downloads_at_once = self._report, self._downloads_at_once()
         images = [one.image for one in self._seen]
         if report.uncertain and len(images) == FIRST_BATCHES:
             return report.measured_by(images, downloads_at_once)
@@ -215,6 +215,13 @@ class Governor:
             return report.for_images_like(images[-1], downloads_at_once)
         slower = self._link_slower()
         return report.for_link(slower, downloads_at_once) if slower is not None else None
+
+    def _downloads_at_once(self) -> float:
+        """Return how many transfers a new report is of: where the GPU waits, what came tells (Little's law)."""
+        image, planned = self._recent[-1].image, self.plan.download_concurrency
+        if self.readiness >= READY_ENOUGH:
+            return planned
+        return max(1.0, min(planned, self._images_per_s() * (image.download_s - image.first_byte_s)))
 
     def _other_pace(self) -> list[ImageProbe]:
         """Return the window's images if inference took another time for all of them; other sizes do by themselves."""

@@ -137,7 +137,7 @@ class ProbeReport:
             sighted.append(more.decoded_like(measured))
         return replace(self, sighted=tuple(sighted))
 
-    def measured_by(self, batches: Sequence[ImageProbe], downloads: int) -> ProbeReport:
+    def measured_by(self, batches: Sequence[ImageProbe], downloads: float) -> ProbeReport:
         """Return the report with what batches, each of them a mean image, took; the sizes of before stay known."""
         inference_s = median(one.inference_s for one in batches)
         keep_s = min(self.keep_s, median(one.keep_s for one in batches))  # of a batch of one, or of more
@@ -149,7 +149,7 @@ class ProbeReport:
         uncertain = not any(one.download_s > 0 for one in images + known)
         return replace(self._of_images(images, downloads), sighted=known, uncertain=uncertain)
 
-    def for_images_like(self, seen: ImageProbe, downloads: int) -> ProbeReport:
+    def for_images_like(self, seen: ImageProbe, downloads: float) -> ProbeReport:
         """Return the report of a job whose images look like `seen`."""
         return self._of_images((replace(seen, keep_s=min(self.keep_s, seen.keep_s)),), downloads)
 
@@ -158,7 +158,7 @@ class ProbeReport:
             self, images=images, sighted=(), uncertain=False, downloads=downloads, peak_tensor_bytes=self._peak_bytes_at
         )
 
-    def for_link(self, slower: float, downloads: int) -> ProbeReport:
+    def for_link(self, slower: float, downloads: float) -> ProbeReport:
         """Return the report of a job whose downloads, so many at once, take `slower` times as long."""
         return self._each(
             lambda one: replace(one, download_s=slower * one.download_s, first_byte_s=slower * one.first_byte_s),

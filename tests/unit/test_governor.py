@@ -283,6 +283,16 @@ def test_a_link_ten_times_slower_is_seen_in_a_job_of_mixed_sizes_and_where_many_
     assert many.governor.plan.held_limit < before.held_limit
 
 
+def test_a_slower_link_is_taken_for_what_it_brought() -> None:
+    """Four images in 40 s, and not what seven downloads would bring that did not share it."""
+    usual = replace(image_probe(download_s=2.1), first_byte_s=0.1)
+    job = Governed(probe=usual)
+    assert job.governor.plan.download_concurrency > 4
+    slow = replace(usual, download_s=21.0, first_byte_s=1.0)
+    assert job.actions(LARGER_BATCHES, image=slow, ready=False, batch_s=40.0) == ["replan"]
+    assert job.governor.plan.images_per_s == pytest.approx(4 / 40.0)
+
+
 def test_a_job_whose_first_images_were_on_disk_hears_of_its_link_later() -> None:
     """After a crash: until one was downloaded what is known of the link is doubtful."""
     job = Governed(probe=image_probe(download_s=0.0), uncertain=True)
