@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.runtime.intake import IntakeLimits
 from adc_worker.tuning.governor import Governor, Observation
@@ -130,7 +130,7 @@ def grid(world: World) -> Iterator[Feed]:
         yield _feed(world, (batch, prefetch, decoders, downloads), ahead)
 
 
-def feed_of(plan: IngestPlan, lease: LeaseTerms) -> Feed:
+def feed_of(plan: IngestPlan) -> Feed:
     limits = IntakeLimits.of(plan)
     return Feed(
         batch_size=plan.batch_size,
@@ -144,7 +144,6 @@ def feed_of(plan: IngestPlan, lease: LeaseTerms) -> Feed:
         fetch_size=limits.fetch_size,
         held_limit=limits.held,
         batch_wait_s=plan.batch_wait_s,
-        unproven=lease.unproven_limit,
     )
 
 
@@ -223,9 +222,9 @@ def adapting(world: World, governor: Governor, lease: LeaseTerms) -> Outcome:
             probed(seen), seen.images, seen.elapsed_s, seen.ready, now, seen.arena_bytes, 0.0,
             in_force=True,
         )  # fmt: skip
-        return feed_of(governor.observe(shown).plan, lease)
+        return feed_of(governor.observe(shown).plan)
 
-    return simulate(world, feed_of(governor.plan, lease), control)
+    return simulate(world, feed_of(governor.plan), control, ArrivalWatch(lease))
 
 
 def run(number: int, images: int) -> Result | None:
@@ -238,7 +237,7 @@ def run(number: int, images: int) -> Result | None:
     plan, measured = plan_for(world, lease)
     governor = Governor(IngestPolicy(), measured, host_of(world), lease)
     outcomes = (
-        simulate(world, feed_of(plan, lease)),
+        simulate(world, feed_of(plan), arrivals=ArrivalWatch(lease)),
         adapting(world, governor, lease),
         simulate_loaders(world, OLD_BATCH, OLD_PREFETCH, OLD_LOADERS, pinned=True),
         simulate_loaders(world, SMALL_BATCH, OLD_PREFETCH, 1, pinned=False),

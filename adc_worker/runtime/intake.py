@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
+from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.disk_budget import PAUSE_S
@@ -202,7 +202,7 @@ class Intake:
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
-        self._untried: dict[int, int] = {}  # how many were fetched before each whose first download has not ended
+        self._arrivals = ArrivalWatch(lease)
         self._downloading = 0
         self._probing = True
         self._over_since: float | None = None
@@ -292,7 +292,7 @@ class Intake:
         self._fetch.has_news = False
         for held in self._journal.unfinished(self._job_id):
             if held.id not in self._held and not held.struck_out:
-                self._untried[held.id] = self.fetched
+                self._arrivals.fetched(held.id, time.monotonic())
                 last = self._lease.is_last(held.task.reply_subject)
                 (self._to_download.appendleft if last else self._to_download.append)(held)
             if self._held.get(held.id, held) is not None:
@@ -308,9 +308,7 @@ class Intake:
             return 0
         # The first two tasks are the probe's: asked for alone, they come without waiting for the others.
         room = min(room, 2) if self._probing and self.fetched == 0 else room
-        # Those that came here stand for as many: the first may be small, which overtake, and the next ones large.
-        came = min(tuple(self._untried.values()), default=self.fetched)
-        room = min(room, self._lease.unproven_limit + 2 * came - self.fetched)
+        room = min(room, self._arrivals.room(time.monotonic()))
         held = self._journal.held_count(self._job_id)
         if self._images_per_s:
             room = min(room, self._lease.held_limit(self._images_per_s) - held)
@@ -352,7 +350,7 @@ class Intake:
         backoff_s = RETRY_FIRST_S
         while not self._stopped.is_set():
             wait_s = self._try_to_stage(held)
-            self._untried.pop(held.id, None)
+            self._arrivals.tried(held.id, time.monotonic())
             if wait_s is None:
                 return
             self._stopped.wait(max(wait_s, backoff_s * random.uniform(0.5, 1.0)))  # noqa: S311 (no secret)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 PIXEL_BYTES = 3
 # RESULTS.md, "Decoders" (30 ms for 8.8 Mpx in 1.6 MB, 222 ms for 12.6 Mpx in 28 MB) and "Download" (CPU).
@@ -153,7 +154,14 @@ class Feed:
     fetch_size: int
     held_limit: int
     batch_wait_s: float
-    unproven: int = 1 << 30  # tasks held beside as many as were downloaded in their order
+
+
+class Arrivals(Protocol):
+    """How far fetching may run ahead of the downloads; the worker's `ArrivalWatch` can be given."""
+
+    def fetched(self, task: int, now: float) -> None: ...
+    def tried(self, task: int, now: float) -> None: ...
+    def room(self, now: float) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +276,14 @@ class _Image:
     decode_started_s: float = 0.0
     decoded_s: float = 0.0
     retry_s: float = RETRY_S
-
-    @property
-    def tried(self) -> bool:
-        return self.staged_s > 0 or self.retry_s > RETRY_S
+    number: int = 0
 
 
 class _Link:
-    """Downloads: a connection that is new pays its set-up and a slow start."""
+    """Downloads: a connection that is new pays its set-up and a slow start. `tried` hears of each attempt."""
 
-    def __init__(self, world: World, events: _Events, cores: _Shared) -> None:
-        self._world, self._events, self._cores = world, events, cores
+    def __init__(self, world: World, events: _Events, cores: _Shared, tried: Callable[[_Image], None]) -> None:
+        self._world, self._events, self._cores, self._tried = world, events, cores, tried
         window = WINDOW_BYTES / max(world.latency_s, 1e-6)
         most = min(window, world.connection_bytes_per_s)
         self.shared = _Shared(events, lambda downloads: min(most, world.link_bytes_per_s / downloads))
@@ -304,6 +309,7 @@ class _Link:
 
     def _answered(self, image: _Image, done: Callable[[_Image], None]) -> None:
         if self._random.random() < self._world.failure_share:
+            self._tried(image)
             self._events.after(image.retry_s * self._random.uniform(0.5, 1.0), partial(self.download, image, done))
             image.retry_s = min(2 * image.retry_s, RETRY_MAX_S)
             return
@@ -316,6 +322,7 @@ class _Link:
 
     def _staged(self, image: _Image, done: Callable[[_Image], None]) -> None:
         image.staged_s = self._events.now
+        self._tried(image)
         done(image)
 
 
@@ -330,16 +337,21 @@ class _Batch:
 class _Ingest:
     """One job on its way through link, arena, decoders and GPU."""
 
-    def __init__(self, world: World, feed: Feed, control: Callable[[Seen], Feed | None] | None) -> None:
-        self._world, self._feed, self._control = world, feed, control
+    def __init__(
+        self,
+        world: World,
+        feed: Feed,
+        control: Callable[[Seen], Feed | None] | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
+        self._world, self._feed, self._control, self._arrivals = world, feed, control, arrivals
         self._events = _Events()
         self._cores = _Shared(self._events, world.core_speed)
-        self._link = _Link(world, self._events, self._cores)
+        self._link = _Link(world, self._events, self._cores, self._tried)
         self._photos = deque(world.photos)
         self._to_download: deque[_Image] = deque()
         self._downloading = self._in_hand = self._held = 0
         self._fetching = self._drained = False
-        self._came = 0
         self._waiting: dict[tuple[int, int], deque[_Image]] = {}
         self._admitting: _Batch | None = None
         self._in_arena: set[_Batch] = set()
@@ -366,12 +378,10 @@ class _Ingest:
         while self._to_download and self._downloading < self._feed.downloads:
             self._downloading += 1
             self._link.download(self._to_download.popleft(), self._staged)
-        while self._came < len(self.images) and self.images[self._came].tried:
-            self._came += 1
         room = min(
             self._feed.in_hand - self._in_hand,
             self._feed.held_limit - self._held,
-            2 * self._came + self._feed.unproven - len(self.images),
+            self._arrivals.room(self._events.now) if self._arrivals else self._feed.in_hand,
         )
         if not self._fetching and not self._drained and room >= 1:
             self._fetching = True
@@ -382,13 +392,21 @@ class _Ingest:
     def _fetched(self, wanted: int, sent_s: float) -> None:
         self._fetching = False
         images = [_Image(self._photos.popleft(), sent_s) for _ in range(min(wanted, len(self._photos)))]
-        self.images += images
+        for image in images:
+            image.number = len(self.images)
+            self.images.append(image)
+            if self._arrivals:
+                self._arrivals.fetched(image.number, self._events.now)
         self._drained = not images
         self._in_hand += len(images)
         self._held += len(images)
         self._to_download.extend(images)
         self._intake()
         self._feed_decoders()
+
+    def _tried(self, image: _Image) -> None:
+        if self._arrivals:
+            self._arrivals.tried(image.number, self._events.now)
 
     def _staged(self, image: _Image) -> None:
         self._downloading -= 1
@@ -555,9 +573,14 @@ class _Ingest:
         )
 
 
-def simulate(world: World, feed: Feed, control: Callable[[Seen], Feed | None] | None = None) -> Outcome:
-    """Work a job off; `control` sees every batch and may change the feed."""
-    return _Ingest(world, feed, control).run()
+def simulate(
+    world: World,
+    feed: Feed,
+    control: Callable[[Seen], Feed | None] | None = None,
+    arrivals: Arrivals | None = None,
+) -> Outcome:
+    """Work a job off; `control` sees every batch and may change the feed, `arrivals` bounds what is fetched."""
+    return _Ingest(world, feed, control, arrivals).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -579,7 +602,7 @@ def probe(world: World, in_hand: int) -> tuple[list[Seen], list[Downloaded]]:
     photos = world.photos[:in_hand]
     largest = max(photo.pixel_bytes for photo in photos)
     feed = Feed(1, largest, 1, 1, 2 * largest, 1 << 50, PROBE_DOWNLOADS, in_hand, 2, in_hand, 0.0)
-    ingest = _Ingest(replace(world, photos=photos), feed, None)
+    ingest = _Ingest(replace(world, photos=photos), feed)
     first = ingest.run().batches[0]
     came = sorted(ingest.images, key=lambda image: image.staged_s)
     measured, others = came[:1], came[1:]
@@ -611,7 +634,7 @@ class _Loaders:
         self._pinned = pinned
         self._events = _Events()
         self._cores = _Shared(self._events, world.core_speed)
-        self._links = [_Link(world, self._events, self._cores) for _ in range(loaders)]
+        self._links = [_Link(world, self._events, self._cores, lambda _image: None) for _ in range(loaders)]
         shared = self._links[0].shared
         for link in self._links:
             link.shared = shared

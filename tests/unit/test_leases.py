@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adc_worker.antenna.leases import Delivery, LeaseTerms, SaveWatch, parse_reply_subject, same_message
+from adc_worker.antenna.leases import ArrivalWatch, Delivery, LeaseTerms, SaveWatch, parse_reply_subject, same_message
 
 # Recorded on a running Antenna.
 SUBJECT = "$JS.ACK.job_11.job-11-consumer.2.5.7.1784725318713022421.3"
@@ -144,6 +144,45 @@ def test_a_restarted_job_waits_for_nothing_of_before() -> None:
 
 def again(subject: str, delivery: int = 2) -> str:
     return subject.replace("consumer.2", f"consumer.{delivery}")
+
+
+def _fetched(count: int) -> ArrivalWatch:
+    watch = ArrivalWatch(LeaseTerms(300))
+    for task in range(count):
+        watch.fetched(task, 0.0)
+    return watch
+
+
+def test_tasks_that_came_stand_for_as_many_more() -> None:
+    """Beside ten; those that overtook the first do not count until it came, nor twice when they are tried again."""
+    watch = _fetched(10)
+    assert watch.room(1.0) == 0
+    for task in range(1, 10):
+        watch.tried(task, 1.0)
+    assert watch.room(1.0) == 0
+    for _ in range(2):
+        watch.tried(0, 2.0)
+        assert watch.room(2.0) == 20
+
+
+def test_a_task_that_takes_long_to_come_tells_the_pace() -> None:
+    """A hundred seconds for four: three in a quarter of the lease; half a lease later that is forgotten."""
+    watch = _fetched(10)
+    for task in (0, 1, 2):
+        watch.tried(task, 29.0)
+    assert watch.room(29.0) == 6
+    for task in range(9, 2, -1):
+        watch.tried(task, 100.0)
+    assert watch.room(100.0) == watch.room(250.0) == 10 + 3
+    assert watch.room(250.1) == 20
+
+
+def test_the_slowest_pace_counts() -> None:
+    """Of all that were seen within half a lease."""
+    watch = _fetched(20)
+    for task, at in enumerate(range(50, 70)):
+        watch.tried(task, float(at))
+    assert watch.room(70.0) == 10 + int(300 / 4 / 50)
 
 
 def test_redeliveries_correct_the_terms() -> None:

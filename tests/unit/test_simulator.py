@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms
 from benchmarks.support import simulator
 from benchmarks.support.simulator import Feed, Photo, World, probe, simulate, simulate_loaders
 
@@ -98,7 +99,7 @@ def test_small_images_do_not_pull_large_ones_into_expired_leases() -> None:
     mixed = replace(WORLD, photos=(Photo(400, 200, 20_000), PHOTO) * 50, link_bytes_per_s=1e6, ack_wait_s=40.0)
     generous = replace(FEED, downloads=32, in_hand=100)
     assert simulate(mixed, generous).expired > 0
-    assert simulate(mixed, replace(generous, held_limit=12, unproven=4)).expired == 0
+    assert simulate(mixed, generous, arrivals=ArrivalWatch(LeaseTerms(40.0))).expired == 0
 
 
 def test_a_probe_measures_two_images_and_sights_what_arrived_meanwhile() -> None:
