@@ -65,7 +65,7 @@ class Scenario:
 SCENARIOS = (
     Scenario("typical-fast", "typical", 140, 0.02),
     Scenario("typical-slow", "typical", 32, 0.02, slower=10.0),
-    Scenario("large", "large", 32, 0.04),
+    Scenario("large", "large", 96, 0.04),
     Scenario("tiny", "tiny", 400, 0.003),
 )
 
