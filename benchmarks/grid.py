@@ -2,11 +2,11 @@
 
     python benchmarks/grid.py [scenario …] [--images-scale 0.3] [--again]
 
-One worker per scenario works off a job per plan, so that no plan pays for a start, twice over: of each plan the quicker
-job counts, since whatever else a machine does slows one. What the jobs of a plan differ by is noise, and only
-plans that differ by more can be ranked. What was measured goes to `grid.json`; --again ranks it by a
-simulation that changed since. Writes a section of RESULTS.md, in which scenarios that are not named stay as they were
-measured last; a scaled run only prints.
+One worker per scenario works off a job per plan, so that no plan pays for a start, and that some times over: of each
+plan the quickest job counts, since whatever else a machine does slows one. What the jobs of a plan differ by is noise:
+only plans can be ranked of which each job of the one was quicker than each of the other. What was measured goes to
+`grid.json`; --again ranks it by a simulation that changed since. Writes a section of RESULTS.md, in which scenarios that
+are not named stay as they were measured last; a scaled run only prints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, pairwise, product
+from itertools import pairwise, permutations, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,35 +37,35 @@ MEASURED = Path(__file__).with_suffix(".json")
 STAGED_AHEAD, FETCH_SIZE = 64, 32  # what no plan of the grid is short of
 BATCH_S = 0.001  # where no batch was ready
 TIE = 0.001  # of simulated rates: what a batch more or less in the measured stretch makes
-ALIKE_MIN = 0.02  # plans are alike that differ by less, or by less than runs of the same plan
+ALIKE = 0.02  # plans are alike whose quickest jobs differ by less
 # What 12 plans differ in: images a batch, batches ahead, decode workers and downloads at once.
 PLANS = [
     {"batch_size": batch, "prefetch_factor": prefetch, "decode_workers": workers, "download_concurrency": downloads}
     for batch, prefetch, (workers, downloads) in product((1, 4, 12), (1, 4), ((1, 2), (2, 8)))
 ]
 OURS: dict[str, int] = {}
-ROUNDS = 2
 HEAD = (
-    "scenario", "ours", "images/s (lowest)", "best of 12", "images/s", "ours / best", "noise", "peak of ours",
-    "Kendall tau (pairs)", "taken by others, cores", "reached",
+    "scenario", "jobs a plan", "ours", "images/s (lowest)", "best of 12", "images/s", "ours / best", "noise",
+    "peak of ours", "Kendall tau (pairs)", "taken by others, cores", "reached",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A job on a link, with a GPU played by a sleep."""
+    """A job on a link, with a GPU played by a sleep; `rounds`: how often each plan works it off."""
 
     name: str
     kind: str
     images: int
     gpu_s: float
     slower: float = 1.0
+    rounds: int = 2
 
 
 SCENARIOS = (
     Scenario("typical-fast", "typical", 140, 0.02),
     Scenario("typical-slow", "typical", 32, 0.02, slower=10.0),
-    Scenario("large", "large", 96, 0.04),
+    Scenario("large", "large", 64, 0.04, rounds=4),
     Scenario("tiny", "tiny", 400, 0.003),
 )
 
@@ -139,7 +139,8 @@ class Measured:
 
     @property
     def tau(self) -> tuple[float, int]:
-        return kendall_tau(self.rates, self.simulated, max(ALIKE_MIN, self.noise))
+        jobs = [[run.images_per_s for run in runs] for runs in self.by_plan[1:]]
+        return kendall_tau(jobs, self.simulated)
 
 
 def main() -> None:
@@ -154,9 +155,9 @@ def main() -> None:
     if arguments.images_scale != 1:
         print(_section(measured))
         return
-    names = {one.scenario.name for one in measured}
-    kept = [one for one in (load() if MEASURED.exists() else []) if one.scenario.name not in names]
-    measured = sorted([*measured, *kept], key=lambda one: SCENARIOS.index(one.scenario))
+    names, new = [one.name for one in SCENARIOS], {one.scenario.name for one in measured}
+    kept = [one for one in (load() if MEASURED.exists() else []) if one.scenario.name not in new]
+    measured = sorted([*measured, *kept], key=lambda one: names.index(one.scenario.name))
     text = json.dumps([asdict(one) for one in measured])
     MEASURED.write_text(text.replace('{"plan"', '\n{"plan"').replace('{"scenario"', '\n{"scenario"') + "\n")
     text = _section(measured)
@@ -188,11 +189,11 @@ def _section(measured: Sequence[Measured]) -> str:
 
 Limit {report.mb(LIMIT_BYTES)}; images from a host with {1e3 * LATENCY_S:.0f} ms and {BYTES_PER_S / 1e6:.0f} MB/s per
 connection (typical-slow: a tenth of that), on the same cores as worker and server; the GPU is a sleep. Images/s from a
-job's plan to its last batch, of the quickest of {ROUNDS} jobs; noise is by how much the next one is usually slower.
-Kendall's tau between reality and simulation is over the pairs of plans that differ by more than noise, and by more than
-{ALIKE_MIN:.0%}; there are {len(PLANS) * (len(PLANS) - 1) // 2} pairs in all. Decodes on all cores bring
-{measured[0].cores_together:.2f} times what one brings alone. Plans are written as images a batch/batches ahead/decode
-workers/downloads at once.
+job's plan to its last batch, of a plan's quickest job; noise is by how much the next one is usually slower. Kendall's
+tau between reality and simulation is over the pairs of plans of which each job of the one was quicker than each of the
+other, the quickest by {ALIKE:.0%}; there are {len(PLANS) * (len(PLANS) - 1) // 2} pairs in all. Decodes on all cores
+bring {measured[0].cores_together:.2f} times what one brings alone. Plans are written as images a batch/batches
+ahead/decode workers/downloads at once.
 
 {report.table(HEAD, map(_row, measured))}
 
@@ -206,7 +207,7 @@ def _row(measured: Measured) -> list[str]:
     share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
     reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8
     return [
-        measured.scenario.name, " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
+        measured.scenario.name, str(len(ours)), " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
         f"{rate:.2f} ({lowest:.2f})", _short(PLANS[best]), f"{rates[best]:.2f}", f"{share:.0%}",
         f"{measured.noise:.0%}", report.mb(peak), f"{tau:.2f} ({pairs})",
         f"{max(run.cores_taken for run in measured.runs):.2f}", "yes" if reached else "**no**",
@@ -246,7 +247,7 @@ def _short(plan: Mapping[str, int]) -> str:
 def _runs(scenario: Scenario, photographs: Photographs, host: ImageHost, folder: Path) -> list[Run]:
     urls, runs = host.urls(photographs.names(scenario.kind, scenario.images)), []
     with simulated_worker(LIMIT_BYTES, scenario.gpu_s, folder, "plan.json") as (running, (changes,)):
-        for plan in (OURS, *ROUNDS * (OURS, *PLANS)):
+        for plan in (OURS, *scenario.rounds * (OURS, *PLANS)):
             runs.append(_run(running, changes, plan, urls))
             print(f"# {scenario.name} {plan or 'ours'}: {runs[-1]}", file=sys.stderr, flush=True)
     return runs[1:]  # the first one warms the process up
@@ -335,21 +336,24 @@ def _feed(plan: Mapping[str, int], world: World) -> Feed:
     )  # fmt: skip
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float], alike: float) -> tuple[float, int]:
-    """Return Kendall's tau over the pairs that differ by more than `alike` in the first, and how many those are.
+def kendall_tau(jobs: Sequence[Sequence[float]], simulated: Sequence[float]) -> tuple[float, int]:
+    """Return Kendall's tau over the pairs of plans whose rates do not overlap, and how many those are.
 
-    A pair that is tied in the second counts as neither concordant nor discordant, as in Kendall's tau-a.
+    `jobs` has each plan's rates, lowest first. A pair that is tied in the simulation counts as neither concordant nor
+    discordant, as in Kendall's tau-a.
     """
-    pairs = list(combinations(range(len(first)), 2))
-    told = [pair for pair in pairs if _order(first, pair, alike)]
-    agree = sum(_order(first, pair, alike) * _order(second, pair, TIE) for pair in told)
+    told = [
+        (slower, quicker)
+        for slower, quicker in permutations(range(len(jobs)), 2)
+        if jobs[slower][-1] < min(jobs[quicker][0], (1 - ALIKE) * jobs[quicker][-1])
+    ]
+    agree = sum(_order(simulated[slower], simulated[quicker]) for slower, quicker in told)
     return (agree / len(told) if told else 1.0), len(told)
 
 
-def _order(values: Sequence[float], pair: tuple[int, int], alike: float) -> int:
-    """Return 1 or -1 by which of two values is larger, 0 where they differ by no more than `alike` of it."""
-    one, other = values[pair[0]], values[pair[1]]
-    return 0 if abs(one - other) <= alike * max(one, other) else 1 if one > other else -1
+def _order(slower: float, quicker: float) -> int:
+    """Return 1 where two values rise as they should, -1 where they fall, 0 where they are tied."""
+    return 0 if abs(quicker - slower) <= TIE * max(slower, quicker) else 1 if quicker > slower else -1
 
 
 if __name__ == "__main__":
