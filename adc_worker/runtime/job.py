@@ -274,7 +274,8 @@ class _JobRun:
             return None
         host, lease = self.context.host(self.pipeline), self.context.lease
         governor = Governor(self.context.policy, report, host, lease)
-        if host.descriptors < (wanted := descriptors(DOWNLOADS_MAX, host.cores)):
+        downloads = min(DOWNLOADS_MAX, ceilings(self.context.settings).downloads or DOWNLOADS_MAX)
+        if host.descriptors < (wanted := descriptors(downloads, host.cores)):
             _log.warning(
                 "few_descriptors",
                 note=f"this process may open {host.descriptors} files; below {wanted} they keep downloads from growing:"

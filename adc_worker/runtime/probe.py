@@ -106,7 +106,7 @@ def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait
     needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
     while True:
         host = measure()
-        room = host.limit_bytes - host.used_bytes - host.reserve_bytes
+        room = max(0, host.limit_bytes - host.used_bytes - host.reserve_bytes)
         if needed > room:
             raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} for one image")
         if needed <= host.available_bytes + host.reserve_bytes:

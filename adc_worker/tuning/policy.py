@@ -83,76 +83,48 @@ class _Arithmetic:
     why: dict[str, str] = field(default_factory=dict)
 
     def plan(self) -> IngestPlan:
-        report, host, why = self.report, self.host, self.why
-        reserve, reserve_why = self._reserve()
+        report = self.report
+        reserve = self._reserve()
         room = self.room_bytes - reserve
-        wanted_batch, wanted_workers = self._wanted_batch(), self._wanted_workers()
-        batch, workers, cut = self._fitting(room, wanted_batch, wanted_workers)
+        wanted_workers = self._wanted_workers()
+        batch, workers, cut = self._fitting(room, self._wanted_batch(), wanted_workers)
         connections = self._connections()
-        # No more decoders are busy than batches may wait.
-        depth = self._operators(max(PREFETCH_MAX, workers), self.ceilings.prefetch_factor, FIXED_PREFETCH)[0]
-        busy = min(workers, (depth + 1) * self._largest_in(batch))
-        rates = {
-            "link": report.link_per_s(connections),
-            "decode": busy / max(report.decode_s, 1e-6),
-            "inference": 1 / (report.inference_s + report.keep_s / batch),
-        }
+        rates, busy = self._rates(connections, batch, workers)
         slowest = min(rates, key=lambda stage: rates[stage])
         rate = rates[slowest]
-        held = self.lease.held_limit(rate)
-        why["held_limit"] = f"{rate:.2f} images/s x 0.5 x {self.lease.ack_wait_s:.0f} s of lease = {held}"
-        allowed = max(1, held // 2)
-        if allowed < batch:
-            batch, cut = allowed, "lease"
-        why["batch_size"] += f"; half of {held} leased {allowed}: {batch}"
-        scratch, working_set = workers * self._decode_bytes, self._working_set(batch)
-        pixels = room - scratch - working_set
+        held, batch, cut = self._leased(rate, batch, cut)
+        scratch = self._scratch(workers)
+        pixels = room - scratch - self._working_set(batch)
         prefetch = self._prefetch(pixels, batch, workers)
         arena = self._arena(pixels, batch, prefetch)
-        batch_bytes = self._batch_bytes(batch)
         downloads = self._downloads(rate, min(rates["decode"], rates["inference"]), connections)
         staged = self._staged_ahead(rate, downloads, batch, held)
-        peak = report.base_bytes + arena + scratch + working_set + reserve
-        # Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
-        solo = max(arena, host.limit_bytes - report.base_bytes - reserve - scratch - self._working_set(1))
-        binds, says = self._binds(slowest, busy, connections, cut, short=workers < wanted_workers)
-        wait_s = batch * report.inference_s
-        why |= {
-            "batch_bytes": f"{batch} usual images, or the largest one: {_mb(batch_bytes)}",
-            "scratch_bytes": f"{workers} x ({_mb(report.decode_scratch_bytes)} of a decoder + "
-            f"{_mb(report.compressed_bytes)} of its file) = {_mb(scratch)}",
-            "solo_bytes": f"the limit of {_mb(host.limit_bytes)} less all but the arena, at least that: {_mb(solo)}",
-            "batch_wait_s": f"{batch} x {report.inference_s:.3f} s of inference = {wait_s:.3f} s",
-            "base_bytes": f"measured after the models were loaded: {_mb(report.base_bytes)}",
-            "peak_bytes": f"base {_mb(report.base_bytes)} + arena {_mb(arena)} + decode scratch {_mb(scratch)}"
-            f" + inference {_mb(working_set)} + {reserve_why} = {_mb(peak)}",
-            "images_per_s": f"link {rates['link']:.1f} ({connections} downloads of {report.download_s:.2f} s, "
-            f"{report.downloads:.1f} of {report.transfer_s:.2f} s may share it), "
-            f"decode {rates['decode']:.1f} ({busy} x {report.decode_s:.3f} s), "
-            f"inference {rates['inference']:.1f} ({report.inference_s:.3f} s with the copy to the device, "
-            f"{report.keep_s:.3f} s a batch to keep results): {rate:.2f}",
-            "binds": says,
-        }
+        binds, self.why["binds"] = self._binds(slowest, busy, connections, cut, short=workers < wanted_workers)
         return IngestPlan(
             batch_size=batch,
-            batch_bytes=batch_bytes,
+            batch_bytes=self._batch_bytes(batch),
             prefetch_factor=prefetch,
             decode_workers=workers,
             decode_engine="threads",
             arena_bytes=arena,
             scratch_bytes=scratch,
-            solo_bytes=solo,
+            solo_bytes=self._solo(arena, scratch, reserve),
             pin_memory=self._pin_memory(),
             download_concurrency=downloads,
             staged_ahead=staged,
             fetch_size=self._fetch_size(rate, staged),
             held_limit=held,
-            batch_wait_s=wait_s,
+            batch_wait_s=self._batch_wait_s(batch),
             base_bytes=report.base_bytes,
-            peak_bytes=peak,
+            peak_bytes=self._peak(arena, scratch, batch, reserve),
             images_per_s=rate,
             binds=binds,
-            why=why | {"decode_engine": "threads are faster; processes where threads slow a GPU's inference"},
+            why=self.why
+            | {
+                "base_bytes": f"measured after the models were loaded: {_mb(report.base_bytes)}",
+                "batch_bytes": f"{batch} usual images, or the largest one: {_mb(self._batch_bytes(batch))}",
+                "decode_engine": "threads are faster; processes where threads slow a GPU's inference",
+            },
         )
 
     @property
@@ -167,13 +139,46 @@ class _Arithmetic:
         value = _at_most(computed, ceiling)
         return value, f", of which the settings allow {value}" if value < computed else ""
 
-    def _reserve(self) -> tuple[int, str]:
-        staged = max(self.host.staging_bytes, self.report.compressed_bytes) if self.host.staging_in_memory else 0
-        doubt = RESERVE_BYTES if self.report.uncertain else 0
-        said = f"reserve {_mb(RESERVE_BYTES)}"
-        said += f" + {_mb(doubt)} of doubt" if doubt else ""
-        said += f" + staged images {_mb(staged)}" if staged else ""
-        return RESERVE_BYTES + doubt + staged, said
+    @property
+    def _staged_bytes(self) -> int:
+        """Return the memory that staged images take where their folder is in memory."""
+        return max(self.host.staging_bytes, self.report.compressed_bytes) if self.host.staging_in_memory else 0
+
+    @property
+    def _doubt_bytes(self) -> int:
+        return RESERVE_BYTES if self.report.uncertain else 0
+
+    def _reserve(self) -> int:
+        return RESERVE_BYTES + self._doubt_bytes + self._staged_bytes
+
+    def _rates(self, connections: int, batch: int, workers: int) -> tuple[dict[str, float], int]:
+        """Return the images/s of each stage, and how many decoders are busy: no more than batches may wait."""
+        report = self.report
+        depth = self._operators(max(PREFETCH_MAX, workers), self.ceilings.prefetch_factor, FIXED_PREFETCH)[0]
+        busy = min(workers, (depth + 1) * self._largest_in(batch))
+        rates: dict[str, float] = {
+            "link": report.link_per_s(connections),
+            "decode": busy / max(report.decode_s, 1e-6),
+            "inference": 1 / (report.inference_s + report.keep_s / batch),
+        }
+        self.why["images_per_s"] = (
+            f"link {rates['link']:.1f} ({connections} downloads of {report.download_s:.2f} s, "
+            f"{report.downloads:.1f} of {report.transfer_s:.2f} s may share it), "
+            f"decode {rates['decode']:.1f} ({busy} x {report.decode_s:.3f} s), "
+            f"inference {rates['inference']:.1f} ({report.inference_s:.3f} s with the copy to the device, "
+            f"{report.keep_s:.3f} s a batch to keep results): {min(rates.values()):.2f}"
+        )
+        return rates, busy
+
+    def _leased(self, rate: float, batch: int, cut: str) -> tuple[int, int, str]:
+        """Return the tasks that may be held, and the batch that leaves half of them to wait, with what cut it."""
+        held = self.lease.held_limit(rate)
+        allowed = max(1, held // 2)
+        self.why["held_limit"] = (
+            f"{rate:.2f} images/s x {HORIZON_SHARE} x {self.lease.ack_wait_s:.0f} s of lease = {held}"
+        )
+        self.why["batch_size"] += f"; half of {held} leased {allowed}: {min(batch, allowed)}"
+        return held, min(batch, allowed), "lease" if allowed < batch else cut
 
     def _wanted_workers(self) -> int:
         report, cores = self.report, self.host.cores
@@ -347,6 +352,41 @@ class _Arithmetic:
             f"{staged} staged: {min(wanted, staged)}"
         )
         return min(wanted, staged)
+
+    def _scratch(self, workers: int) -> int:
+        report, scratch = self.report, workers * self._decode_bytes
+        self.why["scratch_bytes"] = (
+            f"{workers} x ({_mb(report.decode_scratch_bytes)} of a decoder + "
+            f"{_mb(report.compressed_bytes)} of its file) = {_mb(scratch)}"
+        )
+        return scratch
+
+    def _solo(self, arena: int, scratch: int, reserve: int) -> int:
+        """Return what an image alone may take of the arena.
+
+        Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
+        """
+        limit = self.host.limit_bytes
+        solo = max(arena, limit - self.report.base_bytes - reserve - scratch - self._working_set(1))
+        self.why["solo_bytes"] = f"the limit of {_mb(limit)} less all but the arena, at least that: {_mb(solo)}"
+        return solo
+
+    def _peak(self, arena: int, scratch: int, batch: int, reserve: int) -> int:
+        base, working_set = self.report.base_bytes, self._working_set(batch)
+        peak = base + arena + scratch + working_set + reserve
+        said = f"reserve {_mb(RESERVE_BYTES)}"
+        said += f" + {_mb(self._doubt_bytes)} of doubt" if self._doubt_bytes else ""
+        said += f" + staged images {_mb(self._staged_bytes)}" if self._staged_bytes else ""
+        self.why["peak_bytes"] = (
+            f"base {_mb(base)} + arena {_mb(arena)} + decode scratch {_mb(scratch)}"
+            f" + inference {_mb(working_set)} + {said} = {_mb(peak)}"
+        )
+        return peak
+
+    def _batch_wait_s(self, batch: int) -> float:
+        wait_s = batch * self.report.inference_s
+        self.why["batch_wait_s"] = f"{batch} x {self.report.inference_s:.3f} s of inference = {wait_s:.3f} s"
+        return wait_s
 
     def _pin_memory(self) -> bool:
         allowed = self.ceilings.pin_memory
