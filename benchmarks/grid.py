@@ -5,8 +5,8 @@
 One worker per scenario works off a job per plan, so that no plan pays for a start, and that some times over: of each
 plan the quickest job counts, since whatever else a machine does slows one. What the jobs of a plan differ by is noise:
 only plans can be ranked of which each job of the one was quicker than each of the other. What was measured goes to
-`grid.json`; --again ranks it by a simulation that changed since. Writes a section of RESULTS.md, in which scenarios that
-are not named stay as they were measured last; a scaled run only prints.
+`grid.json`; --again ranks it by a simulation that changed since. Writes a section of RESULTS.md, in which scenarios
+that are not named stay as they were measured last; a scaled run only prints.
 """
 
 from __future__ import annotations
