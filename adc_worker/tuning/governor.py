@@ -245,7 +245,7 @@ class Governor:
         most_bytes = max((one.image.compressed_bytes for one in seen), default=0)
         seen = [one for one in seen if LINK_CHANGE * one.image.compressed_bytes >= most_bytes]
         each = [self._report.link_slower(one.image) for one in seen]
-        if _changed([0.0 if one.ready else by for one, by in zip(seen, each, strict=True)], LINK_CHANGE, -1.0):
+        if self.readiness < READY_ENOUGH and _changed(each, LINK_CHANGE, -1.0):
             return min(each[-LARGER_BATCHES:])
         more = self.plan.download_concurrency / self._report.downloads
         if self._since_change_s < SETTLE_S or not _changed(

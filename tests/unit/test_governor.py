@@ -283,6 +283,15 @@ def test_a_link_ten_times_slower_is_seen_in_a_job_of_mixed_sizes_and_where_many_
     assert many.governor.plan.held_limit < before.held_limit
 
 
+def test_downloads_that_come_three_at_a_time_hide_no_slower_link() -> None:
+    """The GPU waits for the first of them only."""
+    job = Governed(probe=image_probe(download_s=0.1))
+    job.batches(WINDOW_BATCHES)
+    for ready in (False, True, True, False):
+        last = job.actions(1, image=image_probe(download_s=1.0), ready=ready)
+    assert last == ["replan"]
+
+
 def test_a_slower_link_is_taken_for_what_it_brought() -> None:
     """Four images in 40 s, and not what seven downloads would bring that did not share it."""
     usual = replace(image_probe(download_s=2.1), first_byte_s=0.1)
