@@ -205,7 +205,7 @@ def _row(measured: Measured) -> list[str]:
     lowest, rate = ours[0].images_per_s, ours[-1].images_per_s
     best = max(range(len(PLANS)), key=rates.__getitem__)
     share, peak = rate / rates[best], max(run.peak_bytes for run in ours)
-    reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8
+    reached = share >= 0.95 and peak <= LIMIT_BYTES and tau >= 0.8 and pairs > 0
     return [
         measured.scenario.name, str(len(ours)), " or ".join(dict.fromkeys(_short(run.plan) for run in ours)),
         f"{rate:.2f} ({lowest:.2f})", _short(PLANS[best]), f"{rates[best]:.2f}", f"{share:.0%}",

@@ -30,9 +30,9 @@ ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest sav
 # Shares of ack_wait: most between two looks at a job whose saves may hold fetching up, the window that the rate is
 # taken from, and how long a result may wait to be saved before the server counts as the slower one.
 LOOK_SHARE, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 150, 1 / 5, 1 / 10
-# Shares of ack_wait: a task that took longer to come shows how fast tasks come, is heeded for so long, and no more may
-# wait than come in so long at that pace. In benchmarks/policy_regret.py no lease ends with these; without, those of
-# 6 jobs in 386, on links of 0.6 to 2.1 MB/s.
+# Shares of ack_wait: a task that took longer to come shows how fast tasks come, is heeded for so long, and beside the
+# unproven ones no more may wait than come in so long at that pace. In benchmarks/policy_regret.py no lease ends with
+# these; without, those of 4 of its 194 jobs, on links of 0.6 to 2.1 MB/s.
 SLOW_SHARE, HEED_SHARE, AHEAD_SHARE = 0.1, 0.5, 0.25
 EVIDENCE_RESULTS, GROWTH = 5, 1.5  # saves that a rate is taken from; what a server that keeps up is tried with next
 
@@ -157,45 +157,47 @@ class LeaseTerms:
 class ArrivalWatch:
     """How many tasks may be fetched ahead of those before them, which are still to come: to be tried, in that order.
 
-    Those that came stand for as many more, until one takes long. It then tells the pace (Little's law: those that were
-    to come up to it, over the seconds that it took), however many small images overtook it meanwhile.
+    Those that came stand for as many more, until the first in that order takes long. What was downloaded meanwhile then
+    tells how many of its size come in a while, however many small images overtook it.
     """
 
     def __init__(self, lease: LeaseTerms) -> None:
         self._lease = lease
-        self._fetched = 0
-        # Those that are still to come: how many were fetched before, how many were to come up to it, and since when.
-        self._waiting: dict[int, tuple[int, int, float]] = {}
-        self._paces: deque[tuple[float, float]] = deque()  # (monotonic seconds, tasks/s)
+        self._fetched = self._bytes = 0
+        # Those that are still to come: how many were fetched before, and the time and the bytes downloaded then.
+        self._waiting: dict[int, tuple[int, float, int]] = {}
+        self._slow: deque[tuple[float, float, int]] = deque()  # (monotonic seconds, bytes/s until then, its bytes)
         self._lock = threading.Lock()
 
     def fetched(self, task: int, now: float) -> None:
         """Take note of a task, at `now` in monotonic seconds."""
         with self._lock:
-            self._waiting[task] = (self._fetched, self._fetched + 1 - self._came, now)
+            self._waiting[task] = (self._fetched, now, self._bytes)
             self._fetched += 1
 
-    def tried(self, task: int, now: float) -> None:
-        """Take note that a download of it has ended, the first or another."""
+    def tried(self, task: int, now: float, size_bytes: int = 0) -> None:
+        """Take note that a download of it has ended, the first or another: of `size_bytes`, or in vain."""
         with self._lock:
             came = self._came
-            before, in_front, since = self._waiting.pop(task, (-1, 0, now))
-            if before == came and now - since > SLOW_SHARE * self._lease.ack_wait_s:
-                self._paces.append((now, in_front / (now - since)))
+            self._bytes += size_bytes
+            before, since, bytes_before = self._waiting.pop(task, (-1, now, 0))
+            if size_bytes and before == came and now - since > SLOW_SHARE * self._lease.ack_wait_s:
+                self._slow.append((now, (self._bytes - bytes_before) / (now - since), size_bytes))
 
     def room(self, now: float) -> int:
         """Return how many more tasks may be fetched."""
         with self._lock:
-            while self._paces and now - self._paces[0][0] > HEED_SHARE * self._lease.ack_wait_s:
-                self._paces.popleft()
-            ahead = min((int(AHEAD_SHARE * self._lease.ack_wait_s * pace) for _at, pace in self._paces), default=None)
-            came = self._came
-            ahead = came if ahead is None else min(came, ahead)
+            while self._slow and now - self._slow[0][0] > HEED_SHARE * self._lease.ack_wait_s:
+                self._slow.popleft()
+            came = ahead = self._came
+            if self._slow:
+                largest, (_at, bytes_per_s, _size) = max(size for _at, _rate, size in self._slow), self._slow[-1]
+                ahead = min(came, int(AHEAD_SHARE * self._lease.ack_wait_s * bytes_per_s / largest))
             return self._lease.unproven_limit + came + ahead - self._fetched
 
     @property
     def _came(self) -> int:
-        return next((before for before, _in_front, _since in self._waiting.values()), self._fetched)
+        return next((before for before, _since, _bytes in self._waiting.values()), self._fetched)
 
 
 class SaveWatch:

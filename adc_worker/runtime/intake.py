@@ -382,6 +382,8 @@ class Intake:
             return PAUSE_S
         else:
             self._journal.erase_url(held)
+            downloaded_bytes = image.download.size_bytes if image.download.total_s > 0 else 0
+            self._arrivals.tried(held.id, time.monotonic(), downloaded_bytes)
             self._faults.image_came(host)
             self._faults.watch("staging", None)
             self.staged.put(replace(image, suspect=held.strikes is not None, urgent=last))

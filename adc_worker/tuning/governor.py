@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import fmean, median
 from typing import Literal
 
@@ -245,8 +245,9 @@ class Governor:
         most_bytes = max((one.image.compressed_bytes for one in seen), default=0)
         seen = [one for one in seen if LINK_CHANGE * one.image.compressed_bytes >= most_bytes]
         each = [self._report.link_slower(one.image) for one in seen]
-        if self.readiness < READY_ENOUGH and _changed(each, LINK_CHANGE, -1.0):
-            return min(each[-LARGER_BATCHES:])
+        slow = list(takewhile(lambda one: one[1] > LINK_CHANGE, zip(reversed(seen), reversed(each), strict=True)))
+        if sum(not one.ready for one, _by in slow) >= LARGER_BATCHES:
+            return min(by for _one, by in slow[:LARGER_BATCHES])
         more = self.plan.download_concurrency / self._report.downloads
         if self._since_change_s < SETTLE_S or not _changed(
             [max(by, by / more) for by in each], math.inf, 1 / LINK_CHANGE

@@ -86,8 +86,8 @@ class _Arithmetic:
         report = self.report
         reserve = self._reserve()
         room = self.room_bytes - reserve
-        wanted_workers = self._wanted_workers()
-        batch, workers, cut = self._fitting(room, self._wanted_batch(), wanted_workers)
+        wanted_batch, wanted_workers = self._wanted_batch(), self._wanted_workers()
+        batch, workers, cut = self._fitting(room, wanted_batch, wanted_workers)
         connections = self._connections()
         rates, busy = self._rates(connections, batch, workers)
         slowest = min(rates, key=lambda stage: rates[stage])
@@ -99,7 +99,7 @@ class _Arithmetic:
         arena = self._arena(pixels, batch, prefetch)
         downloads = self._downloads(rate, min(rates["decode"], rates["inference"]), connections)
         staged = self._staged_ahead(rate, downloads, batch, held)
-        binds, self.why["binds"] = self._binds(slowest, busy, connections, cut, short=workers < wanted_workers)
+        binds, says = self._binds(slowest, busy, connections, cut, short=workers < wanted_workers)
         return IngestPlan(
             batch_size=batch,
             batch_bytes=self._batch_bytes(batch),
@@ -123,6 +123,7 @@ class _Arithmetic:
             | {
                 "base_bytes": f"measured after the models were loaded: {_mb(report.base_bytes)}",
                 "batch_bytes": f"{batch} usual images, or the largest one: {_mb(self._batch_bytes(batch))}",
+                "binds": says,
                 "decode_engine": "threads are faster; processes where threads slow a GPU's inference",
             },
         )

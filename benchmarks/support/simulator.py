@@ -160,7 +160,7 @@ class Arrivals(Protocol):
     """How far fetching may run ahead of the downloads; the worker's `ArrivalWatch` can be given."""
 
     def fetched(self, task: int, now: float) -> None: ...
-    def tried(self, task: int, now: float) -> None: ...
+    def tried(self, task: int, now: float, size_bytes: int = 0) -> None: ...
     def room(self, now: float) -> int: ...
 
 
@@ -282,7 +282,7 @@ class _Image:
 class _Link:
     """Downloads: a connection that is new pays its set-up and a slow start. `tried` hears of each attempt."""
 
-    def __init__(self, world: World, events: _Events, cores: _Shared, tried: Callable[[_Image], None]) -> None:
+    def __init__(self, world: World, events: _Events, cores: _Shared, tried: Callable[[_Image, int], None]) -> None:
         self._world, self._events, self._cores, self._tried = world, events, cores, tried
         window = WINDOW_BYTES / max(world.latency_s, 1e-6)
         most = min(window, world.connection_bytes_per_s)
@@ -309,7 +309,7 @@ class _Link:
 
     def _answered(self, image: _Image, done: Callable[[_Image], None]) -> None:
         if self._random.random() < self._world.failure_share:
-            self._tried(image)
+            self._tried(image, 0)
             self._events.after(image.retry_s * self._random.uniform(0.5, 1.0), partial(self.download, image, done))
             image.retry_s = min(2 * image.retry_s, RETRY_MAX_S)
             return
@@ -322,7 +322,7 @@ class _Link:
 
     def _staged(self, image: _Image, done: Callable[[_Image], None]) -> None:
         image.staged_s = self._events.now
-        self._tried(image)
+        self._tried(image, image.photo.compressed_bytes)
         done(image)
 
 
@@ -404,9 +404,9 @@ class _Ingest:
         self._intake()
         self._feed_decoders()
 
-    def _tried(self, image: _Image) -> None:
+    def _tried(self, image: _Image, size_bytes: int) -> None:
         if self._arrivals:
-            self._arrivals.tried(image.number, self._events.now)
+            self._arrivals.tried(image.number, self._events.now, size_bytes)
 
     def _staged(self, image: _Image) -> None:
         self._downloading -= 1
@@ -634,7 +634,7 @@ class _Loaders:
         self._pinned = pinned
         self._events = _Events()
         self._cores = _Shared(self._events, world.core_speed)
-        self._links = [_Link(world, self._events, self._cores, lambda _image: None) for _ in range(loaders)]
+        self._links = [_Link(world, self._events, self._cores, lambda _image, _bytes: None) for _ in range(loaders)]
         shared = self._links[0].shared
         for link in self._links:
             link.shared = shared

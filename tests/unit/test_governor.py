@@ -292,6 +292,21 @@ def test_downloads_that_come_three_at_a_time_hide_no_slower_link() -> None:
     assert last == ["replan"]
 
 
+def test_a_gpu_that_waited_once_does_not_make_downloads_slower() -> None:
+    """For its first batch, and all others are ready."""
+    usual = image_probe(download_s=1.0)
+    job, slow = Governed(probe=usual), replace(usual, download_s=4.0, first_byte_s=2.0)
+    assert job.actions(1, image=slow, ready=False) == []
+    assert "replan" not in job.actions(SMALLER_BATCHES, image=slow)
+
+
+def test_a_slower_link_is_seen_in_two_batches_however_quick_they_were() -> None:
+    """Also where hundreds of them fit into the seconds over which readiness is taken."""
+    job = Governed(probe=image_probe(download_s=0.1))
+    job.batches(400, batch_s=0.02)
+    assert job.actions(LARGER_BATCHES, image=image_probe(download_s=1.0), ready=False) == ["replan"]
+
+
 def test_a_slower_link_is_taken_for_what_it_brought() -> None:
     """Four images in 40 s, and not what seven downloads would bring that did not share it."""
     usual = replace(image_probe(download_s=2.1), first_byte_s=0.1)

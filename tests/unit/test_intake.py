@@ -396,6 +396,7 @@ def test_no_more_is_fetched_than_what_came_stands_for(jobs: Callable[..., Job]) 
     assert intake._wanted_tasks() == 0
     job.images.gate.set()
     assert len(job.infer_all()) == 40
+    assert intake._arrivals._bytes == 40 * len(DATA), "what came tells how fast it comes"
 
 
 def test_the_last_delivery_is_worked_off_however_late(jobs: Callable[..., Job]) -> None:

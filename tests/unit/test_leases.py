@@ -6,6 +6,8 @@ import pytest
 
 from adc_worker.antenna.leases import ArrivalWatch, Delivery, LeaseTerms, SaveWatch, parse_reply_subject, same_message
 
+MB = 1_000_000
+
 # Recorded on a running Antenna.
 SUBJECT = "$JS.ACK.job_11.job-11-consumer.2.5.7.1784725318713022421.3"
 
@@ -165,24 +167,39 @@ def test_tasks_that_came_stand_for_as_many_more() -> None:
         assert watch.room(2.0) == 20
 
 
-def test_a_task_that_takes_long_to_come_tells_the_pace() -> None:
-    """A hundred seconds for four: three in a quarter of the lease; half a lease later that is forgotten."""
-    watch = _fetched(10)
-    for task in (0, 1, 2):
-        watch.tried(task, 29.0)
-    assert watch.room(29.0) == 6
-    for task in range(9, 2, -1):
-        watch.tried(task, 100.0)
-    assert watch.room(100.0) == watch.room(250.0) == 10 + 3
-    assert watch.room(250.1) == 20
+def test_a_task_that_takes_long_to_come_tells_how_many_like_it_do() -> None:
+    """35 MB in 100 s, for one of 25 MB: one in a quarter of the lease. Half a lease later that is forgotten."""
+    watch = _fetched(11)
+    for task in (0, 1, 2, 3):
+        watch.tried(task, 29.0, MB)
+    assert watch.room(29.0) == 10 + 2 * 4 - 11
+    for task in range(10, 4, -1):
+        watch.tried(task, 90.0, MB)
+    watch.tried(4, 100.0, 25 * MB)
+    assert watch.room(100.0) == watch.room(250.0) == 10 + 1
+    assert watch.room(250.1) == 10 + 11
 
 
-def test_the_slowest_pace_counts() -> None:
-    """Of all that were seen within half a lease."""
-    watch = _fetched(20)
-    for task, at in enumerate(range(50, 70)):
-        watch.tried(task, float(at))
-    assert watch.room(70.0) == 10 + int(300 / 4 / 50)
+def test_downloads_that_all_take_long_show_their_pace_together() -> None:
+    """Forty at once, each of them for 60 s: two in three seconds."""
+    watch = _fetched(40)
+    for task in range(40):
+        watch.tried(task, 60.0, MB)
+    assert watch.room(60.0) == 10 + min(40, int(40 / 60 * 300 / 4))
+    slower = _fetched(40)
+    for task in range(40):
+        slower.tried(task, 200.0, MB)
+    assert slower.room(200.0) == 10 + int(40 / 200 * 300 / 4)
+
+
+def test_a_download_that_hangs_tells_nothing() -> None:
+    """It ends in vain, or brings little beside what the others brought meanwhile."""
+    for size_bytes in (0, MB):
+        watch = _fetched(10)
+        for task in range(1, 10):
+            watch.tried(task, 1.0, MB)
+        watch.tried(0, 31.0, size_bytes)
+        assert watch.room(31.0) == 20
 
 
 def test_redeliveries_correct_the_terms() -> None:
