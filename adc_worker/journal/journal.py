@@ -446,6 +446,10 @@ class Journal:
         """Return the jobs this slot holds tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot = ?", self.slot))
 
+    def jobs_of_others(self) -> set[int]:
+        """Return the jobs that other slots hold tasks or results of."""
+        return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot != ?", self.slot))
+
     def owner_in(self, folder: Path) -> str:
         """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
         path = self._path.resolve()

@@ -94,7 +94,9 @@ class Poster:
         self._posting: set[int] = set()
         self._under_way: Counter[int] = Counter()  # by job
         self._retries: dict[int, _Retry] = {}
-        self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
+        # A job that another worker is at ends with that one; here a task of it would wait for nobody.
+        mine = set(journal.finished_jobs()) - journal.jobs_of_others()
+        self._endings = {job_id: _Ending(0.0) for job_id in mine}
         self._draining = False
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post

@@ -460,3 +460,21 @@ def test_a_job_that_stays_open_with_all_results_accepted_gets_one_of_them_again(
         receiver.status = "SUCCESS"
         poster._endings[7].look_at = 0.0
         wait_until(lambda: journal.finished_jobs() == [], 5)
+
+
+def test_a_job_that_another_worker_is_at_is_not_ended_by_one_that_starts(journal: Journal, tmp_path: Path) -> None:
+    """It would take a task that nobody works off here, and that waits for its lease."""
+    keep(journal, [1])
+    receiver = Receiver()
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(5)
+    journal.record(7, [task(2)])
+    assert journal.finished_jobs() == [7]
+    newcomer = Journal(tmp_path / "journal.db")
+    try:
+        with posting(newcomer, receiver) as poster:
+            assert poster._endings == {}
+    finally:
+        newcomer.close()
+    with posting(journal, receiver) as poster:
+        assert set(poster._endings) == {7}
