@@ -94,9 +94,7 @@ class Poster:
         self._posting: set[int] = set()
         self._under_way: Counter[int] = Counter()  # by job
         self._retries: dict[int, _Retry] = {}
-        # A job that another worker is at ends with that one; here a task of it would wait for nobody.
-        mine = set(journal.finished_jobs()) - journal.jobs_of_others()
-        self._endings = {job_id: _Ending(0.0) for job_id in mine}
+        self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
         self._draining = False
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post
@@ -172,11 +170,14 @@ class Poster:
 
     def _claim_ending(self) -> Callable[[], None] | None:
         now = time.monotonic()
-        for job_id, ending in self._endings.items():
+        for job_id, ending in list(self._endings.items()):
             retry = self._retries.get(job_id)
             if ending.look_at <= now and not self._under_way[job_id] and not (retry and retry.at > now):
                 if self._journal.held_count(job_id):
                     ending.look_at = now + TICK_S
+                    continue
+                if job_id in self._journal.jobs_of_others():
+                    del self._endings[job_id]  # whoever is at it ends it; a task taken here would wait for nobody
                     continue
                 self._under_way[job_id] += 1
                 return partial(self._work_on, job_id, partial(self._see_end, job_id, ending))

@@ -462,19 +462,24 @@ def test_a_job_that_stays_open_with_all_results_accepted_gets_one_of_them_again(
         wait_until(lambda: journal.finished_jobs() == [], 5)
 
 
-def test_a_job_that_another_worker_is_at_is_not_ended_by_one_that_starts(journal: Journal, tmp_path: Path) -> None:
-    """It would take a task that nobody works off here, and that waits for its lease."""
+def test_a_job_that_another_worker_is_at_is_not_ended_by_this_one(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take a task that nobody works off here, and that waits for its lease. The other one ends the job."""
+    monkeypatch.setattr("adc_worker.journal.poster.LOOK_FIRST_S", 0.002)
     keep(journal, [1])
     receiver = Receiver()
     with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
-    journal.record(7, [task(2)])
-    assert journal.finished_jobs() == [7]
+    (left,) = journal.record(7, [task(2)])
+    receiver.tasks = [task(3)]
     newcomer = Journal(tmp_path / "journal.db")
     try:
         with posting(newcomer, receiver) as poster:
-            assert poster._endings == {}
+            wait_until(lambda: poster.jobs_ended, 5)
     finally:
         newcomer.close()
-    with posting(journal, receiver) as poster:
-        assert set(poster._endings) == {7}
+    assert receiver.tasks == [task(3)]
+    journal.forget([left.id])
+    with posting(journal, receiver):
+        wait_until(lambda: not receiver.tasks, 5)
