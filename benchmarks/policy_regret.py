@@ -21,11 +21,12 @@ from itertools import product
 
 from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms
 from adc_worker.host.budget import HostBudget
+from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.governor import Governor, Observation
+from adc_worker.planning.plan import IngestPlan
+from adc_worker.planning.policy import IngestPolicy
+from adc_worker.planning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
 from adc_worker.runtime.intake import IntakeLimits
-from adc_worker.tuning.governor import Governor, Observation
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
 from benchmarks.grid import ranking
 from benchmarks.support import report
 from benchmarks.support.simulator import (

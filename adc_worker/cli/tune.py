@@ -14,10 +14,10 @@ from rich.table import Table
 
 from adc_worker.cli.status import plan_table, size
 from adc_worker.errors import ConfigurationError
+from adc_worker.planning.plan import IngestPlan
+from adc_worker.planning.policy import FIXED_PREFETCH
 from adc_worker.runtime.tune import Tuning, tune
 from adc_worker.settings import Settings, limits_set, variable
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import FIXED_PREFETCH
 
 BINDS = {
     "link": "link-bound: more RAM, more cores or a faster GPU would not help",

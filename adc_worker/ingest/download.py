@@ -28,8 +28,8 @@ from urllib3.util.connection import create_connection
 from adc_worker import __version__
 from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
 from adc_worker.ingest.addresses import AddressPolicy
+from adc_worker.planning.policy import DOWNLOADS_MAX
 from adc_worker.redaction import redact
-from adc_worker.tuning.policy import DOWNLOADS_MAX
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0

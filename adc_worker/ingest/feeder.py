@@ -23,7 +23,7 @@ from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport
 from adc_worker.ingest.header import ImageHeader
 from adc_worker.ingest.staging import StagedImage, StagedQueue
-from adc_worker.tuning.plan import IngestPlan
+from adc_worker.planning.plan import IngestPlan
 
 _Shape = tuple[int, int, int]
 _Kind = tuple[_Shape, bool]  # what may share a batch: images of one shape, none of which runs alone

@@ -13,7 +13,7 @@ from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
 from adc_worker.ingest.feeder import BatchFeeder, DecodedBatch
 from adc_worker.ingest.staging import StagedImage, StagedQueue
-from adc_worker.tuning.plan import IngestPlan
+from adc_worker.planning.plan import IngestPlan
 
 # What a loader is built around: another arena or other decode workers take another loader.
 _FIXED_FIELDS = ("arena_bytes", "decode_workers", "decode_engine", "scratch_bytes", "pin_memory")

@@ -29,6 +29,11 @@ from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.models.cache import free_bytes
 from adc_worker.models.pipeline import Pipeline
+from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.governor import Governor, Observation
+from adc_worker.planning.plan import IngestPlan, descriptors
+from adc_worker.planning.policy import DOWNLOADS_MAX, IngestPolicy
+from adc_worker.planning.probe_report import ImageProbe
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
@@ -38,10 +43,6 @@ from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_F
 from adc_worker.runtime.slices import Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.settings import Settings
-from adc_worker.tuning.governor import Governor, Observation
-from adc_worker.tuning.plan import IngestPlan, descriptors
-from adc_worker.tuning.policy import DOWNLOADS_MAX, Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ImageProbe
 
 _log = get_logger(__name__)
 

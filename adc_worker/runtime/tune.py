@@ -29,6 +29,9 @@ from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster, PosterLimits, ResultReceiver
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.planning.plan import IngestPlan
+from adc_worker.planning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
+from adc_worker.planning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 from adc_worker.redaction import redact
 from adc_worker.runtime.faults import advice
 from adc_worker.runtime.intake import IntakeLimits
@@ -38,9 +41,6 @@ from adc_worker.runtime.probe import known_sizes, probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.worker import image_client, make_data_folder
 from adc_worker.settings import Settings
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
-from adc_worker.tuning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 
 POST_TIMEOUT_S = 60.0
 PATIENCE_S = 60  # with others that hold the memory

@@ -38,13 +38,13 @@ from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.planning.policy import IngestPolicy
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
 from adc_worker.settings import Settings, WorkerOptions
-from adc_worker.tuning.policy import IngestPolicy
 
 _log = log.get_logger(__name__)
 

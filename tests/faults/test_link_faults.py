@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from adc_worker.tuning.policy import DOWNLOADS_MAX
+from adc_worker.planning.policy import DOWNLOADS_MAX
 from tests.faults.conftest import Desk
 from tests.support.counting_pipeline import numbered
 from tests.support.image_server import ImageServer, Reply

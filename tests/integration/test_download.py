@@ -27,7 +27,7 @@ from adc_worker.errors import (
 )
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import DownloadStats, ImageClient, _redirected
-from adc_worker.tuning.policy import DOWNLOADS_MAX
+from adc_worker.planning.policy import DOWNLOADS_MAX
 from tests.support.image_server import ImageServer, Reply
 from tests.support.waiting import wait_until
 

@@ -14,7 +14,8 @@ from PIL import Image
 from adc_worker.devserver.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.host.share import CAUTION_STEP
-from adc_worker.tuning.policy import Ceilings, IngestPolicy
+from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.policy import IngestPolicy
 from benchmarks.support.cgroup import MemoryCgroup, enclose
 from tests.support.fakes import GB, MB
 from tests.support.governed import replayed

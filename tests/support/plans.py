@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adc_worker.tuning.plan import IngestPlan
+from adc_worker.planning.plan import IngestPlan
 
 _PLAN: dict[str, Any] = {
     "batch_size": 4,

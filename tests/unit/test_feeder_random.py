@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from adc_worker.ingest.staging import StagedImage
-    from adc_worker.tuning.plan import IngestPlan
+    from adc_worker.planning.plan import IngestPlan
 
 SHAPES = [PAGE_SHAPE, LONG_SHAPE, LARGE_SHAPE, (256, 128)]
 BATCH_SIZES = st.integers(1, 4)

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from adc_worker.antenna.leases import LeaseTerms
-from adc_worker.tuning.governor import (
+from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.governor import (
     AHEAD_S,
     FALLING_BATCHES,
     FIRST_BATCHES,
@@ -19,9 +20,9 @@ from adc_worker.tuning.governor import (
     WINDOW_BATCHES,
     Governor,
 )
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import Ceilings, IngestPolicy
-from adc_worker.tuning.probe_report import ImageProbe, Sighting
+from adc_worker.planning.plan import IngestPlan
+from adc_worker.planning.policy import IngestPolicy
+from adc_worker.planning.probe_report import ImageProbe, Sighting
 from tests.support.fakes import GB, MB, image_probe, report
 from tests.support.governed import BASE, Governed, replayed
 

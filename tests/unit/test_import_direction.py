@@ -20,7 +20,7 @@ MODULES = {
 # What each part may import besides itself; a sibling is not in the list.
 BASE = {"", "settings", "errors", "log", "redaction"}
 LOWER = BASE | {"host", "antenna"}
-MIDDLE = LOWER | {"tuning"}
+MIDDLE = LOWER | {"planning"}
 ALLOWED = {
     "": {""},
     "errors": set(),
@@ -30,7 +30,7 @@ ALLOWED = {
     "host": BASE,
     "antenna": BASE,
     "devserver": BASE | {"antenna"},
-    "tuning": LOWER,
+    "planning": LOWER,
     "journal": MIDDLE,
     "ingest": MIDDLE,
     "models": MIDDLE,
@@ -68,7 +68,7 @@ def own_imports() -> Iterator[tuple[str, str]]:
 
 
 def test_imports_follow_the_arrows() -> None:
-    """settings, errors, log -> host, antenna -> tuning -> journal, ingest, models -> runtime -> cli."""
+    """settings, errors, log -> host, antenna -> planning -> journal, ingest, models -> runtime -> cli."""
     against = [
         f"{module} imports {name}"
         for module, name in own_imports()
@@ -102,14 +102,17 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", ["adc_worker.tuning.policy", "adc_worker.tuning.plan"])
+@pytest.mark.parametrize("module", ["adc_worker.planning.policy", "adc_worker.planning.plan"])
 def test_the_policy_is_pure(module: str) -> None:
     """The standard library's arithmetic, and the values it gets and returns."""
     values = {
         "adc_worker.antenna.leases",
         "adc_worker.host.budget",
-        "adc_worker.tuning.plan",
-        "adc_worker.tuning.probe_report",
+        "adc_worker.planning.ceilings",
+        "adc_worker.planning.memory_cost",
+        "adc_worker.planning.plan",
+        "adc_worker.planning.probe_report",
+        "adc_worker.planning.reasoned",
     }
     arithmetic = {"__future__", "math", "dataclasses", "typing", "types", "collections.abc", "enum"}
     assert imports(module) <= values | arithmetic

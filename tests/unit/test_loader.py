@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from adc_worker.errors import ImageError
     from adc_worker.ingest.staging import StagedImage
-    from adc_worker.tuning.plan import IngestPlan
+    from adc_worker.planning.plan import IngestPlan
 
 MAX_PIXELS = 1_000_000
 

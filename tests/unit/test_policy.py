@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.tuning.plan import IngestPlan, descriptors
-from adc_worker.tuning.policy import (
+from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.memory_cost import PAGE_BYTES
+from adc_worker.planning.plan import IngestPlan, descriptors
+from adc_worker.planning.policy import (
     AIM,
     ARENA_BYTES_CAP,
     BATCH_BYTES_CAP,
     BATCH_SIZE_MAX,
     DOWNLOADS_MAX,
-    PAGE_BYTES,
     PREFETCH_MAX,
     RESERVE_BYTES,
     TASKS_PER_FETCH_MAX,
-    Ceilings,
     IngestPolicy,
 )
-from adc_worker.tuning.probe_report import PROBE_DOWNLOADS, ProbeReport, Sighting
+from adc_worker.planning.probe_report import PROBE_DOWNLOADS, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 

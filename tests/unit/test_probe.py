@@ -18,10 +18,10 @@ from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.models.registry import Simulated
+from adc_worker.planning.probe_report import ImageProbe, ProbeReport, Sighting
 from adc_worker.runtime.outcomes import ImageResult
 from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife
-from adc_worker.tuning.probe_report import ImageProbe, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe
 from tests.support.images import bare_jpeg_header, header, jpeg, staged, written
 

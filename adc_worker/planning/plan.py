@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
+
+from adc_worker.planning.reasoned import Reasoned
 
 _OTHER_DESCRIPTORS = 128  # 20 in a quiet worker on the CPU (RESULTS.md); posts, models, GPU drivers add theirs
 
@@ -68,6 +70,23 @@ class IngestPlan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         object.__setattr__(self, "why", MappingProxyType(dict(self.why)))
+
+    @classmethod
+    def of(cls, **fields: Reasoned[Any]) -> Self:
+        """Build a plan from its fields, each a value with its reason."""
+        values = {name: field.value for name, field in fields.items()}
+        reasons = {name: field.why for name, field in fields.items()}
+        return cls(**values, why=reasons)
+
+    def reasoned(self, name: str) -> Reasoned[Any]:
+        """Return a field's value with its reason."""
+        return Reasoned(getattr(self, name), self.why[name])
+
+    def with_changes(self, **changes: Reasoned[Any]) -> Self:
+        """Return the plan with other values of some fields, and the reasons of these."""
+        values = {name: change.value for name, change in changes.items()}
+        reasons = {name: change.why for name, change in changes.items()}
+        return replace(self, **values, why={**self.why, **reasons})
 
     def log_fields(self) -> dict[str, Any]:
         """Return the plan as flat fields for a log line, without the reasons."""

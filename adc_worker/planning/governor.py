@@ -16,9 +16,10 @@ from typing import Literal
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.tuning.plan import IngestPlan
-from adc_worker.tuning.policy import AIM, IngestPolicy, in_processes
-from adc_worker.tuning.probe_report import ALIKE, ImageProbe, ProbeReport
+from adc_worker.planning.plan import IngestPlan
+from adc_worker.planning.policy import AIM, IngestPolicy, in_processes
+from adc_worker.planning.probe_report import ALIKE, ImageProbe, ProbeReport
+from adc_worker.planning.reasoned import Reasoned
 
 # The ladder (design, "The governor"), as parts of the memory that ingest may take: (measured - base) / (budget - base).
 GROW_BELOW, STOP_ABOVE, RESUME_BELOW = 0.65, 0.90, 0.65
@@ -336,17 +337,11 @@ class Governor:
         report = replace(self._report, base_bytes=self._base_bytes)
         plan = self._policy.plan(report, host, self._lease)
         if slack > 1:
-            asked = self._policy.plan(report.slower(slack), host, self._lease)
-            names = ("images_per_s", "held_limit", "fetch_size", "binds")  # as it is, not as if
-            more = asked.download_concurrency - plan.download_concurrency
-            staged = min(plan.held_limit, plan.staged_ahead + more)
-            why = {**asked.why, **{name: plan.why[name] for name in names}}
-            why["staged_ahead"] = (
-                f"{plan.staged_ahead} and {more} downloads more, lease allows {plan.held_limit}: {staged}"
-            )
-            asked = replace(asked, **{name: getattr(plan, name) for name in names}, why=why)
-            plan = replace(asked, staged_ahead=max(1, staged))
-        return plan if self.plan.decode_engine == "threads" else in_processes(plan)
+            slower = self._policy.plan(report.slower(slack), host, self._lease)
+            plan = _with_more_asked_for(plan, slower)
+        if self.plan.decode_engine == "threads":
+            return plan
+        return in_processes(plan)
 
     def _take(self, action: Action, plan: IngestPlan, reason: str) -> tuple[Action, str]:
         self.plan = plan
@@ -367,3 +362,17 @@ def _changed(ratios: Sequence[float], larger: float, smaller: float) -> bool:
     """Whether values have left the planned one behind: upwards at once, downwards after a long stretch."""
     grown = len(ratios) >= LARGER_BATCHES and min(ratios[-LARGER_BATCHES:]) > larger
     return grown or (len(ratios) == SMALLER_BATCHES and max(ratios) < smaller)
+
+
+def _with_more_asked_for(plan: IngestPlan, slower: IngestPlan) -> IngestPlan:
+    """Return the plan for slower downloads and decodes, with the rates and bounds of the true ones."""
+    more_downloads = slower.download_concurrency - plan.download_concurrency
+    staged = max(1, min(plan.held_limit, plan.staged_ahead + more_downloads))
+    staged_why = f"{plan.staged_ahead} and {more_downloads} downloads more, lease allows {plan.held_limit}: {staged}"
+    return slower.with_changes(
+        images_per_s=plan.reasoned("images_per_s"),
+        held_limit=plan.reasoned("held_limit"),
+        fetch_size=plan.reasoned("fetch_size"),
+        binds=plan.reasoned("binds"),
+        staged_ahead=Reasoned(staged, staged_why),
+    )
