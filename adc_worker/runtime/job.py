@@ -30,7 +30,8 @@ from adc_worker.log import get_logger
 from adc_worker.models.cache import free_bytes
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.planning.ceilings import Ceilings
-from adc_worker.planning.governor import Governor, Observation
+from adc_worker.planning.governor import Governor
+from adc_worker.planning.observation import Observation
 from adc_worker.planning.plan import IngestPlan, descriptors
 from adc_worker.planning.policy import DOWNLOADS_MAX, IngestPolicy
 from adc_worker.planning.probe_report import ImageProbe
