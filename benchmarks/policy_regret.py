@@ -23,10 +23,10 @@ from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.ceilings import Ceilings
 from adc_worker.planning.governor import Governor
+from adc_worker.planning.measurements import ImageProbe, ProbeReport, Sighting, at_once
 from adc_worker.planning.observation import Observation
 from adc_worker.planning.plan import IngestPlan
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import ImageProbe, ProbeReport, Sighting, at_once
 from adc_worker.runtime.intake import IntakeLimits
 from benchmarks.grid import ranking
 from benchmarks.support import report

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adc_worker.planning.measurements import ALIKE, ImageProbe, ProbeReport
 from adc_worker.planning.observation import Observation
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.planning.probe_report import ALIKE, ImageProbe, ProbeReport
 from adc_worker.planning.window import SETTLE_S, BatchWindow
 
 # Larger images: one batch may be a stray image, and those a quarter larger stay inside a plan

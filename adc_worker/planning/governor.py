@@ -15,10 +15,10 @@ from statistics import median
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.drift import GROWTH, READY_ENOUGH, Circumstances, Drift
+from adc_worker.planning.measurements import ProbeReport
 from adc_worker.planning.observation import Action, Decision, Observation
 from adc_worker.planning.plan import IngestPlan
 from adc_worker.planning.policy import AIM, IngestPolicy, in_processes
-from adc_worker.planning.probe_report import ProbeReport
 from adc_worker.planning.reasoned import Reasoned
 from adc_worker.planning.window import SETTLE_S, WINDOW_BATCHES, BatchWindow
 

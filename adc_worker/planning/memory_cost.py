@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adc_worker.planning.probe_report import ProbeReport
+from adc_worker.planning.measurements import ProbeReport
 
 PAGE_BYTES = 4096  # the arena's regions start and end at pages
 # One batch is inferred and one is being decoded, beside those that wait (docs/tuning.md).

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adc_worker.host.budget import HostBudget
+from adc_worker.planning.measurements import ImageProbe
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.planning.probe_report import ImageProbe
 
 Action = Literal["hold", "shrink", "grow", "step", "undo", "replan", "pause", "resume"]
 

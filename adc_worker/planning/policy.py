@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from adc_worker.antenna.leases import HORIZON_SHARE, LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.measurements import ProbeReport
 from adc_worker.planning.memory_cost import BATCHES_IN_ARENA, MemoryCost
 from adc_worker.planning.plan import IngestPlan, descriptors
-from adc_worker.planning.probe_report import ProbeReport
 from adc_worker.planning.reasoned import Reasoned, megabytes
 
 _MB = 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from statistics import fmean
 
+from adc_worker.planning.measurements import ImageProbe
 from adc_worker.planning.observation import Observation
-from adc_worker.planning.probe_report import ImageProbe
 
 WINDOW_BATCHES = 20  # chosen, with SETTLE_S: over these rates and readiness are compared
 # Before anything grows its last change is this old: a worker that starts beside this one takes

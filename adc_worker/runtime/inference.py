@@ -16,7 +16,7 @@ from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.planning.probe_report import ImageProbe
+from adc_worker.planning.measurements import ImageProbe
 from adc_worker.runtime.outcomes import ImageResult, Outcomes
 
 # Scores and logits of 29 176 classes x 200 detections are 47 MB as float32: such results go to the journal image by

@@ -23,9 +23,9 @@ from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.measurements import PROBE_DOWNLOADS
 from adc_worker.planning.memory_cost import BATCHES_IN_ARENA
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.planning.probe_report import PROBE_DOWNLOADS
 from adc_worker.runtime.faults import DECODER_AND_MODEL, Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife

@@ -31,10 +31,10 @@ from adc_worker.models.cache import free_bytes
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.planning.ceilings import Ceilings
 from adc_worker.planning.governor import Governor
+from adc_worker.planning.measurements import ImageProbe
 from adc_worker.planning.observation import Observation
 from adc_worker.planning.plan import IngestPlan, descriptors
 from adc_worker.planning.policy import DOWNLOADS_MAX, IngestPolicy
-from adc_worker.planning.probe_report import ImageProbe
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch

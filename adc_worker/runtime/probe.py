@@ -20,7 +20,7 @@ from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.log import get_logger
 from adc_worker.models.calls import PeakVram
 from adc_worker.models.pipeline import Pipeline
-from adc_worker.planning.probe_report import PROBE_IMAGES, ImageProbe, ProbeReport, Sighting, at_once, spread
+from adc_worker.planning.measurements import PROBE_IMAGES, ImageProbe, ProbeReport, Sighting, at_once, spread
 from adc_worker.runtime.inference import infer_and_keep, measured_image
 from adc_worker.runtime.outcomes import Outcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife

@@ -29,9 +29,9 @@ from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster, PosterLimits, ResultReceiver
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.planning.measurements import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 from adc_worker.planning.plan import IngestPlan
 from adc_worker.planning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
-from adc_worker.planning.probe_report import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
 from adc_worker.redaction import redact
 from adc_worker.runtime.faults import advice
 from adc_worker.runtime.intake import IntakeLimits

@@ -21,10 +21,10 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import Capture
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.measurements import ProbeReport
 from adc_worker.planning.memory_cost import BATCHES_IN_ARENA, PAGE_BYTES
 from adc_worker.planning.plan import IngestPlan
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import ProbeReport
 from adc_worker.runtime import job, probe, worker
 from adc_worker.settings import WorkerOptions
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from adc_worker.antenna.wire import JobState, PostEntry, Task, error_result
 from adc_worker.host.budget import HostBudget
 from adc_worker.journal.journal import Journal
-from adc_worker.planning.probe_report import PROBE_DOWNLOADS, ImageProbe, ProbeReport
+from adc_worker.planning.measurements import PROBE_DOWNLOADS, ImageProbe, ProbeReport
 
 MB = 1_000_000
 GB = 1000 * MB

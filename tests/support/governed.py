@@ -10,9 +10,9 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.ceilings import Ceilings
 from adc_worker.planning.governor import Governor
+from adc_worker.planning.measurements import ImageProbe, ProbeReport
 from adc_worker.planning.observation import Decision, Observation
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import ImageProbe, ProbeReport
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 BASE = 1 * GB

@@ -11,9 +11,9 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.planning.ceilings import Ceilings
 from adc_worker.planning.drift import FIRST_BATCHES, GROWTH, LARGER_BATCHES, SMALLER_BATCHES
 from adc_worker.planning.governor import AHEAD_S, FALLING_BATCHES, Governor
+from adc_worker.planning.measurements import ImageProbe, Sighting
 from adc_worker.planning.plan import IngestPlan
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import ImageProbe, Sighting
 from adc_worker.planning.window import SETTLE_S, WINDOW_BATCHES
 from tests.support.fakes import GB, MB, image_probe, report
 from tests.support.governed import BASE, Governed, replayed

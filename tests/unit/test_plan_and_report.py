@@ -8,9 +8,9 @@ import pytest
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
+from adc_worker.planning.measurements import INFERENCE_BYTES_PER_PX, ProbeReport, Sighting
 from adc_worker.planning.plan import descriptors
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import INFERENCE_BYTES_PER_PX, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 PLAN = IngestPolicy().plan(report(image_probe()), host(), LeaseTerms())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
 from adc_worker.planning.ceilings import Ceilings
+from adc_worker.planning.measurements import PROBE_DOWNLOADS, ProbeReport, Sighting
 from adc_worker.planning.memory_cost import PAGE_BYTES
 from adc_worker.planning.plan import IngestPlan, descriptors
 from adc_worker.planning.policy import (
@@ -26,7 +27,6 @@ from adc_worker.planning.policy import (
     TASKS_PER_FETCH_MAX,
     IngestPolicy,
 )
-from adc_worker.planning.probe_report import PROBE_DOWNLOADS, ProbeReport, Sighting
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 

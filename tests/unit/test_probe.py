@@ -18,7 +18,7 @@ from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.models.registry import Simulated
-from adc_worker.planning.probe_report import ImageProbe, ProbeReport, Sighting
+from adc_worker.planning.measurements import ImageProbe, ProbeReport, Sighting
 from adc_worker.runtime.outcomes import ImageResult
 from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife

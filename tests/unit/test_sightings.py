@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.planning.measurements import ProbeReport, Sighting, at_once, spread
 from adc_worker.planning.policy import RESERVE_BYTES, IngestPolicy
-from adc_worker.planning.probe_report import ProbeReport, Sighting, at_once, spread
 from tests.support.fakes import GB, MB, host, image_probe, report
 
 USUAL = report(image_probe(decode_s=0.05, download_s=0.2))

@@ -13,8 +13,8 @@ from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.cli.tune import BINDS, recommended, show, tune_command, write_env
 from adc_worker.errors import ConfigurationError
 from adc_worker.host.share import MemoryShare
+from adc_worker.planning.measurements import ProbeReport, Sighting
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.planning.probe_report import ProbeReport, Sighting
 from adc_worker.runtime.job import ceilings
 from adc_worker.runtime.tune import OldConstants, Tuning, patience, shared
 from adc_worker.settings import Settings
