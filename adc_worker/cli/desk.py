@@ -22,11 +22,11 @@ from rich.table import Table
 
 from adc_worker.cli.status import plan_table, size
 from adc_worker.errors import ExitCode
-from adc_worker.runtime.board import report_path
+from adc_worker.status.hub import report_path
 
 if TYPE_CHECKING:
-    from adc_worker.devserver.server import DevServer
-    from adc_worker.devserver.state import Job
+    from adc_worker.desk.server import DevServer
+    from adc_worker.desk.state import Job
 
 PIPELINE = "light_sheet_blobs"
 SEED = 2026
@@ -117,7 +117,7 @@ def _stop_signals() -> Iterator[list[int]]:
 def _devserver(**options: Any) -> Iterator[DevServer]:
     with ExitStack() as stack:
         try:  # not at the top: `ami --help` must work without the `desk` extra
-            from adc_worker.devserver.server import DevServer  # noqa: PLC0415
+            from adc_worker.desk.server import DevServer  # noqa: PLC0415
 
             server = stack.enter_context(DevServer(**options))
         except ImportError as error:
@@ -136,7 +136,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _generated(folder: Path, count: int, console: Console, stops: list[int]) -> list[Path]:
     """Write trap-like photographs, one broken file among them, and name one that does not exist."""
-    from adc_worker.devserver.sheets import write_sheets  # noqa: PLC0415
+    from adc_worker.desk.sheets import write_sheets  # noqa: PLC0415
 
     def draw(number: int) -> list[Path]:
         return [] if stops else write_sheets(folder, 1, SEED + number, sizes=(SIZES[number % len(SIZES)],))
@@ -198,7 +198,7 @@ def _report(job: Job, board: dict[str, Any] | None, console: Console) -> None:
 
 
 def _write_contact_sheet(job: Job, files: list[Path], path: Path) -> None:
-    from adc_worker.cli.contact_sheet import ContactItem, write_contact_sheet  # noqa: PLC0415
+    from adc_worker.desk.contact_sheet import ContactItem, write_contact_sheet  # noqa: PLC0415
 
     items = []
     for image_id, file in zip(job.image_ids, files, strict=True):

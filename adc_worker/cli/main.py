@@ -15,8 +15,8 @@ from adc_worker.cli.desk import demo_command, devserver_command
 from adc_worker.cli.status import live_view, report_command, status_command
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
 from adc_worker.redaction import redact
-from adc_worker.runtime.board import Board, listening
 from adc_worker.settings import WorkerOptions
+from adc_worker.status.hub import Board, listening
 
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
@@ -113,7 +113,7 @@ def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: 
             stack.enter_context(live_view(board))
         _log_start(config, env_file)
         if config.status_address is not None:
-            from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+            from adc_worker.status.http import serving  # noqa: PLC0415 (off by default)
 
             stack.enter_context(serving(board, config.status_address))
         options = WorkerOptions(

@@ -23,8 +23,8 @@ from rich.text import Text
 from adc_worker import settings
 from adc_worker.errors import ExitCode
 from adc_worker.log import Lasting
-from adc_worker.runtime import board as boards
-from adc_worker.runtime.board import Board
+from adc_worker.status import hub as boards
+from adc_worker.status.hub import Board
 
 MB, GB = 1e6, 1e9
 REFRESH_PER_S = 2
@@ -191,7 +191,7 @@ def status_command(config: settings.Settings, *, as_json: bool) -> ExitCode:
 
 def report_command(config: settings.Settings, output: Path) -> None:
     """Write the page of the last job, as the worker left it at that job's end."""
-    from adc_worker.runtime.status_server import rendered_page  # noqa: PLC0415 (status needs no HTTP server)
+    from adc_worker.status.http import rendered_page  # noqa: PLC0415 (status needs no HTTP server)
 
     kept = boards.report_path(config.user_data_path)
     if not kept.is_file():

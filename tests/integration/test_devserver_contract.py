@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from tests.support.contract import (
     DETECTOR,
     EXCHANGES,

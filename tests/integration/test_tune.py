@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.journal.journal import Journal
 from adc_worker.runtime.tune import Tuning, tune

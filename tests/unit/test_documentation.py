@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adc_worker.runtime.board import Board
-from adc_worker.runtime.status_server import Collector
 from adc_worker.settings import Settings, variable
+from adc_worker.status.http import Collector
+from adc_worker.status.hub import Board
 from tests.support.readme import README, with_settings
 from tests.unit.test_snapshot import snapshot
 

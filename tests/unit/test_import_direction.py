@@ -29,13 +29,14 @@ ALLOWED = {
     "log": {"", "redaction"},
     "host": BASE,
     "antenna": BASE,
-    "devserver": BASE | {"antenna"},
+    "desk": BASE | {"antenna"},
+    "status": LOWER,
     "tuning": LOWER,
     "journal": MIDDLE,
     "ingest": MIDDLE,
     "models": MIDDLE,
-    "runtime": MIDDLE | {"journal", "ingest", "models"},
-    "cli": MIDDLE | {"journal", "ingest", "models", "runtime", "devserver"},
+    "runtime": MIDDLE | {"journal", "ingest", "models", "status"},
+    "cli": MIDDLE | {"journal", "ingest", "models", "runtime", "status", "desk"},
     "__main__": {"cli"},
 }
 TORCH = {"torch", "torchvision"}
@@ -68,7 +69,7 @@ def own_imports() -> Iterator[tuple[str, str]]:
 
 
 def test_imports_follow_the_arrows() -> None:
-    """settings, errors, log -> host, antenna -> tuning -> journal, ingest, models -> runtime -> cli."""
+    """settings, errors, log -> host, antenna -> tuning -> journal, ingest, models, status -> runtime -> cli."""
     against = [
         f"{module} imports {name}"
         for module, name in own_imports()

@@ -19,10 +19,9 @@ import pytest
 
 from adc_worker import log
 from adc_worker.errors import WorkerFault
-from adc_worker.runtime import board
-from adc_worker.runtime.board import HISTORY_POINTS, SILENT_S, Board, listening, report_path, running
-from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, StageView, socket_address, socket_path
-from adc_worker.runtime.status_server import rendered_page, serving
+from adc_worker.status.http import rendered_page, serving
+from adc_worker.status.hub import HISTORY_POINTS, SILENT_S, Board, listening, report_path, running
+from adc_worker.status.snapshot import JobView, Reporter, Snapshot, StageView, socket_address, socket_path
 from tests.support.waiting import wait_until
 
 LEASE_S = 300.0
@@ -118,15 +117,14 @@ def test_a_child_is_heard_again_after_its_line_broke_and_the_report_could_not_be
         assert reporter._socket is connection
 
 
-def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_answer_is_named(tmp_path: Path) -> None:
     """One that was stopped, or whose disk is gone, still takes connections."""
-    monkeypatch.setattr(board, "ANSWER_TIMEOUT_S", 0.1)
     path = socket_path(tmp_path, 4711)
     with socket.socket(socket.AF_UNIX) as mute, socket_address(path) as address:
         mute.bind(address)
         mute.listen()
         with pytest.raises(WorkerFault, match=r"4711\.sock does not answer: timed out"):
-            running(tmp_path)
+            running(tmp_path, answer_timeout_s=0.1)
 
 
 def test_readers_that_go_away_and_strange_hosts_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from prometheus_client.metrics_core import Metric
 
 from adc_worker.errors import ConfigurationError
 from adc_worker.log import get_logger
-from adc_worker.runtime.board import Board
-from adc_worker.runtime.snapshot import JobView, Snapshot
+from adc_worker.status.hub import Board
+from adc_worker.status.snapshot import JobView, Snapshot
 
 _log = get_logger(__name__)
 
@@ -56,7 +56,7 @@ _METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, Ca
 
 def rendered_page(data: bytes) -> bytes:
     """Return the page with its data inside; it needs nothing else."""
-    page = files("adc_worker.runtime").joinpath("status_page.html").read_bytes()
+    page = files("adc_worker.status").joinpath("page.html").read_bytes()
     # No </script> and no comment can begin within a script element that has no "<".
     return page.replace(_DATA.encode(), _DATA.encode() + data.replace(b"<", b"\\u003c"))
 

@@ -18,8 +18,8 @@ from nats.errors import Error as NatsError
 from PIL import Image
 
 from adc_worker.antenna.wire import FINAL_STATES, SERVED_STATES
-from adc_worker.devserver.bodies import Failure, Mode, Pipeline, Success
-from adc_worker.devserver.broker import Broker
+from adc_worker.desk.bodies import Failure, Mode, Pipeline, Success
+from adc_worker.desk.broker import Broker
 
 MAX_FAILED_SHARE = 0.5
 PROJECT_ID = 1  # the only one, and public

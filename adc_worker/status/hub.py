@@ -23,7 +23,7 @@ from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
 from adc_worker.errors import ConfigurationError, WorkerFault
 from adc_worker.log import get_logger, recent_causes
-from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
+from adc_worker.status.snapshot import JobView, Snapshot, socket_address, socket_path
 
 _log = get_logger(__name__)
 
@@ -200,12 +200,12 @@ def report_path(folder: Path) -> Path:
     return folder / "last-job.json"
 
 
-def running(folder: Path) -> list[dict[str, Any]]:
+def running(folder: Path, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> list[dict[str, Any]]:
     """Ask every worker of this host that keeps its data in `folder`."""
     states = []
     for path in sorted(folder.glob(socket_path(folder, 0).name.replace("-0.sock", "-*.sock"))):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(ANSWER_TIMEOUT_S)
+            connection.settimeout(answer_timeout_s)
             try:
                 with socket_address(path) as address:
                     connection.connect(address)

@@ -15,9 +15,9 @@ from aiohttp.web_middlewares import normalize_path_middleware
 from pydantic import ValidationError
 
 from adc_worker.antenna.wire import FINAL_STATES
-from adc_worker.devserver import bodies
-from adc_worker.devserver.bodies import CaptureQuery, Query
-from adc_worker.devserver.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
+from adc_worker.desk import bodies
+from adc_worker.desk.bodies import CaptureQuery, Query
+from adc_worker.desk.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ import anyio
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
-from adc_worker.devserver.app import MEMBER, OUTSIDER, SUPERUSER, Api
-from adc_worker.devserver.bodies import Algorithm, Mode, Pipeline
-from adc_worker.devserver.broker import Broker, NatsServer
-from adc_worker.devserver.state import PROJECT_ID, Capture, Desk, Job
+from adc_worker.desk.app import MEMBER, OUTSIDER, SUPERUSER, Api
+from adc_worker.desk.bodies import Algorithm, Mode, Pipeline
+from adc_worker.desk.broker import Broker, NatsServer
+from adc_worker.desk.state import PROJECT_ID, Capture, Desk, Job
 
 HOST = "127.0.0.1"  # the server has no security to speak of
 new_token = partial(secrets.token_hex, 20)
