@@ -25,8 +25,8 @@ from adc_worker.errors import ExitCode
 from adc_worker.status.hub import report_path
 
 if TYPE_CHECKING:
+    from adc_worker.desk.job import Job
     from adc_worker.desk.server import DevServer
-    from adc_worker.desk.state import Job
 
 PIPELINE = "light_sheet_blobs"
 SEED = 2026

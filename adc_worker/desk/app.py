@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from adc_worker.antenna.wire import FINAL_STATES
 from adc_worker.desk import bodies
 from adc_worker.desk.bodies import CaptureQuery, Query
-from adc_worker.desk.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
+from adc_worker.desk.job import PROJECT, PROJECT_ID, Capture, Job, now
+from adc_worker.desk.state import Desk
 
 T = TypeVar("T")
 
