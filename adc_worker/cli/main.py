@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from adc_worker import __version__, log, settings
-from adc_worker.cli.desk import demo_command, devserver_command
-from adc_worker.cli.status import live_view, report_command, status_command
+from adc_worker.cli.demo import demo_command
+from adc_worker.cli.devserver import devserver_command
+from adc_worker.cli.live_view import live_view
+from adc_worker.cli.status import report_command, status_command
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
 from adc_worker.redaction import redact
 from adc_worker.settings import WorkerOptions
-from adc_worker.status.hub import Board, listening
+from adc_worker.status.channel import listening
+from adc_worker.status.hub import StatusHub
 
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
@@ -107,15 +110,16 @@ def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: 
     log_format = "json" if watched else config.log_format_on(terminal=terminal)
     log.configure(log_format, config.log_level)
     with ExitStack() as stack:
-        board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
-        stack.enter_context(listening(board, config.user_data_path))
+        instances = config.worker_instances or max(1, len(visible_gpus()))
+        hub = StatusHub(instances, config.antenna_ack_wait_seconds)
+        stack.enter_context(listening(hub, config.user_data_path))
         if watched:
-            stack.enter_context(live_view(board))
+            stack.enter_context(live_view(hub))
         _log_start(config, env_file)
         if config.status_address is not None:
             from adc_worker.status.http import serving  # noqa: PLC0415 (off by default)
 
-            stack.enter_context(serving(board, config.status_address))
+            stack.enter_context(serving(hub, config.status_address))
         options = WorkerOptions(
             pipelines=pipelines,
             project=project,

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from adc_worker.cli.status import plan_table, size
+from adc_worker.cli.status_view import plan_table, size
 from adc_worker.errors import ConfigurationError
 from adc_worker.runtime.tune import Tuning, tune
 from adc_worker.settings import Settings, limits_set, variable

@@ -37,7 +37,8 @@ from adc_worker.runtime.probe import known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
 from adc_worker.settings import Settings
-from adc_worker.status.snapshot import JobView, Reporter, StageView
+from adc_worker.status.reporter import Reporter
+from adc_worker.status.snapshot import JobView, StageView
 from adc_worker.tuning.governor import Governor, Observation
 from adc_worker.tuning.plan import IngestPlan, descriptors
 from adc_worker.tuning.policy import DOWNLOADS_MAX, Ceilings, IngestPolicy

@@ -1,4 +1,7 @@
-"""The status page, its data, metrics and health over HTTP: read-only, served by the parent on AMI_STATUS_PORT."""
+"""The status page, its data, metrics and health over HTTP.
+
+It is read-only. The parent serves it on AMI_STATUS_PORT.
+"""
 
 from __future__ import annotations
 
@@ -6,135 +9,111 @@ import ipaddress
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
 
 from adc_worker.errors import ConfigurationError
 from adc_worker.log import get_logger
-from adc_worker.status.hub import Board
-from adc_worker.status.snapshot import JobView, Snapshot
+from adc_worker.status.hub import StatusHub
+from adc_worker.status.metrics import Collector
+from adc_worker.status.page import rendered_page
 
 _log = get_logger(__name__)
 
-_DATA = '<script type="application/json" id="data">'
-_SECURITY = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+REQUEST_TIMEOUT_S = 10.0  # chosen
+STOP_POLL_S = 0.2  # chosen: how long the end of the worker waits for this server
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline';"
+    " style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-_JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
-_G, _C = GaugeMetricFamily, CounterMetricFamily
-
-_NO_JOB = JobView(id=0, pipeline="", started_at=0.0)
-# Base units, and one label, bounded by the configuration: worker is a process's slot. Counters get their _total.
-_METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, Callable[[Snapshot, JobView], float]]] = {
-    "memory_bytes": (_G, "Memory of its processes, decoded pixels included.", lambda one, _: one.memory_bytes),
-    "memory_budget_bytes": (_G, "Memory the worker plans with.", lambda one, _: one.budget_bytes),
-    "memory_limit_bytes": (_G, "The memory limit that binds.", lambda one, _: one.limit_bytes),
-    "results_waiting": (_G, "Results that Antenna has not accepted yet.", lambda one, _: one.unposted),
-    "staged_bytes": (_G, "Compressed images on disk.", lambda one, _: one.staged_bytes),
-    "tasks_in_hand": (_G, "Tasks fetched and without an outcome.", lambda _, job: job.in_hand),
-    "batch_readiness_ratio": (_G, "Share of the batches that were ready when asked for.", lambda _, job: job.readiness),
-    "job_images_per_second": (_G, "Outcomes a second of the job that runs.", lambda _, job: job.images_per_s),
-    "last_progress_timestamp_seconds": (_G, "When a task last got an outcome.", lambda one, _: one.moved_at),
-    "images_done": (_C, "Images with a result.", lambda one, _: one.totals.get("done", 0)),
-    "images_failed": (_C, "Images with an error result.", lambda one, _: one.totals.get("failed", 0)),
-    "tasks_left_to_lease": (_C, "Tasks given up knowingly.", lambda one, _: one.totals.get("left_to_lease", 0)),
-    "detections": (_C, "Insects found.", lambda one, _: one.totals.get("detections", 0)),
-    "inference_seconds": (_C, "Time spent in inference.", lambda one, _: one.totals.get("inference_s", 0)),
-}
-
-
-def rendered_page(data: bytes) -> bytes:
-    """Return the page with its data inside; it needs nothing else."""
-    page = files("adc_worker.status").joinpath("page.html").read_bytes()
-    # No </script> and no comment can begin within a script element that has no "<".
-    return page.replace(_DATA.encode(), _DATA.encode() + data.replace(b"<", b"\\u003c"))
-
-
-class Collector:
-    def __init__(self, board: Board) -> None:
-        self._board = board
-
-    def collect(self) -> Iterable[Metric]:
-        """Return all metrics of this moment."""
-        ready = GaugeMetricFamily("adc_worker_ready", "Whether /readyz is green.", labels=[])
-        ready.add_metric([], 0.0 if self._board.unready() else 1.0)
-        yield ready
-        for name, (family, text, value) in _METRICS.items():
-            metric = family(f"adc_worker_{name}", text, labels=["worker"])
-            for one in self._board.snapshots():
-                job = one.job if one.job and one.job.ended_at is None else _NO_JOB
-                metric.add_metric([str(one.slot)], value(one, job))
-            yield metric
+_HTML = "text/html; charset=utf-8"
+_JSON = "application/json"
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+_TEXT = "text/plain; charset=utf-8"
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], board: Board) -> None:
+    def __init__(self, address: tuple[str, int], hub: StatusHub) -> None:
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        self.board = board
+        self.hub = hub
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(Collector(board))
-        self.host_names = frozenset({"localhost", socket.gethostname().lower(), socket.getfqdn().lower()})
+        self.registry.register(Collector(hub))
+        self._own_names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
         super().__init__(address, _Handler)
 
-    def knows(self, host: str) -> bool:
-        """Whether a request's Host is ours; a page elsewhere whose name was made to resolve to us is not."""
-        name = ""
+    def is_own_host(self, host: str) -> bool:
+        """Whether a request names an IP address or a name of ours as its host.
+
+        A page elsewhere whose name was made to resolve to this address may not read the status.
+        """
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
-            ipaddress.ip_address(name)
         except ValueError:
-            return name in self.host_names
-        return True
+            return False
+        return name in self._own_names or _is_ip_address(name)
 
     def handle_error(self, *_: object) -> None:
-        """Write no traceback between the log lines: a reader went away in the middle."""
+        """Log no traceback when a reader goes away in the middle."""
         _log.debug("status_request_failed", error=repr(sys.exception()))
+
+
+def _is_ip_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    timeout = 10.0  # seconds for a request to come
+    timeout = REQUEST_TIMEOUT_S
 
     def do_GET(self) -> None:
+        hub = self.server.hub
         path = self.path.partition("?")[0]
-        board = self.server.board
-        if not self.server.knows(self.headers.get("Host", "")):
-            self._answer(HTTPStatus.MISDIRECTED_REQUEST, _TEXT, b"not a name of this worker; use its address\n")
+        if not self.server.is_own_host(self.headers.get("Host", "")):
+            problem = b"not a name of this worker; use its address\n"
+            self._answer(_TEXT, problem, HTTPStatus.MISDIRECTED_REQUEST)
         elif path == "/":
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", rendered_page(board.to_json()))
+            self._answer(_HTML, rendered_page(hub.status().to_json()))
         elif path == "/snapshot.json":
-            self._answer(HTTPStatus.OK, _JSON, board.to_json())
+            self._answer(_JSON, hub.status().to_json())
         elif path == "/metrics":
-            self._answer(
-                HTTPStatus.OK, "text/plain; version=0.0.4; charset=utf-8", generate_latest(self.server.registry)
-            )
+            self._answer(_METRICS, generate_latest(self.server.registry))
         elif path == "/livez":
-            self._answer(HTTPStatus.OK, _TEXT, b"ok\n")
+            self._answer(_TEXT, b"ok\n")
         elif path == "/readyz":
-            reasons = board.unready()
-            status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-            self._answer(status, _TEXT, "\n".join([*(reasons or ["ok"]), ""]).encode())
+            self._answer_readiness(hub.unready())
         else:
-            self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"/, /snapshot.json, /metrics, /livez, /readyz\n")
+            paths = b"/, /snapshot.json, /metrics, /livez, /readyz\n"
+            self._answer(_TEXT, paths, HTTPStatus.NOT_FOUND)
 
-    def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+    def _answer_readiness(self, reasons: list[str]) -> None:
+        if not reasons:
+            self._answer(_TEXT, b"ok\n")
+            return
+        lines = [f"{reason}\n" for reason in reasons]
+        self._answer(_TEXT, "".join(lines).encode(), HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def _answer(self, content_type: str, body: bytes, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)
-        for name, value in {**_SECURITY, "Content-Type": content_type, "Content-Length": str(len(body))}.items():
+        for name, value in _HEADERS.items():
             self.send_header(name, value)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -143,18 +122,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(board: Board, address: tuple[str, int]) -> Iterator[None]:
-    """Serve `board` at a host and port while the body runs."""
+def serving(hub: StatusHub, address: tuple[str, int]) -> Iterator[None]:
+    """Serve `hub` at a host and port while the body runs."""
+    host, port = address
     try:
-        server = _Server(address, board)
+        server = _Server(address, hub)
     except OSError as error:
-        raise ConfigurationError(
-            f"AMI_STATUS_PORT: cannot listen on {address[0]}:{address[1]}: {error.strerror}"
-        ) from error
-    thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status-page", daemon=True)
+        problem = f"AMI_STATUS_PORT: cannot listen on {host}:{port}: {error.strerror}"
+        raise ConfigurationError(problem) from error
+    thread = threading.Thread(
+        target=server.serve_forever,
+        args=(STOP_POLL_S,),
+        name="status-page",
+        daemon=True,
+    )
     thread.start()
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    _log.info("status_page", url=f"http://{host}:{server.server_address[1]}/")
+    shown_host = f"[{host}]" if ":" in host else host
+    _log.info("status_page", url=f"http://{shown_host}:{server.server_address[1]}/")
     try:
         yield
     finally:

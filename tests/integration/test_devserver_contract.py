@@ -393,7 +393,7 @@ def test_a_port_that_is_taken_is_an_error_and_leaves_nothing() -> None:
         assert _belongings() == before
 
 
-COMMAND = "from adc_worker.cli.desk import devserver_command; devserver_command()"
+COMMAND = "from adc_worker.cli.devserver import devserver_command; devserver_command()"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
