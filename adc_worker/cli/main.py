@@ -236,8 +236,8 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
     """Show the plan for a job before it runs.
 
     Measures two photographs of the first job that Antenna lists for a pipeline's slug or a project's number, and prints
-    machine, plan, arithmetic, and what the old constants would have done. Where Antenna lists the job's photographs no
-    task is taken; else two are, and their results are posted. --write sets ceilings: nobody needs them.
+    machine, plan and arithmetic. Where Antenna lists the job's photographs no task is taken; else two are, and their
+    results are posted. --write sets ceilings: nobody needs them.
     """
     from adc_worker.cli.tune import tune_command  # noqa: PLC0415 (takes torch)
     from adc_worker.runtime.supervisor import be_like_a_child  # noqa: PLC0415 (help and version need none of it)

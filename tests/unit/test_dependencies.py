@@ -14,6 +14,7 @@ MODULES = {
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "pydantic-settings": "pydantic_settings",
+    "python-dotenv": "dotenv",
 }
 
 
