@@ -107,10 +107,12 @@ def _run_worker(server: DevServer, folder: Path, stops: list[int]) -> int:
         Its exit code.
     """
     environment = {name: os.environ[name] for name in os.environ if not name.startswith("AMI_")}
-    environment["AMI_ANTENNA_API_BASE_URL"] = server.api_url
-    environment["AMI_ANTENNA_API_AUTH_TOKEN"] = server.token
-    environment["AMI_USER_DATA_PATH"] = str(_data_folder(folder))
-    environment["AMI_SHUTDOWN_GRACE_SECONDS"] = str(GRACE_S)
+    environment |= {
+        "AMI_ANTENNA_API_BASE_URL": server.api_url,
+        "AMI_ANTENNA_API_AUTH_TOKEN": server.token,
+        "AMI_USER_DATA_PATH": str(_data_folder(folder)),
+        "AMI_SHUTDOWN_GRACE_SECONDS": str(GRACE_S),
+    }
     if not sys.stderr.isatty():
         environment["AMI_LOG_LEVEL"] = "error"
     program = [sys.executable, "-m", "adc_worker"]
@@ -172,15 +174,12 @@ def _write_contact_sheet(job: Job, files: list[Path], path: Path) -> None:
 
     items = []
     for image_id, file in zip(job.image_ids, files, strict=True):
-        result = job.results.get(image_id)
-        boxes = _boxes(result["detections"]) if result else []
+        detections = job.results.get(image_id, {}).get("detections", ())
+        boxes = [_box(detection) for detection in detections]
         items.append(ContactItem(file, boxes, job.errors.get(image_id)))
     write_contact_sheet(items, path)
 
 
-def _boxes(detections: list[dict[str, dict[str, float]]]) -> list[tuple[int, ...]]:
-    boxes = []
-    for detection in detections:
-        box = detection["bbox"]
-        boxes.append(tuple(int(box[side]) for side in ("x1", "y1", "x2", "y2")))
-    return boxes
+def _box(detection: dict[str, dict[str, float]]) -> tuple[int, ...]:
+    box = detection["bbox"]
+    return tuple(int(box[side]) for side in ("x1", "y1", "x2", "y2"))

@@ -38,7 +38,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def desk_server(**options: Any) -> Iterator[DevServer]:
-    """Run a DevServer with these options while the body runs; what keeps it from starting is one line."""
+    """Run a DevServer while the body runs; what keeps it from starting is said in one line."""
     with ExitStack() as stack:
         try:  # not at the top: `ami --help` must work without the `desk` extra
             from adc_worker.desk.server import DevServer  # noqa: PLC0415

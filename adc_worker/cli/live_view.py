@@ -19,7 +19,7 @@ from adc_worker.log import Lasting
 from adc_worker.status.hub import StatusHub
 
 REFRESH_PER_S = 2
-# These log lines stay to be read above the view, with all warnings and errors. Others are not shown.
+# These log lines are shown above the view, with all warnings and errors. Others are not shown.
 NOTABLE = frozenset({"start", "worker_ready", "status_page", "job_summary", "stopping", "idle"})
 _QUIET_LEVELS = frozenset({"debug", "info"})
 _NOT_FIELDS = frozenset({"level", "event", "timestamp", "exception", "module"})

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _ENV_FILE = click.option(
     "--env-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Read AMI_ variables from this file, too. The environment wins over it, and it wins over ./.env.",
+    help="Read AMI_ variables from this file, too. The environment wins over it, it over ./.env.",
 )
 
 
@@ -63,8 +63,8 @@ class _WorkerGroup(click.Group):
 def cli() -> None:
     """A worker for Antenna that nobody has to tune.
 
-    Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it work without an
-    Antenna, start `ami demo`.
+    Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it
+    work without an Antenna, start `ami demo`.
 
     \b
       ami doctor            is everything here that a worker needs?
@@ -82,8 +82,9 @@ def cli() -> None:
 def worker() -> None:
     """Pull tasks, find insects, post results. Without a subcommand: run.
 
-    Two images of each job are measured, and how the job is fed is computed from them: there is nothing to tune. On a
-    terminal it shows what it does; elsewhere it writes one JSON object a line (AMI_LOG_FORMAT).
+    Two images of each job are measured, and how the job is fed is computed from them: there is
+    nothing to tune. On a terminal it shows what it does; elsewhere it writes one JSON object a line
+    (AMI_LOG_FORMAT).
 
     \b
       ami worker                                Antenna's ten pipelines
@@ -254,9 +255,10 @@ def worker_status(as_json: bool, env_file: Path | None) -> None:
 def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path | None) -> None:
     """Show the plan for a job before it runs.
 
-    Measures two photographs of the first job that Antenna lists for a pipeline's slug or a project's number, and prints
-    machine, plan and arithmetic. Where Antenna lists the job's photographs no task is taken; else two are, and their
-    results are posted. --write sets ceilings: nobody needs them.
+    Measures two photographs of the first job that Antenna lists for a pipeline's slug or a
+    project's number, and prints machine, plan and arithmetic. Where Antenna lists the job's
+    photographs no task is taken; else two are, and their results are posted. --write sets ceilings:
+    nobody needs them.
     """
     from adc_worker.cli.tune import tune_command  # noqa: PLC0415
     from adc_worker.runtime.supervisor import be_like_a_child  # noqa: PLC0415
@@ -273,7 +275,8 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
 def worker_report(output: Path, env_file: Path | None) -> None:
     """Save the last job as one HTML page.
 
-    Plan with reasons, memory over time, errors by cause; kept at each job's end, so that no worker need run.
+    Plan with reasons, memory over time, errors by cause. It is kept at each job's end, so that no
+    worker need run.
     """
     report_command(settings.load(env_file), output)
 
@@ -313,7 +316,6 @@ cli.add_command(devserver_command)
 def main() -> None:
     """Run the command line on Linux; elsewhere say why it does not run."""
     if sys.platform != "linux":
-        sys.exit(
-            f"ami: runs on Linux, not on {sys.platform}: pidfd, memfd and /proc are what its memory bound stands on"
-        )
+        reason = "pidfd, memfd and /proc are what its memory bound stands on"
+        sys.exit(f"ami: runs on Linux, not on {sys.platform}: {reason}")
     cli()

@@ -27,8 +27,9 @@ BINDS = {
     "inference": "inference-bound: a faster GPU would help, more RAM or a faster link would not",
     "memory": "memory-bound: more RAM would allow larger batches or more decoders",
     "vram": "GPU-memory-bound: more free memory of the GPU would allow larger batches",
-    "lease": "lease-bound: a longer lease (AMI_ANTENNA_ACK_WAIT_SECONDS, as Antenna has it) would allow larger batches",
-    "ceiling": "held down by a setting, or by the open files allowed: with more the job would be faster",
+    "lease": "lease-bound: a longer lease at Antenna would allow larger batches; then set"
+    " AMI_ANTENNA_ACK_WAIT_SECONDS to it here, too",
+    "ceiling": "held down by a setting or the open files allowed: with more it would be faster",
 }
 # The settings that --write sets, and the field of a plan that each of them takes. Whether memory is
 # pinned is no ceiling: false would forbid it where it may be found to help.
@@ -41,7 +42,7 @@ WRITTEN = {
 
 
 def tune_command(config: Settings, target: str, env_out: Path | None, *, as_json: bool) -> None:
-    """Measure a job of `target`, print its plan, and write it to `env_out` where that is asked for."""
+    """Measure a job of `target`, print its plan, and write that to `env_out` where there is one."""
     planned = config
     if env_out is not None:
         check_env(env_out)  # before minutes of measuring

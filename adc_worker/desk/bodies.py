@@ -85,7 +85,7 @@ class Failure(_Body):
 
 
 class Pipeline(_Body):
-    """A pipeline without algorithms takes results of any algorithm; one that has some insists on them."""
+    """One without algorithms takes results of any algorithm; one that has some insists on them."""
 
     name: str
     slug: str

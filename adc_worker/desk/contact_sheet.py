@@ -21,7 +21,7 @@ PAGE_COLOUR = "#ffffff"
 TILE_COLOUR = "#e4e4e2"
 TEXT_COLOUR = "#1d1d1f"
 ERROR_COLOUR = "#a8321f"
-# Distance from the insect in the tile's pixels, and colour. Lines around it keep a tiny one visible.
+# Lines around an insect, so that a tiny one is seen: distance in the tile's pixels, and colour.
 BOX_LINES = ((2, "#e5001f"), (3, "#e5001f"), (4, "#ffffff"))
 
 _FONT = ImageFont.load_default(size=FONT_PX)
@@ -36,7 +36,7 @@ class ContactItem:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """A photograph, or a grey field with the reason why there is none; a line of text stands above it."""
+    """A photograph, or a grey field with the reason why there is none, below a line of text."""
 
     caption: str  # at the right of that line, behind the file's name
     photograph: Image.Image | None = None
@@ -88,7 +88,7 @@ def _draw_boxes(photograph: Image.Image, boxes: Sequence[tuple[int, ...]], scale
 
 
 def _draw_title(page: Image.Image, left_middle: tuple[int, int], width: int, title: str, caption: str) -> None:
-    """Draw the file's name at the left, shortened where it must be, and the caption at the right."""
+    """Draw the file's name at the left, shortened if it must be, and the caption at the right."""
     left, middle = left_middle
     room_px = width - _FONT.getlength(caption) - FONT_PX
     while len(title) > 1 and _FONT.getlength(title) > room_px:

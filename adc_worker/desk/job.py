@@ -134,7 +134,7 @@ class Job:
         return image_id in self.results or image_id in self.errors
 
     def record(self, image_ids: Sequence[str], result: Success | Failure) -> None:
-        """Save a result for those of its images that are of this job; what was saved first stays."""
+        """Save a result for these of its images; what was saved first stays."""
         if not image_ids:
             if isinstance(result, Failure):
                 self.stray_errors.append(result.error)
@@ -153,7 +153,7 @@ class Job:
     def reset(self) -> None:
         """Forget all results.
 
-        The order of the images changes, as on a server that shuffles them. The subjects of the job's
+        The order of the images changes, as on a server that shuffles them. The subjects of the
         former stream then name other images.
         """
         self.image_ids = self.image_ids[1:] + self.image_ids[:1]

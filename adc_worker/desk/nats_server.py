@@ -15,8 +15,8 @@ START_TIMEOUT_S = 10.0  # chosen: it starts within 0.1 s on an idle machine
 LOOK_S = 0.01
 LOG_TAIL_CHARACTERS = 2000
 
-# This runs as `python -c`, since a preexec_fn is unsafe in a process with threads. The prctl number 1
-# is PR_SET_PDEATHSIG. What it sets outlives exec.
+# This runs as `python -c`, since a preexec_fn is unsafe in a process with threads. The prctl number
+# 1 is PR_SET_PDEATHSIG. What it sets outlives exec.
 _DIE_WITH_OWNER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)

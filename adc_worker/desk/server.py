@@ -1,4 +1,7 @@
-"""`DevServer`: an Antenna for the desk, in a thread of its own, driven by plain calls from any thread."""
+"""`DevServer`: an Antenna for the desk.
+
+It runs in a thread of its own and is driven by plain calls from any other thread.
+"""
 
 from __future__ import annotations
 
@@ -117,8 +120,8 @@ class DevServer:
 
         Args:
             pipeline_slug: the pipeline's; it is made when it does not exist yet.
-            images: files, served from here (one that does not exist answers 404), or HTTP addresses,
-                handed out as they are.
+            images: files, served from here (one that does not exist answers 404), or HTTP
+                addresses, handed out as they are.
             dispatch_mode: only tasks of an async_api job can be fetched.
             algorithms: name, key and task type of each; a pipeline with none takes results of any.
         """

@@ -216,7 +216,7 @@ def _paste(insect: Image.Image, image: Pixels, place: Box, headroom: int) -> Box
 
 @lru_cache(maxsize=2)
 def _noise_tile(sigma: float) -> Pixels:
-    """Return noise in two's complement, to be added to bytes that keep their distance from 0 and 255."""
+    """Return noise in two's complement; bytes that keep their distance from 0 and 255 take it."""
     limit = int(NOISE_LIMIT_SIGMAS * sigma)
     rng = np.random.default_rng(0)
     noise = rng.normal(0, sigma, (NOISE_TILE_PX, NOISE_TILE_PX, 3))

@@ -29,7 +29,7 @@ WORKING_SIDE_PX = 1024
 SAMPLES_PER_STEP = 4  # along each axis; 16 samples fit in int16 and average the sensor noise away
 CELL_PX = 8  # grain of the background estimate
 # The background is bridged over objects up to 2 * radius + 1 cells broad. The first radius follows
-# shadows and vignettes. The second spans luna moths: a fifth of the width in one of the photographs.
+# shadows and vignettes. The second spans luna moths: a fifth of the width of a photograph.
 BRIDGE_RADII_CELLS = (3, 13)
 DARKEST_SHEET = 25.0  # of 255; below it there is no lit sheet to stand out from
 
@@ -103,8 +103,8 @@ def _shrink(image: torch.Tensor, step: int) -> torch.Tensor:
     height -= height % step
     width -= width % step
     offsets = range(0, step, -(-step // SAMPLES_PER_STEP))
-    # Rows are added first. In interleaved memory they are whole runs of bytes, and only a quarter of
-    # the sums is strided.
+    # Rows are added first. In interleaved memory they are whole runs of bytes, and only a quarter
+    # of the sums is strided.
     rows = image[:, 0:height:step, :width].to(torch.int16)
     for offset in offsets[1:]:
         rows += image[:, offset:height:step, :width]
@@ -137,8 +137,8 @@ def _bridge(cells: torch.Tensor, radius: int) -> torch.Tensor:
     # Outside the image the sheet goes on getting darker as it did inside. Otherwise every vignette
     # would be a valley.
     closed = torch.minimum(2 * replicated - reflected, replicated)
-    # The first turn takes the maximum. As it changes the sign, the second takes the minimum. Columns
-    # come first, for speed.
+    # The first turn takes the maximum. As it changes the sign, the second takes the minimum.
+    # Columns come first, for speed.
     for _ in range(2):
         columns = F.max_pool2d(closed, (side, 1), stride=1, padding=(radius, 0))
         closed = -F.max_pool2d(columns, (1, side), stride=1, padding=(0, radius))
@@ -146,9 +146,9 @@ def _bridge(cells: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def _find_blobs(contrast: Floats, radius_cells: int) -> _Blobs:
-    """Return what is large enough, narrow enough for the bridge, and has a sharp rim, best first."""
+    """Return what is large enough, narrow enough for the bridge and has a sharp rim, best first."""
     threshold = _threshold(contrast)
-    # A margin of NaN keeps a row's runs apart from the next row's, and marks rims that have no outside.
+    # A margin of NaN keeps a row's runs apart from the next row's, and marks rims without outside.
     padded = np.pad(contrast, ((0, 0), (0, RIM_PX)), constant_values=np.nan)
     pitch = padded.shape[1]
     flat = padded.ravel()

@@ -1,7 +1,7 @@
 """The Unix socket through which processes tell a worker's parent, and `ami worker status` asks it.
 
-It lies in the data folder and is readable by its user alone. The status at the end of the last job is
-also written to a file there, so that `ami worker report` works when the worker has ended.
+It lies in the data folder and is readable by its user alone. The status at the end of the last job
+is also written to a file there, so that `ami worker report` works when the worker has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK_BYTES = 1 << 16
 
 @contextmanager
 def listening(hub: StatusHub, folder: Path) -> Iterator[None]:
-    """Take snapshots for `hub` and answer who asks, over a socket in `folder`, while the body runs."""
+    """Take snapshots and answer who asks, over a socket in `folder`, while the body runs."""
     path = socket_path(folder, os.getpid())
     server = _bind(path)
     thread = threading.Thread(
@@ -81,7 +81,7 @@ def _accept(server: socket.socket, hub: StatusHub, folder: Path) -> None:
 
 
 def _serve(connection: socket.socket, hub: StatusHub, folder: Path) -> None:
-    """Read lines: each is a snapshot, or the question of somebody who may be gone before the answer."""
+    """Read lines, each a snapshot or the question of somebody who may not wait for the answer."""
     with connection, connection.makefile("rb") as lines, suppress(OSError):
         for line in lines:
             if line == ASK:

@@ -17,7 +17,7 @@ from adc_worker.status.worker_status import MemoryPoint, ProcessStatus, WorkerSt
 
 HISTORY_POINTS = 600  # chosen: a curve of a page's width
 JOBS_KEPT = 20  # chosen: a page shows no more
-# Chosen: a process tells every second, and one that starts needs 4 to 8 s to import torch on two cores.
+# Chosen: a process tells every second, and a fresh one needs 4 to 8 s to import torch on two cores.
 SILENT_S = 30.0
 SHORTEST_JOB_S = 1e-3  # against a division by zero
 

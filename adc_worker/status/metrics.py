@@ -8,7 +8,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from adc_worker.status.hub import StatusHub
-from adc_worker.status.snapshot import JobView
 
 # Each table: a metric's name, what it is read from, and its help.
 _PROCESS_GAUGES = (
@@ -31,7 +30,6 @@ _COUNTERS = (
     ("detections", "detections", "Insects found."),
     ("inference_seconds", "inference_s", "Time spent in inference."),
 )
-_NO_JOB = JobView(id=0, pipeline="", started_at=0.0)
 
 
 class Collector:
@@ -54,8 +52,8 @@ class Collector:
         for name, attribute, text in _JOB_GAUGES:
             gauge = GaugeMetricFamily(f"adc_worker_{name}", text, labels=["worker"])
             for one in snapshots:
-                job = one.running_job or _NO_JOB
-                gauge.add_metric([str(one.slot)], getattr(job, attribute))
+                job = one.running_job
+                gauge.add_metric([str(one.slot)], getattr(job, attribute) if job else 0)
             yield gauge
         for name, key, text in _COUNTERS:
             counter = CounterMetricFamily(f"adc_worker_{name}", text, labels=["worker"])

@@ -1,4 +1,4 @@
-"""The thread of a worker process that sends snapshots to the parent: JSON lines over a Unix socket."""
+"""The thread that sends snapshots of a worker process to its parent: JSON lines over a socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one worker process tells of itself at one moment. Terminal, page, metrics and logs show this."""
+"""What one worker process tells of itself at one moment. Terminal, page and metrics show it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adc_worker.log import Cause
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
-    """One stage of an image's path: the seconds it takes for one, and how many it works on at once."""
+    """One stage of an image's path: the seconds it takes for one, and how many at once."""
 
     name: str
     s_per_image: float
@@ -34,7 +34,7 @@ class JobView:
         left_to_lease: tasks given up knowingly.
         in_hand: tasks fetched and without an outcome.
         pending: tasks that Antenna had not handed out to anybody at the last fetch.
-        images_per_s: outcomes over the last seconds while it runs, over the whole pass once it ended.
+        images_per_s: outcomes over the last seconds, or over the whole pass once it ended.
         readiness: share of the batches that were ready when they were asked for.
         memory_bytes: of the process tree after the last batch, decoded pixels included.
         stages: download, decode and inference, as the last batch went.
@@ -75,7 +75,7 @@ class JobView:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until nothing is left for anybody, at the present rate; None while it is unknown."""
+        """Seconds until nothing is left for anybody, at the present rate; None while unknown."""
         if self.images_per_s <= 0 or self.ended_at is not None:
             return None
         return (self.in_hand + self.pending) / self.images_per_s

@@ -1,4 +1,4 @@
-"""What a whole worker shows of itself: all its processes, memory over time, the last jobs, what went wrong."""
+"""What a whole worker shows of itself: its processes, memory over time, jobs and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports point one way: design.md's layout, read from the source."""
+"""Imports point one way: the layout of the package, read from the source."""
 
 from __future__ import annotations
 
