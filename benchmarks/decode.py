@@ -35,7 +35,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from adc_worker.devserver.sheets import LARGE, TYPICAL, Grain, draw_sheet
+from adc_worker.desk.sheets import LARGE, TYPICAL, Grain, draw_sheet
 from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.header import FORMATS, ImageHeader, read_header

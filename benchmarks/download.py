@@ -38,7 +38,7 @@ import urllib3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from adc_worker.devserver.sheets import LARGE, TYPICAL, write_sheets
+from adc_worker.desk.sheets import LARGE, TYPICAL, write_sheets
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.download import WRITE_BACK_BYTES, ImageClient

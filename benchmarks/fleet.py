@@ -25,7 +25,7 @@ from adc_worker import log
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.wire import JobRef, PostEntry, SuccessResult, Task
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.intake import TaskFetch

@@ -45,7 +45,7 @@ from torchvision.transforms import functional as transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adc_worker import log
-from adc_worker.devserver.sheets import draw_sheet
+from adc_worker.desk.sheets import draw_sheet
 from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.journal.journal import Journal

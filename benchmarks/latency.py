@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from benchmarks.support import report
 from benchmarks.support.hardware import caption
 from tests.support.waiting import wait_until

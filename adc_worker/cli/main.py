@@ -1,4 +1,7 @@
-"""The command line: `ami …`, `adc-worker …` and `python -m adc_worker …`. Imports what a command needs when it runs."""
+"""The command line: `ami …`, `adc-worker …` and `python -m adc_worker …`.
+
+What a command needs is imported when it runs: help and version take no time, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from typing import TYPE_CHECKING
 import click
 
 from adc_worker import __version__, log, settings
-from adc_worker.cli.desk import demo_command, devserver_command
-from adc_worker.cli.status import live_view, report_command, status_command
+from adc_worker.cli.demo import demo_command
+from adc_worker.cli.devserver import devserver_command
+from adc_worker.cli.live_view import live_view
+from adc_worker.cli.status import report_command, status_command
 from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
 from adc_worker.redaction import redact
-from adc_worker.runtime.board import Board, listening
 from adc_worker.settings import WorkerOptions
+from adc_worker.status.channel import listening
+from adc_worker.status.hub import StatusHub
 
 if TYPE_CHECKING:
     from adc_worker.models.weights import WeightStore
@@ -24,12 +30,12 @@ if TYPE_CHECKING:
 _ENV_FILE = click.option(
     "--env-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Read AMI_ variables from this file, too. The environment wins over it, and it wins over ./.env.",
+    help="Read AMI_ variables from this file, too. The environment wins over it, it over ./.env.",
 )
 
 
 class _Program(click.Group):
-    """Ends every command that fails with one line that says what is wrong, and the exit code that names it."""
+    """Ends a command that fails with one line that says what is wrong, and with its exit code."""
 
     def invoke(self, context: click.Context) -> object:
         try:
@@ -43,8 +49,11 @@ class _WorkerGroup(click.Group):
     """`ami worker` is `ami worker run`, with the same options."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        bare = not args and not context.resilient_parsing  # a shell that completes asks what may follow
-        if bare or (args and args[0].startswith("-") and args[0] not in {"-h", "--help", "--version"}):
+        if args:
+            is_run = args[0].startswith("-") and args[0] not in {"-h", "--help", "--version"}
+        else:
+            is_run = not context.resilient_parsing  # a shell that completes asks what may follow
+        if is_run:
             args = ["run", *args]
         return super().parse_args(context, args)
 
@@ -54,8 +63,8 @@ class _WorkerGroup(click.Group):
 def cli() -> None:
     """A worker for Antenna that nobody has to tune.
 
-    Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it work without an
-    Antenna, start `ami demo`.
+    Set AMI_ANTENNA_API_BASE_URL and AMI_ANTENNA_API_AUTH_TOKEN, then start `ami worker`. To see it
+    work without an Antenna, start `ami demo`.
 
     \b
       ami doctor            is everything here that a worker needs?
@@ -73,8 +82,9 @@ def cli() -> None:
 def worker() -> None:
     """Pull tasks, find insects, post results. Without a subcommand: run.
 
-    Two images of each job are measured, and how the job is fed is computed from them: there is nothing to tune. On a
-    terminal it shows what it does; elsewhere it writes one JSON object a line (AMI_LOG_FORMAT).
+    Two images of each job are measured, and how the job is fed is computed from them: there is
+    nothing to tune. On a terminal it shows what it does; elsewhere it writes one JSON object a line
+    (AMI_LOG_FORMAT).
 
     \b
       ami worker                                Antenna's ten pipelines
@@ -92,39 +102,46 @@ def worker() -> None:
 @_ENV_FILE
 def worker_run(pipelines: tuple[str, ...], project: int | None, exit_when_idle: bool, env_file: Path | None) -> None:
     """Run the worker until it is stopped."""
-    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.host.budget import visible_gpus  # noqa: PLC0415
     from adc_worker.runtime.supervisor import Supervisor  # noqa: PLC0415
 
     config = settings.load(env_file)
-    try:
-        _token = config.token  # missing or unreadable: said before anything starts
-    except ConfigurationError as error:
-        meant = f"did you mean {settings.variable('antenna_api_auth_token')}"
-        misspelt = [one for one in settings.warnings_for(config, env_file) if meant in one]
-        raise ConfigurationError("; ".join([str(error), *misspelt])) from None
+    _check_token(config, env_file)
     terminal = sys.stderr.isatty()
     watched = terminal and config.log_format is None
     log_format = "json" if watched else config.log_format_on(terminal=terminal)
     log.configure(log_format, config.log_level)
+    options = WorkerOptions(
+        pipelines=pipelines,
+        project=project,
+        exit_when_idle=exit_when_idle,
+        env_file=env_file,
+        log_format=log_format,
+    )
     with ExitStack() as stack:
-        board = Board(config.worker_instances or max(1, len(visible_gpus())), config.antenna_ack_wait_seconds)
-        stack.enter_context(listening(board, config.user_data_path))
+        instances = config.worker_instances or max(1, len(visible_gpus()))
+        hub = StatusHub(instances, config.antenna_ack_wait_seconds)
+        stack.enter_context(listening(hub, config.user_data_path))
         if watched:
-            stack.enter_context(live_view(board))
+            stack.enter_context(live_view(hub))
         _log_start(config, env_file)
         if config.status_address is not None:
-            from adc_worker.runtime.status_server import serving  # noqa: PLC0415 (off by default)
+            from adc_worker.status.http import serving  # noqa: PLC0415
 
-            stack.enter_context(serving(board, config.status_address))
-        options = WorkerOptions(
-            pipelines=pipelines,
-            project=project,
-            exit_when_idle=exit_when_idle,
-            env_file=env_file,
-            log_format=log_format,
-        )
+            stack.enter_context(serving(hub, config.status_address))
         code = Supervisor(options, config).run()
     sys.exit(code)
+
+
+def _check_token(config: settings.Settings, env_file: Path | None) -> None:
+    """Say that the token is missing or cannot be read before anything starts."""
+    try:
+        _token = config.token
+    except ConfigurationError as error:
+        meant = f"did you mean {settings.variable('antenna_api_auth_token')}"
+        warnings = settings.warnings_for(config, env_file)
+        misspelt = [sentence for sentence in warnings if meant in sentence]
+        raise ConfigurationError("; ".join([str(error), *misspelt])) from None
 
 
 def _log_start(config: settings.Settings, env_file: Path | None) -> None:
@@ -182,19 +199,23 @@ def models() -> None:
 @models.command("list")
 @_ENV_FILE
 def models_list(env_file: Path | None) -> None:
-    """Show every file, how large it is, its SHA-256 where it was fetched from here, and where it is or would be."""
+    """Show every file, its size, its SHA-256 where it was fetched from here, and its place."""
     for slugs, url, store in _model_files(settings.load(env_file), ()):
         path = store.find(url)
         size = f"{path.stat().st_size / 1e6:.1f} MB" if path else "missing"
         digest = str(store.record(url).get("sha256", "-"))
-        click.echo(f"{size:>10}  {digest[:16]:16}  {path or store.destination(url)}  ({slugs})")
+        place = path or store.destination(url)
+        click.echo(f"{size:>10}  {digest[:16]:16}  {place}  ({slugs})")
 
 
 @models.command("fetch")
 @click.argument("pipelines", nargs=-1, metavar="[SLUG]...")
 @_ENV_FILE
 def models_fetch(pipelines: tuple[str, ...], env_file: Path | None) -> None:
-    """Fetch what is not here yet for these pipelines, or for all. A fetch that broke off goes on where it was."""
+    """Fetch what is not here yet for these pipelines, or for all.
+
+    A fetch that broke off goes on where it was.
+    """
     config = settings.load(env_file)
     log.configure(config.log_format_on(terminal=sys.stderr.isatty()), config.log_level)
     for _slugs, url, store in _model_files(config, pipelines):
@@ -202,14 +223,17 @@ def models_fetch(pipelines: tuple[str, ...], env_file: Path | None) -> None:
 
 
 def _model_files(config: settings.Settings, pipelines: Sequence[str]) -> Iterator[tuple[str, str, WeightStore]]:
-    """Yield each file once: the pipelines it is of, its URL, and the store it belongs to."""
+    """Yield each file once: the pipelines that use it, its URL, and the store it belongs to."""
     from adc_worker.models import registry  # noqa: PLC0415 (imports torch)
     from adc_worker.models.weights import WeightStore  # noqa: PLC0415
 
+    store = WeightStore(config.models_path)
     specs = registry.choose(registry.available(config), pipelines)
-    for url in dict.fromkeys(url for spec in specs for url in spec.files):
+    urls = dict.fromkeys(url for spec in specs for url in spec.files)
+    for url in urls:
         slugs = [spec.slug for spec in specs if url in spec.files]
-        yield (slugs[0] if len(slugs) == 1 else f"{len(slugs)} pipelines"), url, WeightStore(config.models_path)
+        users = slugs[0] if len(slugs) == 1 else f"{len(slugs)} pipelines"
+        yield users, url, store
 
 
 @worker.command("status")
@@ -231,12 +255,13 @@ def worker_status(as_json: bool, env_file: Path | None) -> None:
 def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path | None) -> None:
     """Show the plan for a job before it runs.
 
-    Measures two photographs of the first job that Antenna lists for a pipeline's slug or a project's number, and prints
-    machine, plan, arithmetic, and what the old constants would have done. Where Antenna lists the job's photographs no
-    task is taken; else two are, and their results are posted. --write sets ceilings: nobody needs them.
+    Measures two photographs of the first job that Antenna lists for a pipeline's slug or a
+    project's number, and prints machine, plan and arithmetic. Where Antenna lists the job's
+    photographs no task is taken; else two are, and their results are posted. --write sets ceilings:
+    nobody needs them.
     """
-    from adc_worker.cli.tune import tune_command  # noqa: PLC0415 (takes torch)
-    from adc_worker.runtime.supervisor import be_like_a_child  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.cli.tune import tune_command  # noqa: PLC0415
+    from adc_worker.runtime.supervisor import be_like_a_child  # noqa: PLC0415
 
     config = settings.load(env_file)
     log.configure("console", "warning")
@@ -250,7 +275,8 @@ def worker_tune(target: str, env_out: Path | None, as_json: bool, env_file: Path
 def worker_report(output: Path, env_file: Path | None) -> None:
     """Save the last job as one HTML page.
 
-    Plan with reasons, memory over time, errors by cause; kept at each job's end, so that no worker need run.
+    Plan with reasons, memory over time, errors by cause. It is kept at each job's end, so that no
+    worker need run.
     """
     report_command(settings.load(env_file), output)
 
@@ -263,7 +289,7 @@ def doctor(as_json: bool, env_file: Path | None) -> None:
 
     Takes no task and changes nothing. Exit code 1 when something has to be fixed.
     """
-    from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415 (help and version need none of it)
+    from adc_worker.cli.doctor import doctor_command  # noqa: PLC0415
 
     config = settings.load(env_file)
     warnings = settings.warnings_for(config, env_file)
@@ -288,9 +314,8 @@ cli.add_command(devserver_command)
 
 
 def main() -> None:
-    """Run the command line, where it can."""
+    """Run the command line on Linux; elsewhere say why it does not run."""
     if sys.platform != "linux":
-        sys.exit(
-            f"ami: runs on Linux, not on {sys.platform}: pidfd, memfd and /proc are what its memory bound stands on"
-        )
+        reason = "pidfd, memfd and /proc are what its memory bound stands on"
+        sys.exit(f"ami: runs on Linux, not on {sys.platform}: {reason}")
     cli()

@@ -1,21 +1,23 @@
-"""`ami worker tune`: prints the plan for a job with its arithmetic, and what the old constants would have done."""
+"""`ami worker tune`: prints the plan for a job with its arithmetic before the job runs."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from dotenv import set_key
 from rich.console import Console
 from rich.table import Table
 
-from adc_worker.cli.status import plan_table, size
+from adc_worker.cli.status_view import plan_table, size
 from adc_worker.errors import ConfigurationError
+from adc_worker.host.budget import HostBudget
+from adc_worker.planning.measurements import ImageProbe, ProbeReport
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.planning.policy import FIXED_PREFETCH
 from adc_worker.runtime.tune import Tuning, tune
 from adc_worker.settings import Settings, limits_set, variable
 
@@ -25,11 +27,12 @@ BINDS = {
     "inference": "inference-bound: a faster GPU would help, more RAM or a faster link would not",
     "memory": "memory-bound: more RAM would allow larger batches or more decoders",
     "vram": "GPU-memory-bound: more free memory of the GPU would allow larger batches",
-    "lease": "lease-bound: a longer lease (AMI_ANTENNA_ACK_WAIT_SECONDS, as Antenna has it) would allow larger batches",
-    "ceiling": "held down by a setting, or by the open files allowed: with more the job would be faster",
+    "lease": "lease-bound: a longer lease at Antenna would allow larger batches; then set"
+    " AMI_ANTENNA_ACK_WAIT_SECONDS to it here, too",
+    "ceiling": "held down by a setting or the open files allowed: with more it would be faster",
 }
-# What --write sets, and the part of a plan it takes. Whether to pin memory is no ceiling: false would forbid it where
-# it may be found to help.
+# The settings that --write sets, and the field of a plan that each of them takes. Whether memory is
+# pinned is no ceiling: false would forbid it where it may be found to help.
 WRITTEN = {
     "antenna_api_batch_size": "fetch_size",
     "antenna_api_dataloader_prefetch_factor": "prefetch_factor",
@@ -39,63 +42,91 @@ WRITTEN = {
 
 
 def tune_command(config: Settings, target: str, env_out: Path | None, *, as_json: bool) -> None:
-    """Tune, print, and write where that was asked for."""
+    """Measure a job of `target`, print its plan, and write that to `env_out` where there is one."""
     planned = config
     if env_out is not None:
-        read_env(env_out)  # what is wrong with it is said before minutes of measuring
-        # Not within what an earlier one wrote, or each would bring the values further down.
-        planned = config.model_copy(update={"ingest_mode": "auto", **dict.fromkeys(WRITTEN)})
+        check_env(env_out)  # before minutes of measuring
+        # What an earlier --write set does not bind the plan, or each one would lower the values.
+        unbound = dict.fromkeys(WRITTEN)
+        planned = config.model_copy(update={"ingest_mode": "auto", **unbound})
     with Console(stderr=True).status(f"measuring a job of {target}"):  # drawn on a terminal only
         tuning = tune(planned, target)
     limits = {name: value for name, value in limits_set(planned).items() if value is not None}
     if as_json:
-        click.echo(json.dumps(tuning.to_json() | {"limits": limits, "verdict": BINDS[tuning.plan.binds]}))
+        told = tuning.to_json()
+        told["limits"] = limits
+        told["verdict"] = BINDS[tuning.plan.binds]
+        click.echo(json.dumps(told))
     else:
-        show(tuning, limits, Console(highlight=False, markup=False))  # what a host answered is no markup
+        console = Console(highlight=False, markup=False)  # an answer of a host may look like markup
+        show(tuning, limits, console)
     if env_out is not None:
         write_env(env_out, recommended(tuning.plan, config))
-        click.echo(f"wrote {env_out}: ceilings for every job; without them each job has a plan of its own", err=True)
-
-
-def show(tuning: Tuning, limits: dict[str, Any], console: Console) -> None:
-    host, report, plan, old, lease = tuning.host, tuning.report, tuning.plan, tuning.old, tuning.lease
-    gpu = f"a GPU with {size(host.vram_free_bytes)} free" if host.gpu else "no GPU"
-    staged = "memory" if host.staging_in_memory else "disk"
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row("job", f"{tuning.job_id}, {tuning.pipeline}")
-    rows.add_row(
-        "machine",
-        f"{size(host.limit_bytes)} of memory ({host.limit_source}), {size(host.available_bytes)} available,"
-        f" {host.cores} cores, {gpu}, {size(host.staging_bytes)} of {staged} for staged images,"
-        f" {host.descriptors} open files",
-    )
-    rows.add_row("lease", f"{lease.ack_wait_s:.0f} s, {lease.max_deliver} deliveries")
-    rows.add_row("limits", ", ".join(f"{name}={value}" for name, value in limits.items()) or "none set")
-    rows.add_row("sample", tuning.source)
-    for one in report.images:
-        rows.add_row(
-            "",
-            f"{one.width_px} x {one.height_px} px, {size(one.compressed_bytes)}: download {one.download_s:.2f} s,"
-            f" decode {one.decode_s:.3f} s, inference {one.inference_s:.3f} s",
+        click.echo(
+            f"wrote {env_out}: ceilings for every job; without them each job has a plan of its own",
+            err=True,
         )
+
+
+def show(tuning: Tuning, limits: Mapping[str, Any], console: Console) -> None:
+    """Print what was measured, the plan, and what holds it down."""
+    plan = tuning.plan
+    shown_limits = [f"{name}={value}" for name, value in limits.items()]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("job", f"{tuning.job_id}, {tuning.pipeline}")
+    facts.add_row("machine", _machine(tuning.host))
+    facts.add_row("lease", f"{tuning.lease.ack_wait_s:.0f} s, {tuning.lease.max_deliver} deliveries")
+    facts.add_row("limits", ", ".join(shown_limits) or "none set")
+    facts.add_row("sample", tuning.source)
+    for line in _measured(tuning.report):
+        facts.add_row("", line)
+    verdict = Table.grid(padding=(0, 2))
+    verdict.add_row("binds", BINDS[plan.binds])
+    verdict.add_row("this plan", f"{plan.images_per_s:.2f} images/s, {size(plan.peak_bytes)} at most")
+    console.print(facts, "", plan_table(plan.log_fields(), plan.why), "", verdict, sep="\n")
+
+
+def _machine(host: HostBudget) -> str:
+    gpu = f"a GPU with {size(host.vram_free_bytes)} free" if host.gpu else "no GPU"
+    staging = "memory" if host.staging_in_memory else "disk"
+    parts = [
+        f"{size(host.limit_bytes)} of memory ({host.limit_source})",
+        f"{size(host.available_bytes)} available",
+        f"{host.cores} cores",
+        gpu,
+        f"{size(host.staging_bytes)} of {staging} for staged images",
+        f"{host.descriptors} open files",
+    ]
+    return ", ".join(parts)
+
+
+def _measured(report: ProbeReport) -> list[str]:
+    lines = [_image(one) for one in report.images]
     if report.sighted:
-        rows.add_row("", f"and the sizes of {len(report.sighted)} more, listed or downloaded meanwhile")
-    doubt = "; uncertain, so the margin is wider until the first batches are measured" if report.uncertain else ""
-    sizes = f"{size(report.usual_tensor_bytes)} of pixels an image, {size(report.tensor_bytes_per_image)} the largest"
-    rows.add_row("", f"planned with {sizes}; download:inference {report.download_inference_ratio:.2f}{doubt}")
-    console.print(rows, "", plan_table(plan.log_fields(), plan.why), "", sep="\n")
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row("binds", BINDS[plan.binds])
-    rows.add_row("this plan", f"{plan.images_per_s:.2f} images/s, {size(plan.peak_bytes)} at most")
-    rate, needs = f"{old.images_per_s:.2f} images/s", f"{size(old.peak_bytes)} of {size(old.room_bytes)}"
-    killed = f"killed for memory ({needs}); would be {rate} with enough of it"
-    rows.add_row("old constants", killed if old.out_of_memory else f"{rate}, up to {needs}")
-    rows.add_row("", f"{old.batch_size} tasks a batch, prefetch {FIXED_PREFETCH}, {old.loaders} loaders")
-    console.print(rows)
+        lines.append(f"and the sizes of {len(report.sighted)} more, listed or downloaded meanwhile")
+    planned_with = (
+        f"planned with {size(report.usual_tensor_bytes)} of pixels an image,"
+        f" {size(report.tensor_bytes_per_image)} the largest;"
+        f" download:inference {report.download_inference_ratio:.2f}"
+    )
+    if report.uncertain:
+        planned_with += "; uncertain, so the margin is wider until the first batches are measured"
+    return [*lines, planned_with]
+
+
+def _image(one: ImageProbe) -> str:
+    return (
+        f"{one.width_px} x {one.height_px} px, {size(one.compressed_bytes)}:"
+        f" download {one.download_s:.2f} s, decode {one.decode_s:.3f} s,"
+        f" inference {one.inference_s:.3f} s"
+    )
 
 
 def recommended(plan: IngestPlan, config: Settings) -> dict[str, str]:
-    """Return the variables that hold a plan; in fixed mode a batch is as large as a fetch, and memory is pinned."""
+    """Return the variables that hold a plan.
+
+    In fixed mode a batch is as large as a fetch, and memory is pinned unless that is forbidden.
+    """
     values = {variable(name): str(getattr(plan, part)) for name, part in WRITTEN.items()}
     if config.ingest_mode == "fixed":
         values["AMI_ANTENNA_API_BATCH_SIZE"] = str(plan.batch_size)
@@ -103,38 +134,26 @@ def recommended(plan: IngestPlan, config: Settings) -> dict[str, str]:
     return values
 
 
-def read_env(file: Path) -> str:
-    """Return the text of an env file, none where there is no file yet.
+def check_env(file: Path) -> None:
+    """Find out whether an env file can be changed, or made where there is none.
 
     Raises:
-        ConfigurationError: it cannot be read as text, or not be written.
+        ConfigurationError: it cannot be read as text, or its folder cannot be written.
     """
     try:
-        text = file.read_bytes().decode() if file.exists() else ""
+        if file.exists():
+            file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"--write {file}: it cannot be read: {error}") from error
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigurationError(f"--write {file}: it cannot be written by this user: name another file")
-    return text
+    if not os.access(file.resolve().parent, os.W_OK):
+        problem = f"--write {file}: it cannot be written by this user: name another file"
+        raise ConfigurationError(problem)
 
 
-def write_env(file: Path, values: dict[str, str]) -> None:
-    """Set variables in an env file: in their places, or at its end; every other character stays as it is.
-
-    The file is written over, not replaced: it keeps its owner and mode, and may be a link or mounted into a container.
-    """
-    text = read_env(file)
-    end = "\r\n" if "\r\n" in text else "\n"
-    for name, value in values.items():
-        # As python-dotenv reads it, on one line: a value ends at a comment, which begins with a space; in any case.
-        assignment = rf"^([ \t]*(?:export[ \t]+)?{name}[ \t]*=(?:[ \t]*(?=[^\s#]))?).*?(?=[ \t]*(?:[ \t]#.*)?\r?$)"
-        text, found = re.subn(assignment, rf"\g<1>{value}", text, flags=re.MULTILINE | re.IGNORECASE)
-        if not found:
-            text += ("" if not text or text.endswith("\n") else end) + f"{name}={value}{end}"
+def write_env(file: Path, values: Mapping[str, str]) -> None:
+    """Set variables in an env file; its other lines stay. A new file is its owner's alone."""
     try:
-        file.touch(mode=0o600)  # a token may be in it
-        with file.open("r+b") as stream:
-            stream.write(text.encode())
-            stream.truncate()
+        for name, value in values.items():
+            set_key(file, name, value, quote_mode="never", follow_symlinks=True)
     except OSError as error:
         raise ConfigurationError(f"--write {file}: {error.strerror}") from error

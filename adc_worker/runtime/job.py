@@ -42,8 +42,9 @@ from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.probe import known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import FIRST_INFERENCE_LEASES, INFERENCE_FACTOR, INFERENCE_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
-from adc_worker.runtime.snapshot import JobView, Reporter, StageView
 from adc_worker.settings import Settings
+from adc_worker.status.reporter import Reporter
+from adc_worker.status.snapshot import JobView, StageView
 
 _log = get_logger(__name__)
 

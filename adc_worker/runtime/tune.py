@@ -29,9 +29,9 @@ from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster, PosterLimits, ResultReceiver
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
-from adc_worker.planning.measurements import PIXEL_BYTES, PROBE_IMAGES, ProbeReport
+from adc_worker.planning.measurements import PROBE_IMAGES, ProbeReport
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.planning.policy import BATCH_SIZE_MAX, FIXED_DOWNLOADS, FIXED_PREFETCH, IngestPolicy
+from adc_worker.planning.policy import IngestPolicy
 from adc_worker.redaction import redact
 from adc_worker.runtime.faults import advice
 from adc_worker.runtime.intake import IntakeLimits
@@ -44,48 +44,6 @@ from adc_worker.settings import Settings
 
 POST_TIMEOUT_S = 60.0
 PATIENCE_S = 60  # with others that hold the memory
-# An ingest of today's constants, worked out as it was measured (RESULTS.md, rows `today-…`): float32 pixels, Pillow and
-# ToTensor in place of our decoder, 400 MB a loader process (measurements, "Other costs").
-OLD_LOADERS, OLD_LOADER_BYTES, OLD_BYTES_PER_PX = 4, 400_000_000, 12
-OLD_DECODE_FACTOR, OLD_S_PER_PX, FETCH_S = 1.8, 20e-9, 0.12
-
-
-@dataclass(frozen=True, slots=True)
-class OldConstants:
-    """What today's constants do on a job: arithmetic, not a run.
-
-    Attributes:
-        peak_bytes: where loading keeps up, so that every queue fills.
-        room_bytes: what a worker can have here.
-        images_per_s: with memory enough.
-    """
-
-    batch_size: int
-    loaders: int
-    peak_bytes: int
-    room_bytes: int
-    out_of_memory: bool
-    images_per_s: float
-
-    @classmethod
-    def on(cls, report: ProbeReport, host: HostBudget, batch: int, loaders: int) -> OldConstants:
-        """Work it out: each loader has its queue full and makes a batch, as a list and its stack; one is inferred.
-
-        Without loaders a batch is made in the worker's own process, between two inferences.
-        """
-        px = report.usual_tensor_bytes / PIXEL_BYTES
-        batches = max(1, loaders * (FIXED_PREFETCH + 2)) + 1 + host.gpu  # a GPU's batch is pinned, too
-        peak = report.base_bytes + loaders * OLD_LOADER_BYTES + int(batches * batch * OLD_BYTES_PER_PX * px)
-        room = min(host.limit_bytes, host.used_bytes + host.available_bytes + host.reserve_bytes)
-        decode_s = OLD_DECODE_FACTOR * report.decode_s + OLD_S_PER_PX * px
-        downloads = min(batch, FIXED_DOWNLOADS)
-        loading_s = FETCH_S / batch + 1 / report.link_per_s(downloads) + decode_s  # an image, in one loader
-        if loaders:
-            rates = (loaders / loading_s, report.link_per_s(loaders * downloads), host.cores / decode_s)
-            rate = min(*rates, 1 / report.inference_s)
-        else:
-            rate = 1 / (loading_s + report.inference_s)
-        return cls(batch, loaders, peak, room, peak > room, rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +57,6 @@ class Tuning:
     host: HostBudget
     lease: LeaseTerms
     plan: IngestPlan
-    old: OldConstants
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -111,7 +68,6 @@ class Tuning:
             "sample": asdict(self.report),
             "plan": self.plan.log_fields(),
             "why": dict(self.plan.why),
-            "old_constants": asdict(self.old),
         }
 
 
@@ -156,11 +112,8 @@ def tune(config: Settings, target: str) -> Tuning:
         report, host, source = _Sample(config, client, images, share, pipeline, lease, job.id).take()
         instances = config.worker_instances or max(1, len(visible_gpus()))
         host = shared(host, instances - len(share.others()))
-    limits = ceilings(config)
-    plan = IngestPolicy(limits).plan(report, host, lease)
-    loaders = OLD_LOADERS if config.num_workers is None else config.num_workers
-    old = OldConstants.on(report, host, limits.tasks_per_fetch or BATCH_SIZE_MAX, loaders)
-    return Tuning(job.id, job.pipeline_slug, redact(source), report, host, lease, plan, old)  # it may quote a URL
+    plan = IngestPolicy(ceilings(config)).plan(report, host, lease)
+    return Tuning(job.id, job.pipeline_slug, redact(source), report, host, lease, plan)  # it may quote a URL
 
 
 def shared(host: HostBudget, workers: int) -> HostBudget:

@@ -43,8 +43,10 @@ from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
-from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, socket_path
 from adc_worker.settings import Settings, WorkerOptions
+from adc_worker.status.paths import socket_path
+from adc_worker.status.reporter import Reporter
+from adc_worker.status.snapshot import JobView, Snapshot
 
 _log = log.get_logger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from adc_worker.devserver.sheets import LARGE, TYPICAL, Grain, draw_sheet
+from adc_worker.desk.sheets import LARGE, TYPICAL, Grain, draw_sheet
 
 DISTINCT = 8
 SMALL_SIZE = (1280, 720)  # a tenth of a typical one

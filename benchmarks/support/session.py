@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.state import Job
+from adc_worker.desk.job import Job
+from adc_worker.desk.server import DevServer
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.cgroup import Enclosure, enclose
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.state import Job
+from adc_worker.desk.job import Job
+from adc_worker.desk.server import DevServer
 from tests.support import counting_pipeline
 from tests.support.counting_pipeline import numbered
 from tests.support.gate import Gate

@@ -11,7 +11,7 @@ import pytest
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.wire import error_result
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from adc_worker.errors import AntennaUnreachable, ExitCode
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from benchmarks.support import report
 from tests.faults.conftest import ALGORITHMS, Desk
 from tests.support import counting_pipeline

@@ -14,8 +14,8 @@ from typing import Self
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from adc_worker.runtime.supervisor import SAME_SIGNAL_S
 from tests.support import faulty_pipeline

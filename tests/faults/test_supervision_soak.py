@@ -23,9 +23,9 @@ from typing import Self
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
-from adc_worker.devserver.state import Job
+from adc_worker.desk.job import Job
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from benchmarks.support.cgroup import enclose
 from benchmarks.support.report import commit, machine, table, write_section

@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
 from tests.support.image_server import ImageServer, Reply

@@ -18,7 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from adc_worker.devserver.server import DevServer
+from adc_worker import settings
+from adc_worker.desk.server import DevServer
 from tests.support.contract import (
     DETECTOR,
     EXCHANGES,
@@ -393,7 +394,7 @@ def test_a_port_that_is_taken_is_an_error_and_leaves_nothing() -> None:
         assert _belongings() == before
 
 
-COMMAND = "from adc_worker.cli.desk import devserver_command; devserver_command()"
+COMMAND = "from adc_worker.cli.devserver import devserver_command; devserver_command()"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -412,6 +413,34 @@ def test_the_command_prints_two_settings_and_takes_nats_with_it(number: signal.S
     assert lines[2] == "AMI_ANTENNA_API_AUTH_TOKEN=t0"
     assert "1 images for light_sheet_blobs" in lines[3]
     wait_until(lambda: not alive([nats]))
+
+
+def run_devserver(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the command so that what it wrote can be read after it was stopped."""
+    command = [sys.executable, "-c", COMMAND, "--port", "0", "--token", "t0", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+def test_the_command_writes_a_new_env_file_that_a_worker_can_read(tmp_path: Path) -> None:
+    """URL and token, for the owner's eyes only."""
+    file = tmp_path / ".env"
+    with run_devserver(tmp_path, "--write-env", ".env") as process:
+        wait_until(lambda: file.exists() and "t0\n" in file.read_text())
+        process.send_signal(signal.SIGINT)
+    config = settings.load(file)
+    assert config.token == "t0"
+    assert config.antenna_api_base_url.startswith("http://127.0.0.1:")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_command_never_replaces_an_env_file(tmp_path: Path) -> None:
+    """It says so before it starts anything."""
+    (tmp_path / ".env").write_text("AMI_ANTENNA_API_AUTH_TOKEN=real\n")
+    with run_devserver(tmp_path, "--write-env", ".env") as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "--write-env .env: the file exists" in output
+    assert (tmp_path / ".env").read_text() == "AMI_ANTENNA_API_AUTH_TOKEN=real\n"
 
 
 def test_the_shape_language_tells_differences() -> None:

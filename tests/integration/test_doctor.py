@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from adc_worker.cli.main import cli
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.models.catalogue import DETECTOR_WEIGHTS
 

@@ -20,9 +20,9 @@ from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.antenna.nats import LeaseKeeper
 from adc_worker.antenna.wire import SuccessResult
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
-from adc_worker.devserver.state import Job
+from adc_worker.desk.job import Job
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.host.share import CAUTION_STEP
 from adc_worker.planning.ceilings import Ceilings

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import nn
 
 from adc_worker.antenna.wire import Detection
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import draw_sheet
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import draw_sheet
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.models import catalogue, registry
 from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES, ClassifierCard

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.sheets import write_sheets
 from tests.support.readme import README
 from tests.support.waiting import wait_until
 

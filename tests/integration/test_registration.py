@@ -19,7 +19,7 @@ import pytest
 import trustme
 from PIL import Image
 
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES
 from tests.support.workers import environment, run_to_end, worker

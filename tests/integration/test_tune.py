@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.journal.journal import Journal
 from adc_worker.runtime.tune import Tuning, tune
@@ -58,7 +58,7 @@ def tuned(antenna: DevServer | Gate, token: str, folder: Path, target: str = "si
 def test_tuning_from_listed_photographs_spends_no_delivery(
     server: DevServer, sheets: list[Path], tmp_path: Path
 ) -> None:
-    """And says what the worker would do, what binds, and what the old constants would have done; no file is left."""
+    """And says what the worker would do, and what binds; no file is left."""
     server.add_job("simulated", sheets)
     done = ami(server, tmp_path, "simulated", "--json", "--write", str(tmp_path / "new.env"))
     assert done.returncode == ExitCode.OK, done.stderr
@@ -67,7 +67,6 @@ def test_tuning_from_listed_photographs_spends_no_delivery(
     assert told["source"] == "2 of 5 photographs that Antenna lists; no task was taken"
     assert told["plan"]["binds"] == "inference"
     assert "more RAM" in told["verdict"]
-    assert told["old_constants"]["peak_bytes"] > told["plan"]["peak_bytes"]
     assert set(told["why"]) <= set(told["plan"])
     assert [(image["width_px"], image["height_px"]) for image in told["sample"]["images"]] == [(640, 480)] * 2
     assert told["machine"]["descriptors"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1], "as many as a child has"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.waiting import wait_until
 from tests.support.workers import REPOSITORY, environment, run_to_end, worker

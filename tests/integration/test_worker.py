@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adc_worker.devserver.server import DevServer
-from adc_worker.devserver.sheets import write_sheets
+from adc_worker.desk.server import DevServer
+from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
 from tests.support.waiting import wait_until

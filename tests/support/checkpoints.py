@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import functional as transforms
 
-from adc_worker.devserver.sheets import draw_sheet
+from adc_worker.desk.sheets import draw_sheet
 from adc_worker.models.catalogue import SCORE_THRESHOLD, ClassifierCard
 
 Pixels = npt.NDArray[np.uint8]

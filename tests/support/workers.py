@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from adc_worker.devserver.server import DevServer
+from adc_worker.desk.server import DevServer
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]

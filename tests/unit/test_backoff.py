@@ -35,12 +35,8 @@ def test_jitter_only_shortens_a_wait(failures: int, jitter: float, chance: float
     assert wait_s <= backoff.longest_wait_s <= 30.0
 
 
-@pytest.mark.parametrize(
-    ("first_s", "most_s", "jitter"), [(0.0, 1.0, 0.5), (2.0, 1.0, 0.5), (1.0, 2.0, 1.5)]
-)
-def test_a_back_off_that_makes_no_sense_is_refused(
-    first_s: float, most_s: float, jitter: float
-) -> None:
+@pytest.mark.parametrize(("first_s", "most_s", "jitter"), [(0.0, 1.0, 0.5), (2.0, 1.0, 0.5), (1.0, 2.0, 1.5)])
+def test_a_back_off_that_makes_no_sense_is_refused(first_s: float, most_s: float, jitter: float) -> None:
     """With the offending values."""
     with pytest.raises(ValueError, match=r"back-off needs|jitter lies"):
         Backoff(first_s=first_s, most_s=most_s, jitter=jitter)

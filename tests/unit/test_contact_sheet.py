@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from adc_worker.cli.contact_sheet import ContactItem, write_contact_sheet
+from adc_worker.desk.contact_sheet import ContactItem, write_contact_sheet
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adc_worker.runtime.board import Board
-from adc_worker.runtime.status_server import Collector
 from adc_worker.settings import Settings, variable
+from adc_worker.status.hub import StatusHub
+from adc_worker.status.metrics import Collector
 from tests.support.readme import README, with_settings
 from tests.unit.test_snapshot import snapshot
 
@@ -19,9 +19,9 @@ VARIABLES = {variable(name) for name in Settings.model_fields}
 
 
 def _metrics() -> set[str]:
-    board = Board(1, 300.0)
-    board.add(snapshot(totals={"done": 3}))
-    return {sample.name for family in Collector(board).collect() for sample in family.samples}
+    hub = StatusHub(1, 300.0)
+    hub.add(snapshot(totals={"done": 3}))
+    return {sample.name for family in Collector(hub).collect() for sample in family.samples}
 
 
 def test_the_settings_table_of_the_readme_is_made_from_the_settings() -> None:

@@ -1,4 +1,4 @@
-"""Imports point one way: design.md's layout, read from the source."""
+"""Imports point one way: the layout of the package, read from the source."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ ALLOWED = {
     "log": {"", "redaction"},
     "host": BASE,
     "antenna": BASE,
-    "devserver": BASE | {"antenna"},
     "planning": LOWER,
+    "desk": BASE | {"antenna"},
+    "status": LOWER,
     "journal": MIDDLE,
     "ingest": MIDDLE,
     "models": MIDDLE,
-    "runtime": MIDDLE | {"journal", "ingest", "models"},
-    "cli": MIDDLE | {"journal", "ingest", "models", "runtime", "devserver"},
+    "runtime": MIDDLE | {"journal", "ingest", "models", "status"},
+    "cli": MIDDLE | {"journal", "ingest", "models", "runtime", "status", "desk"},
     "__main__": {"cli"},
 }
 TORCH = {"torch", "torchvision"}
@@ -69,7 +70,7 @@ def own_imports() -> Iterator[tuple[str, str]]:
 
 
 def test_imports_follow_the_arrows() -> None:
-    """settings, errors, log -> host, antenna -> planning -> journal, ingest, models -> runtime -> cli."""
+    """settings, errors, log -> host, antenna -> planning -> journal, ingest, models, status -> runtime -> cli."""
     against = [
         f"{module} imports {name}"
         for module, name in own_imports()
@@ -149,7 +150,7 @@ def test_settings_alone_read_the_environment() -> None:
         for module in MODULES
         if any(_reads_environment(node) for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
     }
-    to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.desk"}
+    to_children = {"adc_worker.runtime.supervisor", "adc_worker.cli.demo"}
     assert readers == {"adc_worker.settings", "adc_worker.host.budget", *to_children}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adc_worker.devserver.sheets import draw_sheet
+from adc_worker.desk.sheets import draw_sheet
 from adc_worker.models.light_sheet_blobs import ALGORITHM, MAX_DETECTIONS, LightSheetBlobs
 from adc_worker.models.pipeline import Detections, Detector
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adc_worker.devserver.sheets import LARGE, TYPICAL, Grain, draw_sheet, write_sheets
+from adc_worker.desk.sheets import LARGE, TYPICAL, Grain, draw_sheet, write_sheets
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,10 +19,14 @@ import pytest
 
 from adc_worker import log
 from adc_worker.errors import WorkerFault
-from adc_worker.runtime import board
-from adc_worker.runtime.board import HISTORY_POINTS, SILENT_S, Board, listening, report_path, running
-from adc_worker.runtime.snapshot import JobView, Reporter, Snapshot, StageView, socket_address, socket_path
-from adc_worker.runtime.status_server import rendered_page, serving
+from adc_worker.status.channel import listening, running
+from adc_worker.status.http import serving
+from adc_worker.status.hub import HISTORY_POINTS, SILENT_S, StatusHub
+from adc_worker.status.page import rendered_page
+from adc_worker.status.paths import report_path, socket_address, socket_path
+from adc_worker.status.reporter import Reporter
+from adc_worker.status.snapshot import JobView, Snapshot, StageView
+from adc_worker.status.worker_status import WorkerStatus
 from tests.support.waiting import wait_until
 
 LEASE_S = 300.0
@@ -69,11 +73,11 @@ def test_the_time_left_counts_what_nobody_has_yet() -> None:
 
 def test_a_worker_is_ready_when_every_process_reports() -> None:
     """Two were to be started: the one that is missing is named."""
-    board = Board(2, LEASE_S)
-    board.add(snapshot())
-    assert board.unready() == ["1 of 2 processes have not started yet"]
-    board.add(snapshot(slot=1))
-    assert board.unready() == []
+    hub = StatusHub(2, LEASE_S)
+    hub.add(snapshot())
+    assert hub.unready() == ["1 of 2 processes have not started yet"]
+    hub.add(snapshot(slot=1))
+    assert hub.unready() == []
 
 
 @pytest.mark.parametrize(
@@ -88,51 +92,60 @@ def test_a_worker_is_not_ready_when_a_process_is_silent_or_holds_tasks_and_does_
     told: Callable[[float], Snapshot], reason: str
 ) -> None:
     """Half a lease without an outcome: what is held was planned to be done by then."""
-    board = Board(1, LEASE_S)
-    board.add(told(time.time()))
-    (said,) = board.unready()
+    hub = StatusHub(1, LEASE_S)
+    hub.add(told(time.time()))
+    (said,) = hub.unready()
     assert reason in said
 
 
-def test_a_child_is_heard_again_after_its_line_broke_and_the_report_could_not_be_written(tmp_path: Path) -> None:
-    """Once deaf is not deaf for the months that follow."""
-    board, path = Board(1, LEASE_S), socket_path(tmp_path, os.getpid())
+def test_a_process_is_heard_again_after_its_connection_broke(tmp_path: Path) -> None:
+    """The reporter connects anew at its next tick."""
+    path = socket_path(tmp_path, 4711)
+    with socket.socket(socket.AF_UNIX) as parent, socket_address(path) as address:
+        parent.settimeout(10.0)
+        parent.bind(address)
+        parent.listen()
+        with closing(Reporter(path, lambda view: snapshot(job=view))):
+            for _connection in range(2):
+                connection, _ = parent.accept()
+                with connection, connection.makefile("rb") as lines:
+                    assert Snapshot.from_json(lines.readline()).pid == 4711
+
+
+def test_a_process_is_heard_after_its_report_could_not_be_written(tmp_path: Path) -> None:
+    """A full disk at the end of a job costs the report and not the connection."""
+    hub = StatusHub(1, LEASE_S)
     report_path(tmp_path).mkdir()  # as good as a full disk
-
-    def latest() -> float:
-        return max((one.at for one in board.snapshots()), default=0.0)
-
-    with (
-        listening(board, tmp_path),
-        closing(Reporter(path, lambda view: snapshot(job=view))) as reporter,
-        reporter.job(lambda: job(done=1)),
-    ):
-        wait_until(latest)
-        assert reporter._socket is not None
-        reporter._socket.shutdown(socket.SHUT_RDWR)
-        broken_at = time.time()
-        wait_until(lambda: latest() > broken_at)
-        reporter._send(job(done=2, ended_at=time.time()))
-        ended_at, connection = time.time(), reporter._socket
-        wait_until(lambda: latest() > ended_at)
-        assert reporter._socket is connection
+    path = socket_path(tmp_path, os.getpid())
+    with listening(hub, tmp_path), socket.socket(socket.AF_UNIX) as process, socket_address(path) as address:
+        process.connect(address)
+        for told in (snapshot(job=job(ended_at=time.time())), snapshot(slot=1)):
+            process.sendall(told.to_json() + b"\n")
+        wait_until(lambda: len(hub.snapshots()) == 2)
 
 
-def test_a_worker_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_status_survives_the_way_to_who_asked() -> None:
+    """`ami worker status` and `ami demo` read what the parent wrote."""
+    hub = StatusHub(2, LEASE_S)
+    hub.add(snapshot(job=job(done=3, plan={"peak_bytes": 5, "binds": "link"}, ended_at=time.time())))
+    told = hub.status()
+    assert WorkerStatus.from_json(told.to_json()) == told
+
+
+def test_a_worker_that_does_not_answer_is_named(tmp_path: Path) -> None:
     """One that was stopped, or whose disk is gone, still takes connections."""
-    monkeypatch.setattr(board, "ANSWER_TIMEOUT_S", 0.1)
     path = socket_path(tmp_path, 4711)
     with socket.socket(socket.AF_UNIX) as mute, socket_address(path) as address:
         mute.bind(address)
         mute.listen()
         with pytest.raises(WorkerFault, match=r"4711\.sock does not answer: timed out"):
-            running(tmp_path)
+            running(tmp_path, answer_timeout_s=0.1)
 
 
 def test_readers_that_go_away_and_strange_hosts_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     """Between log lines that programs read."""
     reset = struct.pack("ii", 1, 0)
-    with serving(Board(1, LEASE_S), ("127.0.0.1", 0)):
+    with serving(StatusHub(1, LEASE_S), ("127.0.0.1", 0)):
         mine = psutil.Process().net_connections("tcp4")
         (port,) = [one.laddr.port for one in mine if one.status == psutil.CONN_LISTEN]
         for _ in range(20):
@@ -147,18 +160,18 @@ def test_readers_that_go_away_and_strange_hosts_leave_no_traceback(capfd: pytest
 
 def test_an_idle_worker_stays_ready_for_ever() -> None:
     """Without tasks nothing has to move."""
-    board = Board(1, LEASE_S)
-    board.add(snapshot(moved_at=0.0))
-    assert board.unready() == []
+    hub = StatusHub(1, LEASE_S)
+    hub.add(snapshot(moved_at=0.0))
+    assert hub.unready() == []
 
 
 def test_memory_over_time_covers_the_whole_run_in_bounded_space() -> None:
     """A week at a snapshot a second: the first and the last are there, evenly spread, in a page's width of points."""
-    board, start = Board(1, LEASE_S), 1_000_000.0
+    hub, start = StatusHub(1, LEASE_S), 1_000_000.0
     for second in range(0, 7 * 24 * 3600, 7):
-        board.add(snapshot(at=start + second))
-    (worker,) = board.state()["workers"]
-    times = [point[0] for point in worker["history"]]
+        hub.add(snapshot(at=start + second))
+    (worker,) = hub.status().workers
+    times = [point.at for point in worker.history]
     assert HISTORY_POINTS / 3 < len(times) <= HISTORY_POINTS
     assert times[0] == start
     assert times[-1] > start + 7 * 24 * 3600 * 0.99
@@ -168,13 +181,13 @@ def test_memory_over_time_covers_the_whole_run_in_bounded_space() -> None:
 
 def test_a_job_in_several_turns_is_one_job() -> None:
     """Counts add up, the peak is the largest, the rate is over all of it."""
-    board = Board(1, LEASE_S)
+    hub = StatusHub(1, LEASE_S)
     first = job(done=10, failed={"ImageMissing": 1}, peak_bytes=5, started_at=100.0, ended_at=110.0)
-    assert board.add(snapshot(job=first))
-    assert not board.add(snapshot(job=job(done=3)))
+    assert hub.add(snapshot(job=first))
+    assert not hub.add(snapshot(job=job(done=3)))
     second = replace(first, done=20, failed={"ImageMissing": 2}, peak_bytes=3, started_at=120.0, ended_at=133.0)
-    assert board.add(snapshot(job=second))
-    (ended,) = board.state()["jobs"]
+    assert hub.add(snapshot(job=second))
+    (ended,) = hub.status().jobs
     assert (ended.done, ended.failed, ended.peak_bytes) == (30, {"ImageMissing": 3}, 5)
     assert ended.images_per_s == pytest.approx(1.0)
 

@@ -1,4 +1,7 @@
-"""What requests say: bodies and queries as models; what is wrong with one is the body of the 400 that refuses it."""
+"""Bodies and queries of requests as models.
+
+What is wrong with a body or query becomes the body of the 400 that refuses it.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,16 @@ class Success(_Body):
     def image_ids(self) -> list[str]:
         return [image.id for image in self.source_images]
 
+    @property
+    def classifications(self) -> list[Classification]:
+        return [one for detection in self.detections for one in detection.classifications]
+
+    @property
+    def algorithm_keys(self) -> set[str]:
+        detectors = {one.algorithm.key for one in self.detections}
+        classifiers = {one.algorithm.key for one in self.classifications}
+        return detectors | classifiers
+
 
 class Failure(_Body):
     error: str
@@ -80,13 +93,20 @@ class Pipeline(_Body):
     algorithms: list[Algorithm] = Field(default_factory=list)
 
     def accepts(self, result: Success) -> bool:
-        """Whether a result can be saved: one detector there, every algorithm known, no scores empty."""
-        classifications = [c for detection in result.detections for c in detection.classifications]
-        if result.pipeline != self.slug or any(not c.scores for c in classifications):
+        """Whether a result can be saved.
+
+        It needs scores in each classification, exactly one detector in the pipeline, and known
+        algorithms.
+        """
+        if result.pipeline != self.slug:
             return False
-        used = {d.algorithm.key for d in result.detections} | {c.algorithm.key for c in classifications}
-        n_detectors = sum(a.task_type in DETECTOR_TYPES for a in self.algorithms)
-        return not self.algorithms or (n_detectors == 1 and used <= {a.key for a in self.algorithms})
+        if not all(one.scores for one in result.classifications):
+            return False
+        if not self.algorithms:
+            return True
+        detectors = [one for one in self.algorithms if one.task_type in DETECTOR_TYPES]
+        known_keys = {one.key for one in self.algorithms}
+        return len(detectors) == 1 and result.algorithm_keys <= known_keys
 
 
 class Entry(_Body):
@@ -124,20 +144,29 @@ class CaptureQuery(Query):
 
 
 async def read(request: web.Request, kind: type[_B]) -> _B:
+    """Read a request's body as a model; raises what becomes the answer that refuses it."""
     raw = await request.read()
     if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text=f'Unsupported media type "{request.content_type}" in request.')
+        problem = f'Unsupported media type "{request.content_type}" in request.'
+        raise web.HTTPUnsupportedMediaType(text=problem)
     try:
-        return kind.model_validate(orjson.loads(raw))
-    except orjson.JSONDecodeError as error:  # NaN is one, too
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:  # a NaN is one, too
         raise web.HTTPBadRequest(text=f"JSON parse error - {error}") from None
+    return kind.model_validate(body)
 
 
 def problems(error: ValidationError) -> dict[str, list[Any]]:
-    """Each problem under its field; inside a list, its `loc` begins with the index of the invalid entry."""
+    """Return each problem under its field, in Antenna's form.
+
+    Inside a list a problem's `loc` begins with the index of the invalid entry.
+    """
     found = defaultdict(list)
     for problem in error.errors():
         field, *inside = problem["loc"] or ("non_field_errors",)
-        row = {"loc": ["__root__", *map(str, inside)], "msg": problem["msg"], "type": problem["type"]}
-        found[str(field)].append(row if inside else problem["msg"])
+        told: Any = problem["msg"]
+        if inside:
+            path = ["__root__", *map(str, inside)]
+            told = {"loc": path, "msg": problem["msg"], "type": problem["type"]}
+        found[str(field)].append(told)
     return found

@@ -15,9 +15,10 @@ from aiohttp.web_middlewares import normalize_path_middleware
 from pydantic import ValidationError
 
 from adc_worker.antenna.wire import FINAL_STATES
-from adc_worker.devserver import bodies
-from adc_worker.devserver.bodies import CaptureQuery, Query
-from adc_worker.devserver.state import PROJECT, PROJECT_ID, Capture, Desk, Job, now
+from adc_worker.desk import bodies
+from adc_worker.desk.bodies import CaptureQuery, Query
+from adc_worker.desk.job import PROJECT, PROJECT_ID, Job, now
+from adc_worker.desk.state import Desk
 
 T = TypeVar("T")
 
@@ -86,26 +87,29 @@ class Api:
 
     async def _list_jobs(self, request: web.Request) -> web.StreamResponse:
         query = Query.model_validate(dict(request.query))
-        jobs = [job for job in reversed(self.desk.jobs.values()) if _wanted(job, query)]
+        newest_first = reversed(self.desk.jobs.values())
+        jobs = [job for job in newest_first if _wanted(job, query)]
         if not query.ids_only:
             return _page(request, [job.to_json() for job in jobs])
-        if "limit" not in request.query:
-            jobs = random.sample(jobs, len(jobs))
-        rows = [{"id": job.id, "pipeline_slug": job.pipeline.slug, "user_permissions": []} for job in jobs]
-        return _page(request, rows, page_size=1)
+        if query.limit is None:  # Antenna then answers with one job, any of them
+            random.shuffle(jobs)
+        return _page(request, [_job_row(job) for job in jobs], page_size=1)
 
     async def _show_job(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self._named(request, self.desk.jobs).to_json())
 
     async def _fetch_tasks(self, request: web.Request) -> web.StreamResponse:
         job = self._named(request, self.desk.jobs, SUPERUSER)
-        batch_size = (await bodies.read(request, bodies.Fetch)).batch_size
+        body = await bodies.read(request, bodies.Fetch)
         if job.dispatch_mode != "async_api":
-            return web.json_response(["Tasks of this job are not for fetching: it is not async_api."], status=400)
+            problem = "Tasks of this job are not for fetching: it is not async_api."
+            return web.json_response([problem], status=400)
         try:
-            return web.json_response({"tasks": await self.desk.fetch(job, batch_size)})
+            tasks = await self.desk.fetch(job, body.batch_size)
         except TimeoutError:
-            return web.json_response({"error": "Task queue temporarily unavailable"}, status=503)
+            problem = "Task queue temporarily unavailable"
+            return web.json_response({"error": problem}, status=503)
+        return web.json_response({"tasks": tasks})
 
     async def _post_results(self, request: web.Request) -> web.StreamResponse:
         job = self._named(request, self.desk.jobs, SUPERUSER)
@@ -118,35 +122,47 @@ class Api:
 
     async def _change_job(self, request: web.Request) -> web.StreamResponse:
         job = self._named(request, self.desk.jobs, SUPERUSER)
-        await (self.desk.cancel if request.match_info["action"] == "cancel" else self.desk.retry)(job)
+        if request.match_info["action"] == "cancel":
+            await self.desk.cancel(job)
+        else:
+            await self.desk.retry(job)
         return web.json_response(job.to_json())
 
     async def _list_projects(self, request: web.Request) -> web.StreamResponse:
         return _page(request, list(self._projects().values()))
 
     def _projects(self) -> dict[int, dict[str, Any]]:
-        others = range(PROJECT_ID + 1, PROJECT_ID + self.desk.projects)
-        return {PROJECT_ID: PROJECT} | {number: {"id": number, "name": f"Desk {number}"} for number in others}
+        projects: dict[int, dict[str, Any]] = {PROJECT_ID: PROJECT}
+        for number in range(PROJECT_ID + 1, PROJECT_ID + self.desk.projects):
+            projects[number] = {"id": number, "name": f"Desk {number}"}
+        return projects
 
     async def _list_pipelines(self, request: web.Request) -> web.StreamResponse:
-        return _page(request, [pipeline.model_dump() for pipeline in self.desk.pipelines.values()])
+        pipelines = self.desk.pipelines.values()
+        return _page(request, [pipeline.model_dump() for pipeline in pipelines])
 
     async def _register(self, request: web.Request) -> web.StreamResponse:
         project = self._named(request, self._projects(), SUPERUSER, MEMBER)
-        registration = await bodies.read(request, bodies.Registration)
-        posted = registration.pipelines
-        self.desk.services[registration.processing_service_name].add(project["id"])
-        created = [key for pipeline in posted for key in self.desk.register(pipeline)]
-        answer = {"timestamp": now(), "success": True, "error": None, "pipelines": [p.model_dump() for p in posted]}
-        return web.json_response({**answer, "pipelines_created": created, "algorithms_created": []}, status=201)
+        body = await bodies.read(request, bodies.Registration)
+        self.desk.services[body.processing_service_name].add(project["id"])
+        created = []
+        for pipeline in body.pipelines:
+            created += self.desk.register(pipeline)
+        answer = {
+            "timestamp": now(),
+            "success": True,
+            "error": None,
+            "pipelines": [pipeline.model_dump() for pipeline in body.pipelines],
+            "pipelines_created": created,
+            "algorithms_created": [],
+        }
+        return web.json_response(answer, status=201)
 
     async def _list_captures(self, request: web.Request) -> web.StreamResponse:
-        return _page(request, [capture.to_json() for capture in self._captures(request)])
-
-    def _captures(self, request: web.Request) -> list[Capture]:
         query = CaptureQuery.model_validate(dict(request.query))
         captures = self.desk.captures.values() if query.project_id == PROJECT_ID else ()
-        return [capture for capture in captures if query.collections in {None, capture.collection}]
+        wanted = [one for one in captures if query.collections in {None, one.collection}]
+        return _page(request, [capture.to_json() for capture in wanted])
 
     async def _show_image(self, request: web.Request) -> web.StreamResponse:
         capture = self._named(request, self.desk.captures)
@@ -166,10 +182,20 @@ def _wanted(job: Job, query: Query) -> bool:
     )
 
 
+def _job_row(job: Job) -> dict[str, Any]:
+    return {"id": job.id, "pipeline_slug": job.pipeline.slug, "user_permissions": []}
+
+
 def _page(request: web.Request, rows: Sequence[dict[str, Any]], page_size: int = PAGE_SIZE) -> web.Response:
     query = Query.model_validate(dict(request.query))
     limit = query.limit or page_size
     end = query.offset + limit
-    more = str(request.url.update_query(limit=limit, offset=end)) if end < len(rows) else None
-    body = {"count": len(rows), "next": more, "previous": None, "results": rows[query.offset : end]}
-    return web.json_response({**body, "user_permissions": []})
+    following = request.url.update_query(limit=limit, offset=end)
+    body = {
+        "count": len(rows),
+        "next": str(following) if end < len(rows) else None,
+        "previous": None,
+        "results": rows[query.offset : end],
+        "user_permissions": [],
+    }
+    return web.json_response(body)
