@@ -293,7 +293,8 @@ class ProbeReport:
         proportional = int(scale * peak_bytes)
         by_pixels = peak_bytes + INFERENCE_BYTES_PER_PX * more_bytes // PIXEL_BYTES
         if scale > PROPORTIONAL_UP_TO:
-            return min(by_pixels, proportional)
+            # Never less than what an image at the end of the proportional part takes.
+            return max(PROPORTIONAL_UP_TO * peak_bytes, min(by_pixels, proportional))
         if more_bytes < 0:
             return max(by_pixels, proportional)
         return proportional
@@ -316,6 +317,11 @@ class ProbeReport:
     def tensor_bytes_per_image(self) -> int:
         """Bytes of one decoded image; the largest seen, since memory is planned with it."""
         return max(image.tensor_bytes for image in self._all)
+
+    @property
+    def known_tensor_bytes(self) -> frozenset[int]:
+        """The sizes in bytes of all decoded images that are known of the job."""
+        return frozenset(image.tensor_bytes for image in self._all)
 
     @property
     def usual_tensor_bytes(self) -> int:

@@ -52,13 +52,18 @@ class MemoryCost:
         return max(1, batches_in_work - 1)
 
     def working_set_bytes(self, batch: int) -> int:
-        """Return what one call takes: of the largest image, or of as large ones as it can have."""
+        """Return what one call takes at most: of the images known of the job, and of as large ones as it can have.
+
+        Of each size a call has as many images as the batch's bytes hold, up to `images_per_call`.
+        """
         images_at_once = min(self.images_per_call, batch)
-        largest_bytes = self.report.tensor_bytes_per_image
-        image_bytes = min(largest_bytes, self.batch_bytes(batch) // images_at_once)
-        largest_alone = self.report.inference_bytes(largest_bytes)
-        several_at_once = images_at_once * self.report.inference_bytes(image_bytes)
-        return max(largest_alone, several_at_once)
+        batch_bytes = self.batch_bytes(batch)
+        share_of_call_bytes = min(self.report.tensor_bytes_per_image, batch_bytes // images_at_once)
+        needed_bytes = images_at_once * self.report.inference_bytes(share_of_call_bytes)
+        for image_bytes in self.report.known_tensor_bytes:
+            images = min(images_at_once, max(1, batch_bytes // image_bytes))
+            needed_bytes = max(needed_bytes, images * self.report.inference_bytes(image_bytes))
+        return needed_bytes
 
     def needed_bytes(self, batch: int, workers: int) -> int:
         """Return the memory of batches of `batch` images, enough of them to keep `workers` busy."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adc_worker.antenna.leases import LeaseTerms
 from adc_worker.host.budget import HostBudget
-from adc_worker.planning.measurements import INFERENCE_BYTES_PER_PX, ProbeReport, Sighting
+from adc_worker.planning.measurements import ProbeReport, Sighting
 from adc_worker.planning.plan import descriptors
 from adc_worker.planning.policy import IngestPolicy
 from tests.support.fakes import GB, MB, host, image_probe, report
@@ -125,10 +127,19 @@ def test_memory_of_inference_that_does_not_grow_with_the_image_is_not_scaled_bey
     small = image_probe(width_px=64, height_px=48, compressed_bytes=2_000, decode_scratch_bytes=1_200)
     tiny = report(small, inference_peak_bytes=20 * MB)
     seen = tiny.with_sighted([Sighting(4096, 2160)])
-    assert 20 * MB < seen.inference_bytes(3 * 4096 * 2160) <= 20 * MB + INFERENCE_BYTES_PER_PX * 4096 * 2160
+    # Sixteen times as much, or 30 bytes for each further pixel.
+    assert 20 * MB < seen.inference_bytes(3 * 4096 * 2160) <= 20 * MB * 16
     made = IngestPolicy().plan(seen, host(), LeaseTerms())
     assert made.peak_bytes < host().limit_bytes
     assert made.solo_bytes > 10 * GB, "larger images are not refused"
+
+
+@given(st.integers(1, 10**9), st.integers(0, 10**10), st.integers(0, 10**10))
+def test_a_larger_image_never_takes_less_memory_to_infer(peak_bytes: int, some_bytes: int, more_bytes: int) -> None:
+    """However far both are from the image that was measured: plans reckon with the largest image."""
+    measured = report(image_probe(width_px=64, height_px=64), inference_peak_bytes=peak_bytes)
+    smaller = measured.inference_bytes(some_bytes)
+    assert smaller <= measured.inference_bytes(some_bytes + more_bytes)
 
 
 def test_what_was_measured_again_keeps_the_sizes_that_are_known() -> None:
