@@ -31,6 +31,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util import parse_url
 from urllib3.util.connection import create_connection
+from urllib3.util.response import assert_header_parsing
 
 from adc_worker import __version__
 from adc_worker.errors import (
@@ -123,6 +124,12 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self.fp = io.BufferedReader(_UntilDeadline(sock, self.fp.detach()))
+
+    def begin(self) -> None:
+        """Read the headers; after one that is none the rest is lost, and with it, perhaps, how long the body is."""
+        super().begin()
+        if self.length is None and not self.chunked:
+            assert_header_parsing(self.headers)
 
 
 class _Connection(HTTPConnection):
