@@ -449,7 +449,7 @@ def test_whatever_bytes_a_host_sends_are_the_links_fault(tmp_path: Path, answer:
         said = executor.submit(_say, listener, answer)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.jpg"
         with (
-            ImageClient(MAX_BYTES, NEAR, download_s=PATIENCE_S) as client,
+            ImageClient(MAX_BYTES, NEAR, download_s=1.0) as client,
             (tmp_path / "body").open("wb") as file,
             pytest.raises(LinkError),
         ):
