@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
-from adc_worker.errors import ConfigurationError, ImageError, ImageUnreadable, NotAnImage, StagedFileLost, StagingFull
+from adc_worker.errors import (
+    ConfigurationError,
+    ImageError,
+    ImageUnreadable,
+    LinkError,
+    NotAnImage,
+    StagedFileLost,
+    StagingFull,
+)
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
@@ -144,6 +152,23 @@ class StagingArea:
                     raise
                 self.disk.disk_full(task_id)
                 raise StagingFull(str(error)) from error
+
+    def serves(self, task_id: int, url: str, cancelled: Callable[[], bool]) -> bool:
+        """Whether a URL brings an image now. The file is never named as a staged one, and is removed at once.
+
+        `task_id`: of the task in whose name this is asked, and on whose room on the disk.
+        """
+        path = self._path(task_id).with_suffix(_PARTIAL)
+        try:
+            with path.open("wb") as file:
+                path.chmod(0o600)
+                self._client.download(url, file.fileno(), cancelled)
+            read_header(path, self._max_pixels)
+        except (ImageError, LinkError):
+            return False
+        finally:
+            path.unlink(missing_ok=True)
+        return True
 
     def is_staged(self, task_id: int) -> bool:
         """Whether a task's file is there: to take it up again takes no room on the disk."""

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from adc_worker.log import get_logger
 from adc_worker.runtime.faults import advice
-from adc_worker.runtime.verdicts import ANSWERED, Failure, Kind, Seen
+from adc_worker.runtime.verdicts import ANSWERED, SHOWN_SERVED, Failure, Kind, Seen
 
 _log = get_logger(__name__)
 
 TRIAL_FIRST_S = 1.0  # between two trials of a host at fault, at first and at most
 TRIAL_MAX_S = 30.0
+CONTROLS = SHOWN_SERVED  # images of a host that can be asked for again
 IN_A_ROW_S = 600.0  # failures of an image that are further apart have nothing to do with each other
 # Bounds for what is remembered, so that no job's URLs can fill the memory.
 HOSTS_MAX = 1000
@@ -45,6 +46,7 @@ class _Host:
     unanswered: int = 0
     recovered_at: float = -math.inf
     images: OrderedDict[str, _Image] = field(default_factory=OrderedDict)
+    controls: OrderedDict[str, str] = field(default_factory=OrderedDict)  # URLs of the images that came last
     at_fault: Failure | None = None  # the last failure, while it is held at fault
     trial_at: float = -math.inf
     trial_pause_s: float = TRIAL_FIRST_S
@@ -90,11 +92,19 @@ class Evidence:
             _log.error("image_host_at_fault", host=host, images=images, error=str(error), do=advice(error))
         return seen
 
-    def came(self, host: str, image_id: str) -> None:
-        """Take in that a host served an image: it is at fault no more, whatever failed before and between."""
+    def came(self, host: str, image_id: str, url: str = "") -> None:
+        """Take in that a host served an image: it is at fault no more, whatever failed before and between.
+
+        `url`: where it may be asked for again.
+        """
         with self._lock:
             known = self._host(host)
             known.served += 1
+            if url:
+                known.controls[image_id] = url
+                known.controls.move_to_end(image_id)
+                while len(known.controls) > CONTROLS:
+                    known.controls.popitem(last=False)
             image = known.images.pop(image_id, None)
             if image is not None and image.kind in ANSWERED:
                 known.recovered_at = self.now()
@@ -105,6 +115,12 @@ class Evidence:
             known.trial_pause_s = TRIAL_FIRST_S
         if was_at_fault:
             _log.info("image_host_back", host=host)
+
+    def controls(self, host: str, count: int) -> list[tuple[str, str]]:
+        """Return id and URL of images that a host served last, up to `count`."""
+        with self._lock:
+            known = self._hosts.get(host)
+            return list(known.controls.items())[-count:] if known is not None and count > 0 else []
 
     def may_try(self, host: str) -> Failure | None:
         """Return the failure of a host at fault; None when an image of it may be tried.

@@ -512,7 +512,7 @@ class Intake:
             self._arrivals.tried(held.id, time.monotonic(), downloaded_bytes)
             self._faults.watch("staging", None)
             if host != self._here:
-                self._evidence.came(host, held.task.image_id)
+                self._evidence.came(host, held.task.image_id, held.task.image_url)
                 self._unpark(host)
             is_last = self._lease.is_last(held.task.reply_subject)
             self.staged.put(replace(image, suspect=held.strikes is not None, urgent=is_last))
@@ -555,7 +555,15 @@ class Intake:
                 error=str(failure.error),
                 do=advice(failure.error),
             )
+        if isinstance(verdict, verdicts.RetryAt):
+            self._ask_for_others(host, held, verdicts.controls_wanted(failure, seen))
         self._apply(host, held, verdict)
+
+    def _ask_for_others(self, host: str, held: HeldTask, count: int) -> None:
+        """See whether a host still serves images that came before: this one may be the last of its job."""
+        for image_id, url in self._evidence.controls(host, count):
+            if self._staging.serves(held.id, url, self._cancelled):
+                self._evidence.came(host, image_id, url)
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id

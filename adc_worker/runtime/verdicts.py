@@ -29,6 +29,7 @@ HOST_IMAGES = 5  # different images of a host that failed since it served one: t
 HOST_UNANSWERED = 3  # attempts in a row that brought no answer: they say nothing about the image that they were for
 SHOWN_TRIES = 3  # an image is at fault by what others show when it failed as often
 SHOWN_SERVED = 3  # and its host served as many others since its first failure
+CONTROL_TRIES = 6  # so often an image fails before others are asked for again, where none came by itself
 CONFIRM_S = 10.0  # a host's word that one image is missing or broken stands when it says the same for so long
 CONFIRM_SHARE = 0.1  # or for this share of a lease, where that is shorter
 LAST_CHANCE_SHARE = 0.2  # of a lease: what still fails then is decided, so that it can be saved in time
@@ -217,6 +218,17 @@ def judge(failure: Failure, lease: LeaseView, seen: Seen) -> Verdict:
     if seen.host_at_fault:
         return Park()
     return RetryAt(seen.at_s + _wait_s(row, failure, lease, seen))
+
+
+def controls_wanted(failure: Failure, seen: Seen) -> int:
+    """Return how many images that came before should be asked for again, to see whether their host still serves any.
+
+    The last images of a job have no others behind them that could show that they alone are at fault.
+    """
+    row = TABLE[failure.kind]
+    is_open = row.by_others and not row.by_repetition and not seen.host_at_fault
+    is_time = seen.tries >= CONTROL_TRIES and seen.tries % SHOWN_TRIES == 0
+    return max(0, SHOWN_SERVED - seen.others_served) if is_open and is_time else 0
 
 
 def judge_url(error: ImageUrlUnusable) -> Verdict:

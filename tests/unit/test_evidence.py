@@ -163,3 +163,13 @@ def test_a_fault_is_said_once_with_what_to_do(evidence: Evidence, capsys: pytest
     assert told.count("image_host_at_fault") == 1
     assert told.count("image_host_back") == 1
     assert "check the image host" in told
+
+
+def test_the_images_that_came_last_can_be_asked_for_again(evidence: Evidence) -> None:
+    """Three of each host."""
+    for number in range(5):
+        evidence.came(HOST, str(number), f"https://{HOST}/{number}.jpg")
+    assert evidence.controls(HOST, 2) == [("3", f"https://{HOST}/3.jpg"), ("4", f"https://{HOST}/4.jpg")]
+    assert len(evidence.controls(HOST, 9)) == 3
+    assert evidence.controls("other.test", 2) == []
+    assert evidence.controls(HOST, 0) == []

@@ -112,7 +112,7 @@ class Job:
         self.outcomes = JobOutcomes(JOB, self.journal, self.staging, self.poster)
         self.stopping = threading.Event()
         self.faults = Faults(now=lambda: self.now_s)
-        self.evidence = Evidence()
+        self.evidence = Evidence(lambda: 20 * time.monotonic())  # what takes half a minute is over in seconds here
 
     def start(self, tasks: int, downloads: int) -> Intake:
         return self.start_with([task(number) for number in range(1, tasks + 1)], downloads=downloads)
@@ -271,7 +271,6 @@ def test_an_error_result_carries_no_signature_of_a_url(jobs: Callable[..., Job])
     unusable = task(1).model_copy(update={"image_url": "http://:canary@[/a.jpg?X-Signature=canary"})
     job.images.lasting[task(2).image_url] = ImageError("gone: https://images.test/a.jpg?X-Signature=canary")
     intake = job.start_with([unusable, task(2)])
-    job.lease.ack_wait_s = 10.0  # a tenth of it is long enough for a word that stands
     assert intake.staged.get() is None
     assert job.poster.wait_idle(5)
     bodies = list(job.receiver.bodies)
@@ -360,6 +359,31 @@ def test_one_image_that_its_host_refuses_is_its_own_fault_and_holds_nothing_up(j
     done = job.infer_all()
     assert len(done) == 39
     assert (dict(job.outcomes.failed), intake.parked) == ({"ImageError": 1}, 0)
+
+
+@pytest.mark.parametrize("still_serves", [True, False])
+def test_the_last_image_of_a_job_is_held_against_others_that_came_before(
+    jobs: Callable[..., Job], *, still_serves: bool
+) -> None:
+    """They are asked for again; while they do not come either, it is tried on."""
+    job = jobs()
+    bad = task(6).image_url
+    job.images.lasting[bad] = NotAnImage("a page")
+    job.start(tasks=6, downloads=1)
+    assert len(job.infer_all()) == 5
+    if not still_serves:
+        job.images.lasting |= {task(number).image_url: NotAnImage("a page") for number in range(1, 6)}
+    while job.images.asked[bad] < 8 and job.journal.unfinished(JOB):
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        job.start_with([])
+        assert job.infer_all() == []
+    asked_again = [number for number in range(1, 6) if job.images.asked[task(number).image_url] > 1]
+    assert len(asked_again) == 3
+    assert len(job.journal.unfinished(JOB)) == int(not still_serves)
+    assert job.outcomes.failed.total() == int(still_serves)
+    assert job.staging.disk.used_bytes == 0
+    assert list((job.folder / "staging").iterdir()) == []
 
 
 @pytest.mark.parametrize("answer", [ImageMissing("404"), NotAnImage("a page"), ImageRefused("403"), LinkError("503")])

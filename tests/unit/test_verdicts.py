@@ -29,6 +29,7 @@ from adc_worker.runtime.verdicts import (
     Park,
     RetryAt,
     Seen,
+    controls_wanted,
     download_failure,
     judge,
     judge_untried,
@@ -202,3 +203,15 @@ def test_on_a_short_lease_attempts_still_come_before_it_lapses() -> None:
     """Each waits for half of what is left at most."""
     short = LeaseView(is_last=True, left_s=4.0, ack_wait_s=12.0, max_deliver=2)
     assert waits_s(LinkError("503"), short, replace(FIRST, tries=9)) == 2.0
+
+
+def test_others_are_asked_for_again_where_an_image_is_the_last_of_its_job() -> None:
+    """After it failed six times while fewer than three others came; never where its own word is enough."""
+    last = replace(AGAIN, tries=6, others_served=1)
+    wanted = {kind: controls_wanted(failure(kind), last) for kind in ERRORS}
+    assert wanted == {kind: 2 if kind in {Kind.PAGE, Kind.REFUSED} else 0 for kind in ERRORS}
+    page = failure(Kind.PAGE)
+    others = [
+        replace(last, tries=5), replace(last, tries=7), replace(last, others_served=3), replace(last, images_failing=5)
+    ]  # fmt: skip
+    assert [controls_wanted(page, seen) for seen in others] == [0, 0, 0, 0]
