@@ -44,10 +44,11 @@ class _Host:
     served: int = 0
     failing: set[str] = field(default_factory=set)  # since it last served an image
     unanswered: int = 0
-    recovered_at: float = -math.inf
+    recovered_at: float = -math.inf  # when it was last seen to answer differently for one image
     images: OrderedDict[str, _Image] = field(default_factory=OrderedDict)
     controls: OrderedDict[str, str] = field(default_factory=OrderedDict)  # URLs of the images that came last
     at_fault: Failure | None = None  # the last failure, while it is held at fault
+    at_fault_since: float = -math.inf
     trial_at: float = -math.inf
     trial_pause_s: float = TRIAL_FIRST_S
 
@@ -82,6 +83,8 @@ class Evidence:
                 recovered_s=now - known.recovered_at,
             )
             newly_at_fault = seen.host_at_fault and known.at_fault is None
+            if newly_at_fault:
+                known.at_fault_since = now
             if seen.host_at_fault or known.at_fault is not None:
                 known.at_fault = failure
                 known.trial_at = now + known.trial_pause_s
@@ -92,10 +95,11 @@ class Evidence:
             _log.error("image_host_at_fault", host=host, images=images, error=str(error), do=advice(error))
         return seen
 
-    def came(self, host: str, image_id: str, url: str = "") -> None:
+    def came(self, host: str, image_id: str, url: str = "", begun_at: float = math.inf) -> None:
         """Take in that a host served an image: it is at fault no more, whatever failed before and between.
 
-        `url`: where it may be asked for again.
+        `url`: where it may be asked for again. `begun_at`: when its download began; one that was on its way when the
+        host was found to be at fault shows nothing of the host since then.
         """
         with self._lock:
             known = self._host(host)
@@ -109,12 +113,19 @@ class Evidence:
             if image is not None and image.kind in ANSWERED:
                 known.recovered_at = self.now()
             was_at_fault = known.at_fault is not None
+            if was_at_fault and begun_at < known.at_fault_since:
+                return
             known.at_fault = None
             known.failing.clear()
             known.unanswered = 0
             known.trial_pause_s = TRIAL_FIRST_S
         if was_at_fault:
             _log.info("image_host_back", host=host)
+
+    def doubt(self, host: str) -> None:
+        """Take in that an image which a host had served does not come any more: its answers change."""
+        with self._lock:
+            self._host(host).recovered_at = self.now()
 
     def controls(self, host: str, count: int) -> list[tuple[str, str]]:
         """Return id and URL of images that a host served last, up to `count`."""

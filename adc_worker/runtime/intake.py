@@ -492,6 +492,7 @@ class Intake:
         return fault is None
 
     def _stage(self, host: str, held: HeldTask) -> None:
+        begun_at = self._evidence.now()
         try:
             image = self._staging.stage(held.id, held.task, self._cancelled, url_erased=held.url_erased)
         except StagedFileLost as error:
@@ -512,7 +513,7 @@ class Intake:
             self._arrivals.tried(held.id, time.monotonic(), downloaded_bytes)
             self._faults.watch("staging", None)
             if host != self._here:
-                self._evidence.came(host, held.task.image_id, held.task.image_url)
+                self._evidence.came(host, held.task.image_id, held.task.image_url, begun_at)
                 self._unpark(host)
             is_last = self._lease.is_last(held.task.reply_subject)
             self.staged.put(replace(image, suspect=held.strikes is not None, urgent=is_last))
@@ -560,10 +561,16 @@ class Intake:
         self._apply(host, held, verdict)
 
     def _ask_for_others(self, host: str, held: HeldTask, count: int) -> None:
-        """See whether a host still serves images that came before: this one may be the last of its job."""
-        for image_id, url in self._evidence.controls(host, count):
-            if self._staging.serves(held.id, url, self._cancelled):
+        """See whether a host still serves images that came before: this one may be the last of its job.
+
+        All of them count, or none: one that does not come now shows that the host's answers change.
+        """
+        controls = self._evidence.controls(host, count)
+        if all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls):
+            for image_id, url in controls:
                 self._evidence.came(host, image_id, url)
+        elif not self._stopped.is_set():
+            self._evidence.doubt(host)
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id

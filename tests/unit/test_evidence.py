@@ -173,3 +173,25 @@ def test_the_images_that_came_last_can_be_asked_for_again(evidence: Evidence) ->
     assert len(evidence.controls(HOST, 9)) == 3
     assert evidence.controls("other.test", 2) == []
     assert evidence.controls(HOST, 0) == []
+
+
+def test_a_download_that_was_on_its_way_when_its_host_fell_out_does_not_bring_it_back(
+    evidence: Evidence, clock: Clock
+) -> None:
+    """A name that is lost is lost, though a connection from before brings its image to the end."""
+    begun_at = clock.now_s
+    clock.now_s += 1.0
+    fail(evidence, NOBODY, NOBODY, NOBODY)
+    evidence.came(HOST, "late", begun_at=begun_at)
+    assert evidence.may_try(HOST) is NOBODY
+    clock.now_s += 5.0
+    evidence.came(HOST, "new", begun_at=clock.now_s)
+    assert evidence.may_try(HOST) is None
+
+
+def test_a_host_that_does_not_serve_what_it_served_is_doubted(evidence: Evidence, clock: Clock) -> None:
+    """As one that serves what it refused."""
+    evidence.came(HOST, "one")
+    evidence.doubt(HOST)
+    clock.now_s += 2.0
+    assert evidence.failed(HOST, "bad", PAGE).recovered_s == 2.0
