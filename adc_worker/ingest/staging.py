@@ -17,8 +17,8 @@ from adc_worker.antenna.wire import Task
 from adc_worker.errors import (
     ConfigurationError,
     ImageError,
+    ImageRefused,
     ImageUnreadable,
-    LinkError,
     NotAnImage,
     StagedFileLost,
     StagingFull,
@@ -157,6 +157,9 @@ class StagingArea:
         """Whether a URL brings an image now. The file is never named as a staged one, and is removed at once.
 
         `task_id`: of the task in whose name this is asked, and on whose room on the disk.
+
+        Raises:
+            LinkError: no answer came that says so; nor from a full or broken disk, which raises OSError.
         """
         path = self._path(task_id).with_suffix(_PARTIAL)
         try:
@@ -164,7 +167,7 @@ class StagingArea:
                 path.chmod(0o600)
                 self._client.download(url, file.fileno(), cancelled)
             read_header(path, self._max_pixels)
-        except (ImageError, LinkError):
+        except (ImageError, ImageRefused):
             return False
         finally:
             path.unlink(missing_ok=True)

@@ -566,11 +566,16 @@ class Intake:
         All of them count, or none: one that does not come now shows that the host's answers change.
         """
         controls = self._evidence.controls(host, count)
-        if all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls):
-            for image_id, url in controls:
-                self._evidence.came(host, image_id, url)
-        elif not self._stopped.is_set():
+        try:
+            all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
+        except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
+            _log.info("others_not_asked", job_id=self._job_id, host=host, error=str(error))
+            return
+        if not all_come:
             self._evidence.doubt(host)
+            return
+        for image_id, url in controls:
+            self._evidence.came(host, image_id, url)
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id

@@ -10,6 +10,7 @@ import pytest
 
 from adc_worker.errors import (
     ConfigurationError,
+    ImageRefused,
     ImageTooLarge,
     ImageUnreadable,
     LinkError,
@@ -250,4 +251,19 @@ def test_sweeping_gives_back_the_room_of_what_it_removes(tmp_path: Path) -> None
     area.stage(7, task(7), lambda: False)
     assert area.disk.used_bytes > 0
     assert area.sweep(set) == 1
+    assert area.disk.used_bytes == 0
+
+
+def test_whether_an_image_still_comes_is_seen_without_keeping_it(tmp_path: Path) -> None:
+    """Whatever comes or is raised, no file is left, and none was ever named as a task's."""
+    answers = (jpeg(), b"<html>", ImageRefused("403"), LinkError("reset"), OSError(errno.ENOSPC, "full"))
+    client = FakeClient(tmp_path, *answers)
+    area = StagingArea(tmp_path, client, MAX_PIXELS)
+    seen = [area.serves(7, "https://images.test/a.jpg", lambda: False) for _answer in answers[:3]]
+    assert seen == [True, False, False]
+    for error in (LinkError, OSError):
+        with pytest.raises(error):
+            area.serves(7, "https://images.test/a.jpg", lambda: False)
+    assert client.names_meanwhile == ["7.part"]
+    assert _names(tmp_path) == []
     assert area.disk.used_bytes == 0
