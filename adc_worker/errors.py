@@ -2,12 +2,17 @@
 
 AdcError
 ├── ConfigurationError     exit with CONFIGURATION; the message names the variable
-├── ImageError             post an error result: the evidence is in the image
+├── ImageError             what came is no usable image; runtime/verdicts.py decides when that is the image's fault
+│   ├── ImageUrlUnusable   the URL names nothing that could be asked: an error of that task alone
 │   ├── ImageMissing       404 or 410
 │   ├── ImageUnreadable    empty, not an image, broken beyond decoding
+│   │   └── NotAnImage     a page or text in an image's place: proves nothing about the image by itself
 │   └── ImageTooLarge      exceeds a stated limit of this host
 ├── LinkError              retry inside the lease, then leave the task to its lease
-│   └── AddressRefused     where this worker may not go: a setting, so pause the job; the message names it
+│   ├── ImageRefused       the image's host answers, and does not serve this image: 401, 403, 400
+│   │   └── UrlExpired     its URL was signed for a time that is over; another delivery may bring a fresh one
+│   └── HostUnreachable    no answer of the image's host: name, connection, TLS, proxy
+│       └── AddressRefused where this worker may not go: a setting, so pause the job; the message names it
 ├── AntennaError
 │   ├── AntennaUnavailable retry with back-off
 │   │   └── AntennaUnreachable no answer at all; at start a wrong URL
@@ -50,12 +55,20 @@ class ImageError(AdcError):
     """The image itself cannot be processed; the message is what Antenna's users read."""
 
 
+class ImageUrlUnusable(ImageError):
+    """The URL is none that could be asked: no http or https, no host, a port that is none."""
+
+
 class ImageMissing(ImageError):
     """The image's host says it does not exist (404 or 410)."""
 
 
 class ImageUnreadable(ImageError):
     """What was downloaded is empty, is not an image, or cannot be decoded."""
+
+
+class NotAnImage(ImageUnreadable):
+    """A page, text or a compressed stream came in the image's place; hosts and portals send that for any image."""
 
 
 class ImageTooLarge(ImageError):
@@ -70,7 +83,19 @@ class LinkError(AdcError):
         self.retry_after_s = retry_after_s  # what the host asked for; 0 where it did not say
 
 
-class AddressRefused(LinkError):
+class ImageRefused(LinkError):
+    """The image's host answers, and its answer is neither this image nor that it does not exist."""
+
+
+class UrlExpired(ImageRefused):
+    """What signed the image's URL is no longer valid: that says nothing about the image."""
+
+
+class HostUnreachable(LinkError):
+    """No answer of the image's host came, so this says nothing about the image that was to be asked for."""
+
+
+class AddressRefused(HostUnreachable):
     """The image's host has an address that this worker may not ask; the message names the variable that changes it."""
 
 

@@ -11,7 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
-from adc_worker.errors import AddressRefused, LinkError
+from urllib3.util import parse_url
+
+from adc_worker.errors import AddressRefused, HostUnreachable, ImageUrlUnusable
+from adc_worker.redaction import redact
 
 # Unspecified, and where clouds give out secrets beside 169.254.169.254: AWS and Google over IPv6, Alibaba, Azure,
 # Oracle (each vendor's page on instance metadata).
@@ -21,6 +24,41 @@ _NEVER = [
 ]
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052; the last four bytes are an IPv4 address
 _TRIED = 4  # addresses of one host, each with a connect timeout of its own
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_NAME_CHARACTERS_MAX = 253  # of a host's name (RFC 1035, 2.3.4)
+
+
+def image_host(url: str) -> str:
+    """Return which host an image's URL asks, in one spelling: `name:port`, the port left out where it is 443.
+
+    Raises:
+        ImageUrlUnusable: there is no host that could be asked.
+    """
+    try:
+        parts = parse_url(url)
+    except ValueError as error:  # urllib3's LocationParseError is one
+        raise ImageUrlUnusable(f"not a usable image URL: {redact(str(error))}") from error
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise ImageUrlUnusable("not a usable image URL: it does not start with http:// or https://")
+    if not parts.host:
+        raise ImageUrlUnusable("not a usable image URL: it names no host")
+    name = parts.host.lower().rstrip(".")
+    if not _is_host_name(name):
+        raise ImageUrlUnusable("not a usable image URL: its host's name is none")
+    port = _DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
+    if port == 0:
+        raise ImageUrlUnusable("not a usable image URL: port 0 is none")
+    return name if port == _DEFAULT_PORTS["https"] else f"{name}:{port}"
+
+
+def _is_host_name(name: str) -> bool:
+    """Whether a name could be looked up: no empty or overlong part."""
+    if len(name) > _NAME_CHARACTERS_MAX or any(character.isspace() for character in name):
+        return False
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +80,12 @@ class AddressPolicy:
 
         Raises:
             AddressRefused: none of them may.
-            LinkError: the name is not known, or the resolver does not answer.
+            HostUnreachable: the name is not known, or the resolver does not answer.
         """
         try:
             found = _look_up(host)
         except OSError as error:
-            raise LinkError(f"the image host {host} cannot be looked up: {error.strerror}") from error
+            raise HostUnreachable(f"the image host {host} cannot be looked up: {error.strerror}") from error
         if allowed := [address for address in found if self._allows(host, _innermost(address))]:
             return list(map(str, allowed[:_TRIED]))
         raise AddressRefused(

@@ -8,10 +8,11 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,15 +22,36 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ProxyError,
+    SSLError,
+)
 from urllib3.util import parse_url
 from urllib3.util.connection import create_connection
+from urllib3.util.response import assert_header_parsing
 
 from adc_worker import __version__
-from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
-from adc_worker.ingest.addresses import AddressPolicy
+from adc_worker.errors import (
+    AdcError,
+    AddressRefused,
+    ConfigurationError,
+    HostUnreachable,
+    ImageMissing,
+    ImageRefused,
+    ImageTooLarge,
+    ImageUrlUnusable,
+    LinkError,
+    UrlExpired,
+)
+from adc_worker.ingest.addresses import AddressPolicy, image_host
+from adc_worker.log import get_logger
 from adc_worker.planning.policy import DOWNLOADS_MAX
 from adc_worker.redaction import redact
+
+_log = get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
@@ -41,6 +63,18 @@ REDIRECTS_MAX = 3
 # A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
+# Answers that ask for patience, or say that the host or a proxy before it fails: nothing about one image.
+_LATER = frozenset({407, 408, 421, 425, 429})
+_SERVER_FAILS = 500
+# Codings that change the bytes (IANA's registry of content codings, and names that were used before it). Whatever else
+# stands in Content-Encoding compresses nothing: aws-chunked, as S3 stores it with an object, a charset, nothing at all.
+_COMPRESSING = frozenset(
+    {"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz", "exi", "pack200-gzip", "bzip2"}
+)
+# Of an object store's error answer: its code and message come first.
+ERROR_BODY_BYTES = 2048
+# The exceptions of a connection that never brought an answer.
+_NO_ANSWER = (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError)
 _this_thread = threading.local()  # its download: until (monotonic seconds), cancelled, policy, seconds of set-up so far
 
 
@@ -91,6 +125,12 @@ class _Response(http.client.HTTPResponse):
         super().__init__(sock, *args, **options)
         self.fp = io.BufferedReader(_UntilDeadline(sock, self.fp.detach()))
 
+    def begin(self) -> None:
+        """Read the headers; after one that is none the rest is lost, and with it, perhaps, how long the body is."""
+        super().begin()
+        if self.length is None and not self.chunked:
+            assert_header_parsing(self.headers)
+
 
 class _Connection(HTTPConnection):
     """Connects to an address that the policy has seen, not to a name that may mean another one a moment later."""
@@ -128,7 +168,11 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 
 
 class ImageClient:
-    """Downloads image URLs; raises ImageError (the image's fault) or LinkError (anything else)."""
+    """Downloads image URLs; raises ImageError (what the host says of this image) or LinkError (anything else).
+
+    Whatever a host sends, and whatever the libraries below raise on it, ends as one of the two. What the disk raises
+    passes unchanged.
+    """
 
     def __init__(self, max_bytes: int, policy: AddressPolicy, download_s: float = DOWNLOAD_S) -> None:
         self._max_bytes = max_bytes
@@ -169,46 +213,64 @@ class ImageClient:
         started = time.monotonic()
         _this_thread.until, _this_thread.cancelled = started + self._download_s, cancelled
         _this_thread.policy, _this_thread.set_up_s = self._policy, 0.0
-        response = self._open(url)
+        response, redirects = self._open(url)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
-                raise _error_for(response)
-            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
-                raise LinkError(
-                    f"the image's host sends {coding[:20]!r} coding, though asked for the bytes as they are"
-                )
+                raise _error_for(response, redirects)
+            _check_coding(response)
             first_byte_s = time.monotonic() - started
             size_bytes = self._copy(response, fd)
-        except (HTTPError, TimeoutError) as error:
-            raise LinkError(f"download broke off: {type(error).__name__}: {error}") from error
         finally:
             _release(response)
         return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes, _this_thread.set_up_s)
 
-    def _open(self, url: str) -> urllib3.BaseHTTPResponse:
-        for _hop in range(REDIRECTS_MAX + 1):
-            try:
-                # Not decoded: a few kB of gzip would become gigabytes of memory.
-                response = self._pool(url).request(
-                    "GET", url, preload_content=False, decode_content=False, redirect=False
-                )
-            except ValueError as error:  # urllib3's LocationValueError is one
-                raise ImageError(f"not a usable image URL: {redact(str(error))}") from error
-            except (HTTPError, TimeoutError) as error:
-                raise LinkError(f"cannot reach the image host: {type(error).__name__}: {error}") from error
-            target = response.get_redirect_location()
-            if not target:
-                return response
-            _release(response)
-            url = _redirected(url, target)
-        raise LinkError(f"the image host redirects more than {REDIRECTS_MAX} times")
+    def _open(self, url: str) -> tuple[urllib3.BaseHTTPResponse, int]:
+        """Ask for a URL, follow its redirects, and return the answer and how many there were.
 
-    def _pool(self, url: str) -> urllib3.PoolManager:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"}:
-            raise ValueError("it does not start with http:// or https://")
-        proxy = self._proxies[parts.scheme]
-        return proxy if proxy is not None and not proxy_bypass(parts.hostname or "") else self._direct
+        Raises:
+            ImageUrlUnusable: the URL that was asked for is none; where a redirect leads is its host's fault.
+        """
+        response = self._ask(url)
+        for redirects in range(REDIRECTS_MAX + 1):
+            target = _redirect_target(response)
+            if target is None:
+                return response, redirects
+            _release(response)
+            if redirects < REDIRECTS_MAX:
+                url = _redirected(url, target)
+                response = self._follow(url)
+        raise ImageRefused(f"the image host redirects more than {REDIRECTS_MAX} times")
+
+    def _follow(self, url: str) -> urllib3.BaseHTTPResponse:
+        """Ask for what a redirect leads to: the host that sent it has answered, and is responsible for its target."""
+        try:
+            return self._ask(url)
+        except ImageUrlUnusable as error:
+            raise ImageRefused(f"the image host redirects to something that is no URL: {error}") from error
+        except AddressRefused:
+            raise
+        except HostUnreachable as error:
+            raise LinkError(f"the image host redirects to a host that does not answer: {error}") from error
+
+    def _ask(self, url: str) -> urllib3.BaseHTTPResponse:
+        image_host(url)
+        try:
+            # Not decoded: a few kB of gzip would become gigabytes of memory.
+            return self._manager(url).request("GET", url, preload_content=False, decode_content=False, redirect=False)
+        except AdcError:
+            raise
+        except _NO_ANSWER as error:
+            raise HostUnreachable(f"cannot reach the image host: {_named(error)}") from error
+        except Exception as error:
+            # Not a list of classes: what a host sends can raise whatever the libraries overlooked.
+            if isinstance(error, MemoryError):
+                raise
+            raise LinkError(f"the image host's answer cannot be read: {_named(error)}") from error
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        parts = parse_url(url)
+        proxy = self._proxies[parts.scheme or ""]
+        return proxy if proxy is not None and not proxy_bypass(parts.host or "") else self._direct
 
     def _copy(self, response: urllib3.BaseHTTPResponse, fd: int) -> int:
         declared = response.length_remaining or 0
@@ -216,7 +278,7 @@ class ImageClient:
             raise _too_large(declared, self._max_bytes)
         size_bytes = written_back = 0
         with open(fd, "wb", closefd=False) as file:
-            while block := response.read1(READ_BYTES):  # what has come: a trickle can be broken off, too
+            for block in _blocks(response):
                 size_bytes += len(block)
                 if size_bytes > self._max_bytes:
                     raise _too_large(size_bytes, self._max_bytes)
@@ -224,7 +286,44 @@ class ImageClient:
                 if size_bytes - written_back >= WRITE_BACK_BYTES:
                     os.posix_fadvise(fd, written_back, 0, os.POSIX_FADV_DONTNEED)  # of dirty pages: start writing them
                     written_back = size_bytes
-        return size_bytes  # urllib3 raises IncompleteRead when the body ends early
+        return size_bytes
+
+
+def _blocks(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    """Yield the body as it comes; urllib3 raises IncompleteRead when it ends early."""
+    while True:
+        try:
+            block = response.read1(READ_BYTES)  # what has come: a trickle can be broken off, too
+        except AdcError:
+            raise
+        except Exception as error:
+            # As in `_ask`; what the disk raises does not come by here.
+            if isinstance(error, MemoryError):
+                raise
+            raise LinkError(f"download broke off: {_named(error)}") from error
+        if not block:
+            return
+        yield block
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {redact(str(error))}"
+
+
+def _check_coding(response: urllib3.BaseHTTPResponse) -> None:
+    """Refuse bytes that were compressed on the way: opening them takes memory and time that the sender chooses."""
+    codings = [word.strip().lower() for word in response.headers.get("Content-Encoding", "").split(",")]
+    compressing = [coding for coding in codings if coding in _COMPRESSING]
+    if compressing:
+        raise ImageRefused(
+            f"the image's host sends {compressing[0]!r} coding, though asked for the bytes as they are: turn the"
+            " compression of images off at the host or at what stands before it"
+        )
+
+
+def _redirect_target(response: urllib3.BaseHTTPResponse) -> str | None:
+    """Return where an answer redirects to; None where it does not, or does not say."""
+    return response.get_redirect_location() or None
 
 
 def _release(response: urllib3.BaseHTTPResponse) -> None:
@@ -243,11 +342,12 @@ def _redirected(url: str, location: str) -> str:
     """Return where a redirect leads; its faults are the host's, not the image's."""
     try:
         target = urljoin(url, location)
-        old, new = urlsplit(url).scheme, urlsplit(target).scheme
+        old = urlsplit(url).scheme
+        new = urlsplit(target).scheme
     except ValueError as error:
-        raise LinkError("the image host redirects to something that is no URL") from error
+        raise ImageRefused("the image host redirects to something that is no URL") from error
     if new not in {"https", old}:
-        raise LinkError(f"the image host redirects from {old} to {new}, which is refused")
+        raise ImageRefused(f"the image host redirects from {old} to {new}, which is refused")
     return target
 
 
@@ -263,10 +363,42 @@ def _proxy_manager(scheme: str, url: str, options: dict[str, Any]) -> urllib3.Pr
     return urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
 
 
-def _error_for(response: urllib3.BaseHTTPResponse) -> ImageMissing | LinkError:
-    if response.status in _MISSING:
-        return ImageMissing(f"the image's host answered {response.status}: the image does not exist")
-    return LinkError(f"the image's host answered {response.status}", _retry_after_s(response))
+def _error_for(response: urllib3.BaseHTTPResponse, redirects: int) -> ImageMissing | LinkError:
+    """Return the error for an answer that brings no image, with what an object store says in its body.
+
+    "Not found" at the end of a redirect is said of a sign-in page or a portal as well as of the image.
+    """
+    status = response.status
+    said = f"the image's host answered {status}"
+    if redirects:
+        said = f"{said} after {redirects} redirects"
+    if status in _MISSING and not redirects:
+        return ImageMissing(f"{said}: the image does not exist")
+    if status in _LATER or status >= _SERVER_FAILS:
+        return LinkError(said, _retry_after_s(response))
+    body = _error_body(response)
+    code = re.search(r"<Code>([A-Za-z0-9.]{1,60})</Code>", body)
+    details = [code[1]] if code else []
+    region = response.headers.get("x-amz-bucket-region", "")
+    if 300 <= status < 400:  # noqa: PLR2004 (with an address it would have been followed)
+        details.append("no address to go to")
+        if re.fullmatch(r"[a-z0-9-]{1,40}", region):
+            details.append(f"the bucket is in region {region}: the image URLs must name it")
+    if details:
+        said = f"{said} ({', '.join(details)})"
+    if re.search(r"expired", body, re.IGNORECASE):
+        return UrlExpired(f"{said}: what signed its URL has expired")
+    return ImageRefused(said, _retry_after_s(response))
+
+
+def _error_body(response: urllib3.BaseHTTPResponse) -> str:
+    """Return the start of an error answer; nothing where it cannot be read, the status says enough then."""
+    try:
+        body = response.read(ERROR_BODY_BYTES, decode_content=False)
+    except Exception as error:  # noqa: BLE001 (as in `_ask`: whatever the libraries raise on what a host sends)
+        _log.debug("error_answer_unreadable", error=_named(error))
+        return ""
+    return body.decode("utf-8", errors="replace")
 
 
 def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:

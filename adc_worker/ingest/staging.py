@@ -14,12 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adc_worker.antenna.wire import Task
-from adc_worker.errors import ConfigurationError, ImageError, StagedFileLost, StagingFull
+from adc_worker.errors import (
+    ConfigurationError,
+    ImageError,
+    ImageRefused,
+    ImageUnreadable,
+    NotAnImage,
+    StagedFileLost,
+    StagingFull,
+)
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
 
 _PARTIAL = ".part"
+_SNIFF_BYTES = 512
+# What no camera writes at the start of a file: pages and documents, and streams that something on the way compressed.
+_PAGE_STARTS = (b"<", b"{", b"[", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Staged files up to this total stay in the page cache, for the decoder that reads them next; the rest waits on disk.
 CACHED_AHEAD_BYTES = 128_000_000
 
@@ -123,39 +135,66 @@ class StagingArea:
             StagedFileLost: a power cut took the file.
             StagingFull: the disk is full; no fault of the image's, and a pause is on.
         """
-        path = self._folder / f"{task_id}.img"
+        path = self._path(task_id)
         if path.exists():
             # A power cut may have taken bytes that were not on the disk yet: what cannot be read is asked for again.
             with suppress(ImageError):
                 return self._staged(task_id, task, path, DownloadStats(0.0, 0.0, path.stat().st_size))
         if url_erased:
-            self.disk.release(task_id)
             raise StagedFileLost(
                 "a power cut took its staged file, and its URL opens no more: what signed it was erased"
             )
-        self.disk.reserve(task_id)
+        with self.disk.reserving(task_id):
+            try:
+                return self._staged(task_id, task, path, self._fetch(path, task, cancelled))
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                    raise
+                self.disk.disk_full(task_id)
+                raise StagingFull(str(error)) from error
+
+    def serves(self, task_id: int, url: str, cancelled: Callable[[], bool]) -> bool:
+        """Whether a URL brings an image now. The file is never named as a staged one, and is removed at once.
+
+        `task_id`: of the task in whose name this is asked, and on whose room on the disk.
+
+        Raises:
+            LinkError: no answer came that says so; nor from a full or broken disk, which raises OSError.
+        """
+        path = self._path(task_id).with_suffix(_PARTIAL)
         try:
-            return self._staged(task_id, task, path, self._fetch(path, task, cancelled))
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            self.disk.disk_full(task_id)
-            raise StagingFull(str(error)) from error
+            with path.open("wb") as file:
+                path.chmod(0o600)
+                self._client.download(url, file.fileno(), cancelled)
+            read_header(path, self._max_pixels)
+        except (ImageError, ImageRefused):
+            return False
         finally:
-            if not path.exists():
-                self.disk.release(task_id)
+            path.unlink(missing_ok=True)
+        return True
+
+    def is_staged(self, task_id: int) -> bool:
+        """Whether a task's file is there: to take it up again takes no room on the disk."""
+        return self._path(task_id).exists()
+
+    def _path(self, task_id: int) -> Path:
+        return self._folder / f"{task_id}.img"
 
     def _staged(self, task_id: int, task: Task, path: Path, stats: DownloadStats) -> StagedImage:
         try:
             header = read_header(path, self._max_pixels)
-        except ImageError:
+        except ImageError as error:
+            is_page = isinstance(error, ImageUnreadable) and _is_page(path)
             path.unlink(missing_ok=True)
+            self.disk.release(task_id)
+            if is_page:
+                raise NotAnImage(str(error)) from error
             raise
         self.disk.charge(task_id, header.compressed_bytes)
         return StagedImage(task_id, task, path, header, stats, self._now())
 
     def discard(self, task_id: int) -> None:
-        (self._folder / f"{task_id}.img").unlink(missing_ok=True)
+        self._path(task_id).unlink(missing_ok=True)
         self.disk.release(task_id)
 
     def sweep(self, known_ids: Callable[[], set[int]]) -> int:
@@ -168,6 +207,7 @@ class StagingArea:
         leftovers = [file for file in files if int(file.stem) not in known]
         for file in leftovers:
             file.unlink(missing_ok=True)
+            self.disk.release(int(file.stem))
         return len(leftovers)
 
     def _fetch(self, path: Path, task: Task, cancelled: Callable[[], bool]) -> DownloadStats:
@@ -185,6 +225,25 @@ class StagingArea:
             os.close(fd)
         partial.rename(path)
         return stats
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page, text or a compressed stream, which hosts and portals send in place of any image."""
+    with path.open("rb") as file:
+        start = file.read(_SNIFF_BYTES)
+    text = start.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if text.startswith(_PAGE_STARTS):
+        return True
+    return bool(text) and all(byte >= ord(" ") or byte in b"\t\n\f\r" for byte in text) and _is_utf8(text)
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Whether bytes are text in UTF-8, of which the last character may be cut."""
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.end == len(start) and error.reason == "unexpected end of data"
+    return True
 
 
 def _is_ours(file: Path) -> bool:

@@ -83,6 +83,8 @@ CREATE TABLE adc_finished (  -- results that need no post any more, compressed, 
 """,
 )
 _PART_BYTES = 1_000_000
+_PART_START_BYTES = 64  # enough to tell an error result
+_SUCCESSES_LOOKED_AT = 100
 STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
 
 
@@ -349,6 +351,19 @@ class Journal:
             return None
         body = zlib.decompress(row[1])
         return PostEntry(row[0], len(body), lambda: [body])
+
+    def has_success(self, job_id: int) -> bool:
+        """Whether an image of the job has a result on record, kept or accepted, that is no error."""
+        kept = self._column(
+            "SELECT body FROM adc_part JOIN adc_task ON id = task_id WHERE job_id = ? AND number = 0 LIMIT ?",
+            job_id,
+            _SUCCESSES_LOOKED_AT,
+        )
+        accepted = self._column(
+            "SELECT body FROM adc_finished WHERE job_id = ? ORDER BY id DESC LIMIT ?", job_id, _SUCCESSES_LOOKED_AT
+        )
+        starts = chain(kept, (zlib.decompressobj().decompress(body, _PART_START_BYTES) for body in accepted))
+        return any(not is_error_result(start) for start in starts)
 
     def accepted_subjects(self, job_id: int, count: int) -> list[str]:
         """Return the leases of the job's results that were accepted last, up to `count`."""

@@ -1,18 +1,16 @@
-"""Whose fault is it: one table from what went wrong to what it stops and what an operator can do about it.
+"""What a fault stops and what an operator can do about it: one table by what was raised; and faults of this machine.
 
-An error result is final for an image, so it takes evidence in the image. All else stops fetching for what is affected
-and is tried again: an image host for the tasks that need it, this machine for everything.
+Whether a failed image is at fault itself is judged in runtime/verdicts.py.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -23,10 +21,6 @@ from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
 
-LINK_FAILURES = 3  # in a row, of any of the host's images
-IMAGES_ALIKE = 5  # different images in a row that fail in the same words
-DECODER_AND_MODEL = "the decoder and the model of this worker"  # in a host's place, for images that came
-RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
 MACHINE_FAULT_S = 300.0
 
 
@@ -99,65 +93,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-@dataclass(slots=True)
-class _Streak:
-    """Failures of one image host in a row."""
-
-    words: str
-    count: int = 0
-    images: set[str] = field(default_factory=set)
-    error: ImageError | LinkError | None = None  # the last one
-    retry_at: float | None = None  # None: the host is not held at fault
-    backoff_s: float = RETRY_FIRST_S
-
-
 class Faults:
-    """What is at fault now; safe to use from several threads."""
+    """Which parts of this machine are at fault now; safe to use from several threads."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._lock = threading.Lock()
-        self._streaks: dict[str, _Streak] = {}
         self._machine_since: dict[str, float] = {}
-
-    def image_failed(self, host: str, image_id: str, error: ImageError | LinkError) -> bool:
-        """Count a failed download; True when the host, and not the image, is held at fault."""
-        rule = rule_for(error)
-        words = re.sub(r"\d+", "0", str(error)) if rule and rule.affected is Affected.IMAGE else ""
-        with self._lock:
-            streak = self._streaks.get(host)
-            if streak is None or streak.words != words:
-                streak = self._streaks[host] = _Streak(words)
-            streak.count += 1
-            streak.images.add(image_id)
-            streak.error = error
-            if (len(streak.images) < IMAGES_ALIKE) if words else (streak.count < LINK_FAILURES):
-                return False
-            if streak.retry_at is None:
-                _log.error("image_host_at_fault", host=host, error=str(error), do=advice(error))
-            streak.retry_at = self._now() + streak.backoff_s
-            streak.backoff_s = min(2 * streak.backoff_s, RETRY_MAX_S)
-            return True
-
-    def image_came(self, host: str) -> None:
-        with self._lock:
-            streak = self._streaks.pop(host, None)
-        if streak is not None and streak.retry_at is not None:
-            _log.info("image_host_back", host=host)
-
-    def blocks(self, host: str, image_id: str) -> ImageError | LinkError | None:
-        """Return the error of a host at fault; None when a download may be tried, which is one at a time then.
-
-        Images that failed in these words come later: another may show that only they are at fault.
-        """
-        with self._lock:
-            streak = self._streaks.get(host)
-            if streak is None or streak.retry_at is None:
-                return None
-            if self._now() >= streak.retry_at + (RETRY_MAX_S if streak.words and image_id in streak.images else 0.0):
-                streak.retry_at = self._now() + streak.backoff_s
-                return None
-            return streak.error
 
     def watch(self, part: str, error: BaseException | None) -> None:
         """Say how a part of the machine is.

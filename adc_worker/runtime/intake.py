@@ -5,18 +5,20 @@ Decides nothing about memory or batches; what it stages goes to a queue that has
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.antenna.wire import Task
-from adc_worker.errors import AddressRefused, AntennaError, ImageError, LinkError, StagedFileLost, StagingFull
+from adc_worker.errors import AntennaError, ImageError, ImageUrlUnusable, LinkError, StagedFileLost, StagingFull
+from adc_worker.ingest.addresses import image_host
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
@@ -26,18 +28,21 @@ from adc_worker.planning.ceilings import Ceilings
 from adc_worker.planning.measurements import PROBE_DOWNLOADS
 from adc_worker.planning.memory_cost import BATCHES_IN_ARENA
 from adc_worker.planning.plan import IngestPlan
-from adc_worker.runtime.faults import DECODER_AND_MODEL, Faults, advice
+from adc_worker.runtime import verdicts
+from adc_worker.runtime.evidence import Evidence
+from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
+from adc_worker.runtime.verdicts import Failure, LeaseView, Verdict
 
 _log = get_logger(__name__)
 
 STOP_CHECK_S = 0.5
 SAVES_CHECK_S = 0.1  # between two attempts to fetch while the saves allow no more
-RETRY_FIRST_S, RETRY_MAX_S = 0.5, 20.0
-# A link error on the last delivery is posted while the lease still has this share left, to be saved in time.
-LAST_CHANCE_SHARE = 0.2
+# A turn in which nothing is left but images to be tried again later ends, unless one of them is due so soon.
+WAIT_IN_TURN_S = 2.0
+RETRY_JITTER = (0.75, 1.0)  # of the time until another attempt: images that failed together are not all due at once
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
 FETCH_GRACE_S = 10.0  # a worker that stops waits so long for a fetch under way: its tasks would be lost
@@ -181,10 +186,10 @@ class Intake:
         turn: Turn,
         *,
         faults: Faults,
+        evidence: Evidence,
         life: SignsOfLife,
     ) -> None:
         self.staged = StagedQueue(self._still_wanted)
-        self.parked = 0  # left on record: not their images are at fault
         self.ended_empty = False
         self._fetch = fetch
         self._job_id = fetch.job_id
@@ -195,6 +200,8 @@ class Intake:
         self._limits = limits
         self._turn = turn
         self._faults = faults
+        self._evidence = evidence
+        self._here = f"the decoder and the model of this worker ({turn.entry.pipeline_slug})"  # in a host's place
         self._life = life
         self._images_per_s = 0.0  # measured; 0 until it is
         self._done_before = 0
@@ -202,6 +209,8 @@ class Intake:
         self._woken = threading.Event()
         self._stopped = threading.Event()
         self._to_download: deque[HeldTask] = deque()
+        self._waiting: list[tuple[float, int, HeldTask]] = []  # a heap: when each is due, on the evidence's clock
+        self._parked: dict[int, tuple[str, HeldTask]] = {}  # left on record, with the host each waits for
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
         self._arrivals = ArrivalWatch(lease)
         self._downloading = 0
@@ -211,7 +220,31 @@ class Intake:
 
     def start(self) -> None:
         self._outcomes.listen(self.wake, self._judge)
+        # A job that was restarted meanwhile leaves files that no task needs; their room on the disk goes with them.
+        self._staging.sweep(self._journal.unfinished_ids)
         self._thread.start()
+
+    @property
+    def parked(self) -> int:
+        """Tasks that wait for a host at fault, or to be tried again when the job has another turn."""
+        return len(self._parked)
+
+    @property
+    def due_in_s(self) -> float:
+        """Return the seconds until the first of the parked tasks may be tried; infinite where there is none."""
+        with self._lock:
+            parked = list(self._parked.values())
+        due_at = [
+            max(self._evidence.trial_at(host), self._evidence.own_retry_at(host, held.task.image_id))
+            for host, held in parked
+        ]
+        return max(0.0, min(due_at, default=math.inf) - self._evidence.now())
+
+    @property
+    def worker_is_proven(self) -> bool:
+        """Whether this process has decoded and inferred an image with the job's pipeline."""
+        self._note_success()
+        return self._evidence.has_served(self._here)
 
     def apply(self, limits: IntakeLimits) -> None:
         self._limits, self._probing = limits, False
@@ -261,10 +294,11 @@ class Intake:
                 journal_fault = self._journal.fault
                 self._faults.watch("journal", OSError(journal_fault) if journal_fault else None)
                 self._heed_turn()
+                due_in_s = self._take_due()
                 self._start_downloads()
                 if (count := self._wanted_tasks()) > 0:
                     self._fetch.start(count)
-                self._woken.wait(STOP_CHECK_S)
+                self._woken.wait(min(STOP_CHECK_S, due_in_s))
                 self._woken.clear()
         finally:
             self.staged.end()
@@ -283,22 +317,84 @@ class Intake:
         is_open = self._fetch.is_open  # asked first: its answer is on record once it is not
         if self._fetch.has_news or not (self._in_hand or self._over_since):  # the poster fetches, too, for a subject
             self._take_up()
+        if self._only_waits(is_open):
+            self._park_waiting()
         if self._in_hand or is_open:
             return False
         self.ended_empty = self._over_since is None and (self._fetch.empty_answers > 0 or self.parked > 0)
         return self.ended_empty or self._over_since is not None
 
     def _take_up(self) -> None:
-        """Take up what is on record, tasks on their last delivery first; one that is in hand may have a newer lease."""
+        """Take up what is on record; a task that is in hand may have a newer lease.
+
+        Tasks on their last delivery go first, and then those that failed less often: where a host is at fault, another
+        image may show that it is well again.
+        """
         self._fetch.has_news = False
+        new: list[HeldTask] = []
         for held in self._journal.unfinished(self._job_id):
             if held.id not in self._held and not held.struck_out:
                 self._arrivals.fetched(held.id, time.monotonic())
-                last = self._lease.is_last(held.task.reply_subject)
-                (self._to_download.appendleft if last else self._to_download.append)(held)
+                new.append(held)
             if self._held.get(held.id, held) is not None:
                 self._held[held.id] = held
+        new.sort(key=self._tries)
+        with self._lock:
+            for held in new:
+                last = self._lease.is_last(held.task.reply_subject)
+                (self._to_download.appendleft if last else self._to_download.append)(held)
         self.moved()
+
+    def _tries(self, held: HeldTask) -> int:
+        try:
+            return self._evidence.tries(image_host(held.task.image_url), held.task.image_id)
+        except ImageUrlUnusable:
+            return 0
+
+    def _only_waits(self, fetch_is_open: bool) -> bool:
+        """Whether nothing is left to do in this turn but to wait for images that are to be tried again later."""
+        with self._lock:
+            if not self._waiting or self._to_download or len(self._waiting) < self._in_hand:
+                return False
+            due_in_s = self._waiting[0][0] - self._evidence.now()
+        no_more_come = self._over_since is not None or self._fetch.empty_answers > 0 or self.parked > 0
+        return no_more_come and not fetch_is_open and due_in_s > WAIT_IN_TURN_S
+
+    def _park_waiting(self) -> None:
+        with self._lock:
+            for _due_at, _id, held in self._waiting:
+                self._parked[held.id] = (self._asked(held), held)
+            self._waiting.clear()
+
+    def _take_due(self) -> float:
+        """Queue the images that are to be tried again now; return the seconds until the next is.
+
+        Of those that wait for a host at fault it is the one that was parked first.
+        """
+        now = self._evidence.now()
+        with self._lock:
+            while self._waiting and self._waiting[0][0] <= now:
+                _due_at, _id, held = heapq.heappop(self._waiting)
+                self._to_download.append(held)
+            first_of_host = dict(reversed(self._parked.values()))
+            trials = {held.id: self._evidence.trial_at(host) for host, held in first_of_host.items()}
+            for held in first_of_host.values():
+                if trials[held.id] <= now:
+                    del self._parked[held.id]
+                    self._to_download.append(held)
+            due_at = [self._waiting[0][0]] if self._waiting else []
+            due_at += [at for at in trials.values() if at > now]
+        return min(due_at, default=math.inf) - now
+
+    def _unpark(self, host: str) -> None:
+        """Try the images again that waited for a host which has served one now."""
+        with self._lock:
+            back = [held for waits_for, held in self._parked.values() if waits_for == host]
+            for held in back:
+                del self._parked[held.id]
+            self._to_download.extend(back)
+        if back:
+            self._woken.set()
 
     def _wanted_tasks(self) -> int:
         """Return how many tasks to ask for now: within what may be in hand, and within the lease horizon."""
@@ -330,44 +426,74 @@ class Intake:
 
     def _start_downloads(self) -> None:
         with self._lock:
-            while self._to_download and self._downloading < self._limits.downloads and self._staging.disk.has_room():
-                if self._stopped.is_set():
+            while self._downloading < self._limits.downloads and not self._stopped.is_set():
+                held = self._next_with_room()
+                if held is None:
                     return
-                self._downloading += 1
-                held = self._to_download.popleft()
-                self._staging.disk.reserve(held.id)  # here, or all that start at once would find the same room
-                threading.Thread(target=self._download, args=(held,), name="download", daemon=True).start()
+                self._to_download.remove(held)
+                self._start_download(held)
+
+    def _next_with_room(self) -> HeldTask | None:
+        """Return the first task that the disk has room for; one whose file is there already needs none."""
+        if self._to_download and self._staging.disk.has_room():
+            return self._to_download[0]
+        return next((held for held in self._to_download if self._staging.is_staged(held.id)), None)
+
+    def _start_download(self, held: HeldTask) -> None:
+        self._downloading += 1
+        self._staging.disk.reserve(held.id)  # here, or all that start at once would find the same room
+        try:
+            threading.Thread(target=self._download, args=(held,), name="download", daemon=True).start()
+        except BaseException:
+            self._staging.disk.unreserve(held.id)
+            self._downloading -= 1
+            raise
 
     def _download(self, held: HeldTask) -> None:
+        """Try once, in a thread of its own: an image that is to be tried again waits without one, and without room."""
         try:
-            self._stage_until_settled(held)
+            if not self._stopped.is_set():
+                self._try_to_stage(self._newest(held))
         finally:
+            self._staging.disk.unreserve(held.id)
+            self._arrivals.tried(held.id, time.monotonic())
             with self._lock:
                 self._downloading -= 1
-            self._woken.set()
+            self.wake()  # to the next attempt: a dead link is no hang
         self._start_downloads()  # this thread is free now; the intake thread may be waiting for Antenna
 
-    def _stage_until_settled(self, held: HeldTask) -> None:
-        backoff_s = RETRY_FIRST_S
-        while not self._stopped.is_set():
-            wait_s = self._try_to_stage(held)
-            self._arrivals.tried(held.id, time.monotonic())
-            if wait_s is None:
-                return
-            self._stopped.wait(max(wait_s, backoff_s * random.uniform(0.5, 1.0)))  # noqa: S311 (no secret)
-            backoff_s = min(2 * backoff_s, RETRY_MAX_S)
-            self.moved()  # to the next attempt: a dead link is no hang
-
-    def _try_to_stage(self, held: HeldTask) -> float | None:
-        """Return the seconds until another attempt may be made; None when none is needed now."""
-        held = self._newest(held)
+    def _try_to_stage(self, held: HeldTask) -> None:
         if not self._is_ours(held):
-            return None
-        last, host = self._lease.is_last(held.task.reply_subject), _host(held.task.image_url)
-        fault = self._faults.blocks(host, held.task.image_id)
-        if fault is not None and not (last and self._lapses_soon(held)):  # nobody gets that one after us
-            self._park_or_settle(held, fault)
-            return None
+            return
+        try:
+            host = self._asked(held)
+        except ImageUrlUnusable as error:  # its own fault, and no host's
+            self._apply("", held, verdicts.judge_url(error))
+            return
+        if self._may_try(host, held):
+            self._stage(host, held)
+
+    def _asked(self, held: HeldTask) -> str:
+        """Return the host that an image comes from; this worker for one whose file is here."""
+        return self._here if self._staging.is_staged(held.id) else image_host(held.task.image_url)
+
+    def _may_try(self, host: str, held: HeldTask) -> bool:
+        """Whether to try an image now; one that must wait for its host, or for its own time, waits."""
+        image_id = held.task.image_id
+        lease = self._lease_view(held)
+        if lease.is_last and lease.lapses_soon:  # nobody gets it after us
+            return True
+        due_at = self._evidence.own_retry_at(host, image_id)
+        if due_at > self._evidence.now() and not lease.lapses_soon:
+            self._wait(held, due_at)
+            return False
+        fault = self._evidence.may_try(host)
+        if fault is not None:
+            self._apply(host, held, verdicts.judge_untried(fault, lease))
+        return fault is None
+
+    def _stage(self, host: str, held: HeldTask) -> None:
+        begun_at = self._evidence.now()
         try:
             image = self._staging.stage(held.id, held.task, self._cancelled, url_erased=held.url_erased)
         except StagedFileLost as error:
@@ -377,18 +503,21 @@ class Intake:
             with self._lock:
                 self._to_download.appendleft(held)  # its place in the queue is kept; the disk says when
         except (ImageError, LinkError) as error:
-            return None if self._stopped.is_set() else self._blame(host, held, error)
+            if not self._stopped.is_set():
+                self._decide(host, held, verdicts.download_failure(error))
         except (OSError, MemoryError) as error:
             self._faults.watch("staging", error)
-            return PAUSE_S
+            self._wait(held, self._evidence.now() + PAUSE_S)
         else:
             self._journal.erase_url(held)
             downloaded_bytes = image.download.size_bytes if image.download.total_s > 0 else 0
             self._arrivals.tried(held.id, time.monotonic(), downloaded_bytes)
-            self._faults.image_came(host)
             self._faults.watch("staging", None)
-            self.staged.put(replace(image, suspect=held.strikes is not None, urgent=last))
-        return None
+            if host != self._here:
+                self._evidence.came(host, held.task.image_id, held.task.image_url, begun_at)
+                self._unpark(host)
+            is_last = self._lease.is_last(held.task.reply_subject)
+            self.staged.put(replace(image, suspect=held.strikes is not None, urgent=is_last))
 
     def _cancelled(self) -> bool:
         self.moved()  # a download has a deadline of its own
@@ -398,56 +527,85 @@ class Intake:
         """Return a task as its last delivery brought it."""
         return self._held.get(held.id) or held
 
-    def _lease_left_s(self, held: HeldTask) -> float:
-        return self._lease.left_s(self._newest(held).fetched_at, lease_clock())
-
-    def _lapses_soon(self, held: HeldTask) -> bool:
-        return self._lease_left_s(held) < LAST_CHANCE_SHARE * self._lease.ack_wait_s
+    def _lease_view(self, held: HeldTask) -> LeaseView:
+        newest = self._newest(held)
+        return LeaseView(
+            is_last=self._lease.is_last(newest.task.reply_subject),
+            left_s=self._lease.left_s(newest.fetched_at, lease_clock()),
+            ack_wait_s=self._lease.ack_wait_s,
+            max_deliver=self._lease.max_deliver,
+        )
 
     def _judge(self, image: StagedImage, error: ImageError) -> None:
         """A staged image cannot be decoded or inferred."""
         self._note_success()
         held = self._journal.find(self._job_id, image.task)
         if held is not None:
-            self._blame(DECODER_AND_MODEL, held, error)
+            self._held[held.id] = held  # it may be tried again
+            self._decide(self._here, held, verdicts.staged_failure(error))
         else:  # the job was restarted meanwhile
             self._outcomes.fail(image.id, image.task, error)
 
-    def _blame(self, host: str, held: HeldTask, error: ImageError | LinkError) -> float | None:
-        """Park a task whose host is at fault, or make an image's error its outcome; else say when to try again."""
-        host_at_fault = self._faults.image_failed(host, held.task.image_id, error)
-        if host_at_fault or (isinstance(error, LinkError) and self._lapses_soon(held)):
-            self._park_or_settle(held, error)
-        elif isinstance(error, LinkError):
-            return min(error.retry_after_s, self._lease_left_s(held) / 2)
-        else:
-            self._outcomes.fail(held.id, held.task, error)
-        return None
+    def _decide(self, host: str, held: HeldTask, failure: Failure) -> None:
+        seen = self._evidence.failed(host, held.task.image_id, failure)
+        verdict = verdicts.judge(failure, self._lease_view(held), seen)
+        if isinstance(verdict, verdicts.RetryAt) and seen.tries == 1:
+            _log.info(
+                "image_to_be_tried_again",
+                job_id=self._job_id,
+                image_id=held.task.image_id,
+                error=str(failure.error),
+                do=advice(failure.error),
+            )
+        if isinstance(verdict, verdicts.RetryAt):
+            self._ask_for_others(host, held, verdicts.controls_wanted(failure, seen))
+        self._apply(host, held, verdict)
+
+    def _ask_for_others(self, host: str, held: HeldTask, count: int) -> None:
+        """See whether a host still serves images that came before: this one may be the last of its job.
+
+        All of them count, or none: one that does not come now shows that the host's answers change.
+        """
+        controls = self._evidence.controls(host, count)
+        try:
+            all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
+        except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
+            _log.info("others_not_asked", job_id=self._job_id, host=host, error=str(error))
+            return
+        if not all_come:
+            self._evidence.doubt(host)
+            return
+        for image_id, url in controls:
+            self._evidence.came(host, image_id, url)
+
+    def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
+        image_id = held.task.image_id
+        match verdict:
+            case verdicts.RetryAt(at_s):
+                wait_s = (at_s - self._evidence.now()) * random.uniform(*RETRY_JITTER)  # noqa: S311 (no secret)
+                due_at = self._evidence.now() + wait_s
+                self._evidence.postpone(host, image_id, due_at)
+                self._wait(held, due_at)
+            case verdicts.Park():
+                with self._lock:
+                    self._parked[held.id] = (host, held)
+            case verdicts.Fail(error):
+                self._evidence.forget(host, image_id)
+                self._outcomes.fail(held.id, held.task, error)
+            case verdicts.GiveUp(reason):
+                self._evidence.forget(host, image_id)
+                self._outcomes.give_up(held.id, held.task, reason)
+        self._woken.set()
+
+    def _wait(self, held: HeldTask, due_at: float) -> None:
+        with self._lock:
+            heapq.heappush(self._waiting, (due_at, held.id, held))
 
     def _note_success(self) -> None:
-        if self._outcomes.done > self._done_before:
-            self._done_before = self._outcomes.done
-            self._faults.image_came(DECODER_AND_MODEL)
-
-    def _park_or_settle(self, held: HeldTask, error: ImageError | LinkError) -> None:
-        """Leave a task on record for a later pass over the job, unless its lease is about to lapse.
-
-        An address that the settings forbid is never an image's fault: its operator is to be asked again.
-        """
-        if not self._lapses_soon(held):
-            with self._lock:
-                self.parked += 1
-        elif self._lease.is_last(held.task.reply_subject) and not isinstance(error, AddressRefused):
-            what = "downloadable" if isinstance(error, LinkError) else "readable"
-            reason = f"not {what} in {self._lease.max_deliver} deliveries: {error}"
-            self._outcomes.fail(held.id, held.task, ImageError(reason))
-        else:
-            self._outcomes.give_up(held.id, held.task, str(error))
-
-
-def _host(url: str) -> str:
-    """Return host and port; nothing for what is no URL, whose download says so."""
-    try:
-        return urlsplit(url).netloc.rpartition("@")[2]
-    except ValueError:
-        return ""
+        """Tell of images that were inferred since this was last asked; each is another one."""
+        done = self._outcomes.done
+        for number in range(self._done_before, done):
+            self._evidence.came(self._here, f"{self._job_id}/{number}")
+        if done > self._done_before:
+            self._done_before = done
+            self._unpark(self._here)

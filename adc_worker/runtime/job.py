@@ -35,6 +35,7 @@ from adc_worker.planning.measurements import ImageProbe
 from adc_worker.planning.observation import Observation
 from adc_worker.planning.plan import IngestPlan, descriptors
 from adc_worker.planning.policy import DOWNLOADS_MAX, IngestPolicy
+from adc_worker.runtime.evidence import Evidence
 from adc_worker.runtime.faults import Affected, Faults, rule_for
 from adc_worker.runtime.inference import InferenceStats, infer_and_keep, measured_image
 from adc_worker.runtime.intake import Intake, IntakeLimits, TaskFetch
@@ -70,6 +71,7 @@ class WorkerContext:
     share: MemoryShare
     reporter: Reporter
     faults: Faults = field(default_factory=Faults)
+    evidence: Evidence = field(default_factory=Evidence)
     died: list[threading.ExceptHookArgs] = field(default_factory=list)  # threads that must live
 
     def is_stopping(self) -> bool:
@@ -134,11 +136,13 @@ class JobSummary:
         tasks: how many were worked on.
         ended_empty: no more tasks for now, or all that are left wait for an image host at fault.
         switch_s: seconds before its first batch; None where there was none.
+        due_in_s: seconds until a task that is left on record may be tried again; infinite where there is none.
     """
 
     tasks: int
     ended_empty: bool
     switch_s: float | None
+    due_in_s: float
 
 
 def ceilings(settings: Settings) -> Ceilings:
@@ -168,6 +172,7 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         IntakeLimits.for_probe(ceilings(context.settings), context.lease),
         turn,
         faults=context.faults,
+        evidence=context.evidence,
         life=context.life,
     )
     run = _JobRun(job_id, pipeline, context, intake, outcomes, memory, turn)
@@ -183,10 +188,10 @@ def _process_job(pipeline: Pipeline, job_id: int, context: WorkerContext, memory
         finally:
             context.share.claim(context.host(pipeline).used_bytes, busy=False)
     context.check_threads()
-    worked = intake.fetched - intake.parked
+    worked = intake.fetched - intake.parked - len(outcomes.struck_out)
     if worked:
         run.log_summary()
-    return JobSummary(worked, intake.ended_empty, run.switch_s)
+    return JobSummary(worked, intake.ended_empty, run.switch_s, intake.due_in_s)
 
 
 @dataclass(slots=True)
@@ -259,7 +264,14 @@ class _JobRun:
             self.intake.apply(IntakeLimits.of(governor.plan))
             self._follow(governor, begun)
         if not self.turn.is_stopping():
+            self._end_struck_out()
+
+    def _end_struck_out(self) -> None:
+        """Make errors of images that ended the worker, once another image shows that machine and model are sound."""
+        if self.intake.worker_is_proven or self.outcomes.job_has_succeeded():
             self.outcomes.fail_struck_out()
+        else:
+            self.outcomes.give_up_struck_out(self.context.lease)
 
     def _probe(self) -> Governor | None:
         """Measure two tasks and plan; None where none could be measured."""

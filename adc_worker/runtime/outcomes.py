@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import Task, error_result
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.host.memory import oom_kills
@@ -44,7 +45,7 @@ class JobOutcomes:
     """Records outcomes durably, removes the staged file, and counts; safe to use from several threads.
 
     `struck_out` are images that ended the worker twice while nothing else ran: they get their error when another image
-    has shown that this machine works, or at the end.
+    has shown that this machine and the model work, and wait until then.
 
     Raises:
         WorkerFault: they are so many that this machine or the model is at fault.
@@ -52,6 +53,7 @@ class JobOutcomes:
 
     def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
         self._log = _log.bind(job_id=job_id)
+        self._job_id = job_id
         self._journal = journal
         self._staging = staging
         self._poster = poster
@@ -124,6 +126,30 @@ class JobOutcomes:
             how = ", ".join(held.strikes or ())
             message = f"processing it alone ended the worker {len(held.strikes or ())} times ({how})"
             self.fail(held.id, held.task, ImageError(message))
+
+    def job_has_succeeded(self) -> bool:
+        """Whether another image of this job has a result on record: this machine could infer it."""
+        return self._journal.has_success(self._job_id)
+
+    def give_up_struck_out(self, lease: LeaseTerms) -> None:
+        """Leave images that ended the worker twice to their leases, once those are over and nobody brought new ones.
+
+        Until then they wait for an image that succeeds: without one this machine or the model may be at fault.
+        """
+        for held in list(self.struck_out):
+            left_s = lease.left_s(held.fetched_at, lease_clock())
+            if left_s < -lease.ack_wait_s:
+                self.struck_out.remove(held)
+                how = ", ".join(held.strikes or ())
+                self.give_up(held.id, held.task, f"it ended the worker ({how}), and no image has succeeded here since")
+        if self.struck_out:
+            self._log.error(
+                "images_that_ended_the_worker_wait",
+                images=len(self.struck_out),
+                note="no image has succeeded here, so this machine or the model may be at fault: they get no error"
+                " result before one does",
+                do="check the stacks in the log above, the GPU, its driver, and that this CPU can run torch",
+            )
 
     def give_up(self, task_id: int, task: Task, reason: str) -> None:
         """Leave a task to its lease: Antenna hands it out again."""

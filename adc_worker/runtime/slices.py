@@ -135,12 +135,20 @@ class JobBoard:
             return Turn(self, first, self._now(), draining)
 
     def end_turn(
-        self, turn: Turn, tasks: int, *, ended_empty: bool, answered: bool = True, switch_s: float | None = None
+        self,
+        turn: Turn,
+        tasks: int,
+        *,
+        ended_empty: bool,
+        answered: bool = True,
+        switch_s: float | None = None,
+        due_in_s: float = float("inf"),
     ) -> None:
         """Put a job back in line.
 
         `tasks`: how many it had for us. `ended_empty`: there were no more for now, or Antenna failed to answer, which
-        `answered` tells. `switch_s`: seconds of the turn before its first batch, where there was one.
+        `answered` tells. `switch_s`: seconds of the turn before its first batch, where there was one. `due_in_s`: until
+        a task that it left on record may be tried again.
         """
         entry, now = turn.entry, self._now()
         with self._lock:
@@ -156,7 +164,8 @@ class JobBoard:
                 entry.empty_turns = SMALL_JOB_PATIENCE if entry.is_small else 0
             if ended_empty:
                 pause_s = min(self._idle_s * 2 ** min(entry.empty_turns, 10), EMPTY_BACKOFF_MAX_S)
-                entry.not_before = now + self._random.uniform(0.8, 1.2) * pause_s
+                pause_s *= self._random.uniform(0.8, 1.2)
+                entry.not_before = now + min(pause_s, max(self._idle_s, due_in_s))
                 entry.empty_turns += 1
 
     def is_over(self, turn: Turn, work_left_s: float) -> bool:

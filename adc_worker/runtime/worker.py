@@ -157,7 +157,12 @@ class WorkerLoop:
         self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
         self._contacted |= error is None
         self._board.end_turn(
-            turn, summary.tasks, ended_empty=summary.ended_empty, answered=error is None, switch_s=summary.switch_s
+            turn,
+            summary.tasks,
+            ended_empty=summary.ended_empty,
+            answered=error is None,
+            switch_s=summary.switch_s,
+            due_in_s=summary.due_in_s,
         )
 
     def _is_idle(self) -> bool:

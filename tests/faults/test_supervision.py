@@ -261,3 +261,16 @@ def test_five_starts_and_stops_leave_nothing_behind(server: DevServer, sheets: l
     code, _log = run_to_end(env | {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}, *SIMULATED, "--exit-when-idle")
     assert code == ExitCode.OK
     assert_complete(server, job_id)
+
+
+def test_images_that_end_the_worker_get_no_error_where_none_ever_succeeded(server: DevServer, tmp_path: Path) -> None:
+    """A CPU that torch cannot run on, a broken driver: the machine says what is wrong, and the images wait."""
+    images = [photograph(tmp_path / f"{number}.png", CRASH) for number in range(2)]
+    job_id = server.add_job("faulty", images, algorithms=[("Faulty", "faulty", "localization")])
+    with worker(environment(server, tmp_path / "data", FAULTY)) as running:
+        line = running.wait_for("images_that_ended_the_worker_wait")
+        assert line["images"] == 2
+        assert {event["exit"] for event in running.events("child_ended")} == {"SIGSEGV"}
+        assert server.job(job_id).errors == {}
+        assert server.job(job_id).results == {}
+    server.cancel(job_id)

@@ -20,10 +20,13 @@ import trustme
 from adc_worker.errors import (
     AddressRefused,
     ConfigurationError,
-    ImageError,
+    HostUnreachable,
     ImageMissing,
+    ImageRefused,
     ImageTooLarge,
+    ImageUrlUnusable,
     LinkError,
+    UrlExpired,
 )
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import DownloadStats, ImageClient, _redirected
@@ -186,12 +189,42 @@ def test_redirects_are_followed_three_times(server: ImageServer, fetch: Fetch) -
         fetch("/0")
 
 
-@pytest.mark.parametrize("location", ["ftp://elsewhere.test/a.jpg", "file:///etc/passwd", "http://[", "http://a:b/"])
-def test_a_redirect_to_anything_but_the_web_is_refused(server: ImageServer, fetch: Fetch, location: str) -> None:
-    """Where the host sends us is not the image's fault."""
+@pytest.mark.parametrize(
+    "location",
+    [
+        "ftp://elsewhere.test/a.jpg",
+        "file:///etc/passwd",
+        "http://[",
+        "http://a:b/",
+        "http://portal.example.org:99999/login",
+        "http://portal.example.org:0/login",
+        f"http://{'a' * 70}.example.org/login",
+        "http://..example.org/",
+        "http://.example.org/",
+        "http://host name/",
+        "http://\u00ff\u00fe/",
+        "//",
+        "/login",
+        "http:///login",
+        "?next=/a.jpg&" + "x" * 20_000,
+    ],
+)
+def test_where_a_redirect_leads_is_never_the_images_fault(server: ImageServer, fetch: Fetch, location: str) -> None:
+    """A portal, an address that is none, a page that is not there: its host sent us, and answers for it."""
     server.replies["/a.jpg"] = Reply(status=302, headers={"Location": location})
-    with pytest.raises((LinkError, ImageError)):  # a port that is none shows only when it is asked
+    with pytest.raises(LinkError) as caught:
         fetch("/a.jpg")
+    assert not isinstance(caught.value, HostUnreachable)
+
+
+def test_a_redirect_to_nobody_is_the_fault_of_the_host_that_answered(server: ImageServer, fetch: Fetch) -> None:
+    """It was reached: this says nothing about the way to it."""
+    with ImageServer() as gone:
+        url = gone.url("/a.jpg")
+    server.replies["/a.jpg"] = Reply(status=302, headers={"Location": url})
+    with pytest.raises(LinkError, match="redirects to a host that does not answer") as caught:
+        fetch("/a.jpg")
+    assert not isinstance(caught.value, HostUnreachable)
 
 
 def test_a_redirect_may_not_leave_encryption() -> None:
@@ -219,7 +252,7 @@ def test_a_redirect_may_not_leave_encryption() -> None:
 )
 def test_what_is_no_url_is_the_images_fault(fetch: Fetch, url: str) -> None:
     """Whatever Antenna sends as a URL, the worker lives on."""
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageUrlUnusable):
         fetch(url)
 
 
@@ -300,7 +333,7 @@ def test_a_host_that_trickles_is_broken_off(tmp_path: Path, start: bytes, foreve
         with (
             ImageClient(MAX_BYTES, NEAR, download_s=0.3) as client,
             (tmp_path / "body").open("wb") as file,
-            pytest.raises(LinkError, match=r"did not come in time|timed out"),
+            pytest.raises(LinkError, match=r"did not come in time|timed out|cannot be read"),
         ):
             client.download(url, file.fileno(), lambda: False)
         over.set()
@@ -332,6 +365,103 @@ def test_compressed_bytes_are_refused_unopened(server: ImageServer, fetch: Fetch
     with pytest.raises(LinkError, match="sends 'gzip' coding"):
         fetch("/a.jpg")
     assert (tmp_path / "body").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "coding", ["aws-chunked", "", "identity", "utf-8", "aws-chunked, identity", "IDENTITY,", "none"]
+)
+def test_a_coding_that_changes_no_byte_is_none(server: ImageServer, fetch: Fetch, coding: str) -> None:
+    """S3 keeps aws-chunked with an object that was uploaded so; others set a charset, or nothing."""
+    server.replies["/a.jpg"] = Reply(BODY, headers={"Content-Encoding": coding})
+    assert fetch("/a.jpg")[0] == BODY
+
+
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "br", "zstd", "deflate", "aws-chunked, gzip", "GZip , identity"])
+def test_a_coding_that_compresses_is_refused_however_it_is_listed(
+    server: ImageServer, fetch: Fetch, coding: str
+) -> None:
+    """It is the host's doing."""
+    server.replies["/a.jpg"] = Reply(BODY, headers={"Content-Encoding": coding})
+    with pytest.raises(ImageRefused, match="coding, though asked for the bytes as they are"):
+        fetch("/a.jpg")
+
+
+def s3_error(code: str, message: str = "") -> bytes:
+    return f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "said"),
+    [
+        (Reply(s3_error("AccessDenied"), status=403), ImageRefused, r"403 \(AccessDenied\)$"),
+        (Reply(s3_error("AccessDenied", "Request has expired"), status=403), UrlExpired, "has expired"),
+        (Reply(s3_error("ExpiredToken"), status=400), UrlExpired, "ExpiredToken"),
+        (Reply(s3_error("InvalidObjectState"), status=403), ImageRefused, "InvalidObjectState"),
+        (
+            Reply(s3_error("PermanentRedirect"), status=301, headers={"x-amz-bucket-region": "eu-central-1"}),
+            ImageRefused,
+            "PermanentRedirect, no address to go to, the bucket is in region eu-central-1",
+        ),
+        (Reply(b"x" * 5_000_000, status=403), ImageRefused, "403$"),
+        (Reply(b"x", status=403, length="50"), ImageRefused, "403$"),
+        (Reply(bytes(range(256)), status=401, chunked=True), ImageRefused, "401$"),
+        (Reply(b"busy", status=503), LinkError, "503$"),
+    ],
+)
+def test_what_an_object_store_says_is_in_the_error(
+    server: ImageServer, fetch: Fetch, reply: Reply, error: type[LinkError], said: str
+) -> None:
+    """Its code and its region, of however much it sends; and an expired signature is known as such."""
+    server.replies["/a.jpg"] = reply
+    with pytest.raises(LinkError, match=said) as caught:
+        fetch("/a.jpg")
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\r\n",
+        b"\xff\xd8\xff\xe0 no HTTP at all",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"HTTP/1.1 abc OK\r\n\r\n",
+        b"HTTP/1.1 99999 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Many: 1\r\n" * 500 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\xff\xfe: \xff\r\nContent-Length: 5\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 100_000 + b"\r\nab",
+        b"HTTP/1.1 302 Found\r\nLocation: \xff\xfe\x01\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[::1%25\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 503 No\r\nRetry-After: \xb2\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_whatever_bytes_a_host_sends_are_the_links_fault(tmp_path: Path, answer: bytes) -> None:
+    """Broken headers, chunks, status lines: none is an error of an image, and none escapes as another exception."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as executor:
+        said = executor.submit(_say, listener, answer)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.jpg"
+        with (
+            ImageClient(MAX_BYTES, NEAR, download_s=1.0) as client,
+            (tmp_path / "body").open("wb") as file,
+            pytest.raises(LinkError),
+        ):
+            client.download(url, file.fileno(), lambda: False)
+        said.result(PATIENCE_S)
+
+
+def _say(listener: socket.socket, answer: bytes) -> None:
+    connection, _address = listener.accept()
+    with connection, suppress(ConnectionError):
+        connection.recv(65536)
+        connection.sendall(answer)
 
 
 @pytest.mark.parametrize(

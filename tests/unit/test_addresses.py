@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from adc_worker.errors import AddressRefused, LinkError
-from adc_worker.ingest.addresses import AddressPolicy
+from adc_worker.errors import AddressRefused, ImageUrlUnusable, LinkError
+from adc_worker.ingest.addresses import AddressPolicy, image_host
 
 PUBLIC = AddressPolicy("8.8.8.8")
 ANYTHING = AddressPolicy("127.0.0.1", [ip_network("0.0.0.0/0"), ip_network("::/0")], ["images.test"])
@@ -144,3 +144,38 @@ def test_a_name_that_nobody_knows_is_the_links_fault() -> None:
     with pytest.raises(LinkError, match="cannot be looked up") as caught:
         PUBLIC.resolve("unknown.test")
     assert not isinstance(caught.value, AddressRefused)
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://images.test/a.jpg", "images.test"),
+        ("https://images.test:443/a.jpg", "images.test"),
+        ("HTTPS://user:secret@IMAGES.Test.:443/a.jpg?x=1#y", "images.test"),
+        ("http://images.test/a.jpg", "images.test:80"),
+        ("http://images.test:80/a.jpg", "images.test:80"),
+        ("http://images.test:/a.jpg", "images.test:80"),
+        ("https://images.test:8443", "images.test:8443"),
+        ("http://[::1]:9000/a.jpg", "[::1]:9000"),
+        ("https://K\u00e4fer.test/a.jpg", "xn--kfer-loa.test"),
+        ("https://xn--kfer-loa.test/a.jpg", "xn--kfer-loa.test"),
+    ],
+)
+def test_a_host_has_one_name_however_it_is_spelt(url: str, host: str) -> None:
+    """What counts against it counts once."""
+    assert image_host(url) == host
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", " ", "a.jpg", "/a.jpg", "//images.test/a.jpg", "s3://bucket/key", "file:///a.jpg", "http:", "http://",
+        "http:///a.jpg", "http:a.jpg", "http://[nowhere/a.jpg", "http://h:0/", "http://h:65536/", "http://h:port/",
+        "http://a..b/", "http://.b/", f"http://{'a' * 64}.test/", f"http://{'a.' * 130}test/", "http://a b/",
+        "http://a\nb/", "http://\0/", "http://@/",
+    ],
+)  # fmt: skip
+def test_a_url_without_a_host_to_ask_is_said_to_be_none(url: str) -> None:
+    """And nothing else is raised."""
+    with pytest.raises(ImageUrlUnusable, match="not a usable image URL"):
+        image_host(url)

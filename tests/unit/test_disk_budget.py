@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,9 +102,21 @@ def test_a_download_that_fails_gives_its_reservation_back(disk: DiskBudget) -> N
     """Also when that is said twice."""
     _staged(disk, 400)
     disk.reserve(1)
-    disk.release(1)
-    disk.release(1)
+    disk.unreserve(1)
+    disk.unreserve(1)
     assert disk.used_bytes == 400
+    with suppress(OSError), disk.reserving(2):
+        assert disk.used_bytes == 800
+        raise OSError
+    assert disk.used_bytes == 400
+
+
+def test_a_task_whose_file_is_there_needs_no_room_to_be_taken_up_again(disk: DiskBudget) -> None:
+    """Its file is charged, once, whatever is begun and ended on it."""
+    _staged(disk, 400, 300)
+    with disk.reserving(1):
+        assert disk.used_bytes == 700
+    assert disk.used_bytes == 700
 
 
 # A full disk

@@ -1,4 +1,4 @@
-"""Whose fault is it: the table, and what counts as a fault of a host or of this machine."""
+"""What a fault stops and what to do about it, and how long a fault of this machine may last."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from adc_worker.errors import (
     AntennaRefused,
     ExitCode,
     ImageMissing,
-    ImageUnreadable,
     LinkError,
     StagingFull,
     WorkerFault,
 )
 from adc_worker.runtime.faults import (
-    IMAGES_ALIKE,
-    LINK_FAILURES,
     MACHINE_FAULT_S,
-    RETRY_MAX_S,
     Affected,
     Faults,
     rule_for,
@@ -85,50 +81,6 @@ def test_every_cause_has_its_row(error: BaseException, affected: Affected, advic
 def test_what_is_nobodys_fault_but_ours_has_no_row(error: BaseException) -> None:
     """Running out of GPU memory is the plan's business, a bug the developer's."""
     assert rule_for(error) is None
-
-
-def test_a_host_is_at_fault_after_failures_in_a_row_and_until_one_image_comes() -> None:
-    """Meanwhile one download at a time tries it, less and less often."""
-    clock = Clock()
-    faults = Faults(clock)
-    error = link(REFUSED)
-    assert [faults.image_failed(HOST, "1", error) for _ in range(LINK_FAILURES)] == [False, False, True]
-    assert faults.blocks(HOST, "1") is error
-    assert faults.blocks("other.test", "1") is None
-    clock.now_s += 1.0
-    assert faults.blocks(HOST, "1") is None, "one may try"
-    assert faults.blocks(HOST, "1") is error, "and no other beside it"
-    faults.image_failed(HOST, "1", error)
-    clock.now_s += 1.9
-    assert faults.blocks(HOST, "1") is not None
-    clock.now_s += 0.2
-    assert faults.blocks(HOST, "1") is None
-    faults.image_came(HOST)
-    assert faults.blocks(HOST, "1") is None
-    assert not faults.image_failed(HOST, "1", error), "the count begins anew"
-
-
-def test_where_images_fail_alike_the_next_trial_is_of_another_one() -> None:
-    """Seven missing in a row must not hide for ever that the eighth is there."""
-    clock = Clock()
-    faults = Faults(clock)
-    for number in range(IMAGES_ALIKE):
-        faults.image_failed(HOST, str(number), ImageMissing("404"))
-    clock.now_s += 1.1
-    assert isinstance(faults.blocks(HOST, "0"), ImageMissing)
-    assert faults.blocks(HOST, "new") is None
-    clock.now_s += 2 * RETRY_MAX_S
-    assert faults.blocks(HOST, "0") is None, "where there is no other"
-
-
-def test_images_that_fail_alike_are_counted_by_image_and_by_words() -> None:
-    """The same image again, or another reason, tells nothing about the others."""
-    faults = Faults(Clock())
-    for number in range(IMAGES_ALIKE - 1):
-        assert not faults.image_failed(HOST, str(number), ImageUnreadable(f"HTML of {number} bytes"))
-    assert not faults.image_failed(HOST, "0", ImageUnreadable("HTML of 5 bytes"))
-    assert faults.image_failed(HOST, "another", ImageUnreadable("HTML of 77 bytes"))
-    assert not faults.image_failed(HOST, "1", ImageMissing("404")), "other words"
 
 
 def test_a_fault_of_the_machine_ends_the_process_after_five_minutes_unless_it_ends_before() -> None:

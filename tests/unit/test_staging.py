@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from adc_worker.errors import ConfigurationError, ImageTooLarge, ImageUnreadable, LinkError, StagingFull
+from adc_worker.errors import (
+    ConfigurationError,
+    ImageRefused,
+    ImageTooLarge,
+    ImageUnreadable,
+    LinkError,
+    NotAnImage,
+    StagingFull,
+)
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagingArea
@@ -213,3 +221,49 @@ def test_a_folder_that_cannot_be_used_is_a_matter_of_configuration(tmp_path: Pat
     file = written(tmp_path / "file", b"")
     with pytest.raises(ConfigurationError, match=rf"AMI_STAGING_PATH .*cannot use {file / below}: \w"):
         StagingArea(file / below, FakeClient(tmp_path), MAX_PIXELS)
+
+
+PAGES = [
+    b"<html>Sign in</html>", b"\xef\xbb\xbf\r\n <!DOCTYPE html>", b'<?xml version="1.0"?><Error/>', b'{"error": 1}',
+    b"Please log in", "Bitte melden Sie sich an: gr\u00fcn".encode(), b"\x1f\x8b\x08" + bytes(30),
+    b"\x28\xb5\x2f\xfd" + bytes(30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", PAGES)
+def test_a_page_in_an_images_place_is_known_as_such(tmp_path: Path, data: bytes) -> None:
+    """It proves nothing about the image: hosts and portals send it for any."""
+    with pytest.raises(NotAnImage):
+        _stage(tmp_path, FakeClient(tmp_path, data))
+
+
+@pytest.mark.parametrize("data", [b"", jpeg()[:300], b"\xff\xd8\xff\xe0" + bytes(500), b"\x00\x00\x00\x18ftypheic" * 9])
+def test_what_a_camera_may_have_written_is_no_page(tmp_path: Path, data: bytes) -> None:
+    """Empty, cut or of another format: that is in the image."""
+    with pytest.raises(ImageUnreadable) as caught:
+        _stage(tmp_path, FakeClient(tmp_path, data))
+    assert not isinstance(caught.value, NotAnImage)
+
+
+def test_sweeping_gives_back_the_room_of_what_it_removes(tmp_path: Path) -> None:
+    """A job that was restarted leaves files that no task needs."""
+    area = StagingArea(tmp_path, FakeClient(tmp_path, jpeg()), MAX_PIXELS)
+    area.stage(7, task(7), lambda: False)
+    assert area.disk.used_bytes > 0
+    assert area.sweep(set) == 1
+    assert area.disk.used_bytes == 0
+
+
+def test_whether_an_image_still_comes_is_seen_without_keeping_it(tmp_path: Path) -> None:
+    """Whatever comes or is raised, no file is left, and none was ever named as a task's."""
+    answers = (jpeg(), b"<html>", ImageRefused("403"), LinkError("reset"), OSError(errno.ENOSPC, "full"))
+    client = FakeClient(tmp_path, *answers)
+    area = StagingArea(tmp_path, client, MAX_PIXELS)
+    seen = [area.serves(7, "https://images.test/a.jpg", lambda: False) for _answer in answers[:3]]
+    assert seen == [True, False, False]
+    for error in (LinkError, OSError):
+        with pytest.raises(error):
+            area.serves(7, "https://images.test/a.jpg", lambda: False)
+    assert client.names_meanwhile == ["7.part"]
+    assert _names(tmp_path) == []
+    assert area.disk.used_bytes == 0

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adc_worker.antenna.leases import LeaseTerms, lease_clock
+from adc_worker.antenna.wire import error_result
 from adc_worker.errors import WorkerFault
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
@@ -15,7 +17,7 @@ from adc_worker.ingest.staging import StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.runtime.outcomes import STRUCK_OUT_MAX, JobOutcomes
-from tests.support.fakes import Receiver, task
+from tests.support.fakes import Receiver, result, task
 from tests.support.waiting import wait_until
 
 JOB = 7
@@ -68,3 +70,33 @@ def test_several_in_a_row_are_this_machines_fault(benches: list[Bench]) -> None:
         bench.outcomes()
     assert {held.strikes for held in bench.journal.unfinished(JOB)} == {(), None}
     assert bench.outcomes().struck_out == []
+
+
+def test_images_that_are_out_wait_for_a_success_and_are_left_to_their_leases_without_one(benches: list[Bench]) -> None:
+    """Where no image ever succeeded the machine may be at fault, which is never an error of an image."""
+    bench = benches[0]
+    outcomes = bench.outcomes()
+    lease = LeaseTerms()
+    assert not outcomes.job_has_succeeded()
+    outcomes.give_up_struck_out(lease)
+    assert len(outcomes.struck_out) == STRUCK_OUT_MAX - 1, "their leases last"
+    lease.ack_wait_s = 1e-6
+    wait_until(lambda: lease.left_s(outcomes.struck_out[-1].fetched_at, lease_clock()) < -0.001)
+    outcomes.give_up_struck_out(lease)
+    assert (outcomes.struck_out, outcomes.given_up, outcomes.failed.total()) == ([], STRUCK_OUT_MAX - 1, 0)
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_result_on_record_shows_that_this_machine_works_and_an_error_does_not(
+    benches: list[Bench], *, accepted: bool
+) -> None:
+    """Kept or accepted: images that fail are no proof of a machine that infers."""
+    bench = benches[0]
+    outcomes = bench.outcomes()
+    more = bench.journal.record(JOB, [task(100), task(101)])
+    for held, body in zip(more, (error_result("100", "broken"), result(101)), strict=True):
+        assert not outcomes.job_has_succeeded()
+        bench.journal.keep([(held.id, [body])])
+        if accepted:
+            bench.journal.settle([held.id])
+    assert outcomes.job_has_succeeded()
