@@ -81,6 +81,8 @@ def _worker(one: dict[str, Any]) -> Table:
             binds = "  binds" if plan and plan["binds"] == _STAGES[stage["name"]] else ""
             takes = f"{1000 * stage['s_per_image']:>6.0f} ms x {stage['parallel']:<2}"
             rows.append((f"  {stage['name']}", f"{takes} up to {able:.1f} images/s{binds}"))
+        if job["damaged"] or job["truncated"]:
+            rows.append(("files", f"{job['damaged']} with damage, {job['truncated']} cut short"))
         if job["decision"]:
             rows.append(("changed", job["decision"]))
     rows.append(("memory", _bar(snapshot["memory_bytes"], snapshot["budget_bytes"], memory)))

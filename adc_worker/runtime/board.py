@@ -132,7 +132,7 @@ class Board:
 def _continued(before: JobView, job: JobView) -> JobView:
     """Add up the passes over a job."""
     failed = dict(Counter(before.failed) + Counter(job.failed))
-    names = ("tasks", "done", "left_to_lease", "detections", "inference_s")
+    names = ("tasks", "done", "left_to_lease", "detections", "truncated", "damaged", "inference_s")
     sums = {name: getattr(before, name) + getattr(job, name) for name in names}
     joined = replace(job, **sums, failed=failed, started_at=before.started_at)
     rate = joined.settled / max(1e-3, (job.ended_at or 0.0) - joined.started_at)

@@ -44,6 +44,8 @@ class JobView:
         in_hand: tasks fetched and without an outcome.
         pending: tasks Antenna had not handed out to anybody at the last fetch.
         failed: error results by cause.
+        truncated: of those done, images whose file ended early.
+        damaged: of those done, images in whose file the decoder found damage elsewhere than at its end.
         images_per_s: outcomes over the last seconds, while it runs; over the whole pass once it ended.
         memory_bytes: of the process tree after the last batch, decoded pixels included.
         stages: download, decode and inference, as the last batch went.
@@ -60,6 +62,8 @@ class JobView:
     failed: Mapping[str, int] = field(default_factory=dict)
     left_to_lease: int = 0
     detections: int = 0
+    truncated: int = 0
+    damaged: int = 0
     in_hand: int = 0
     pending: int = 0
     images_per_s: float = 0.0
@@ -231,5 +235,7 @@ def _totals(view: JobView) -> dict[str, float]:
         "failed": sum(view.failed.values()),
         "left_to_lease": view.left_to_lease,
         "detections": view.detections,
+        "truncated": view.truncated,
+        "damaged": view.damaged,
         "inference_s": view.inference_s,
     }

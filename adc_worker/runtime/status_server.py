@@ -48,6 +48,8 @@ _METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, Ca
     "last_progress_timestamp_seconds": (_G, "When a task last got an outcome.", lambda one, _: one.moved_at),
     "images_done": (_C, "Images with a result.", lambda one, _: one.totals.get("done", 0)),
     "images_failed": (_C, "Images with an error result.", lambda one, _: one.totals.get("failed", 0)),
+    "images_truncated": (_C, "Images whose file ended early.", lambda one, _: one.totals.get("truncated", 0)),
+    "images_damaged": (_C, "Images whose file has damage inside.", lambda one, _: one.totals.get("damaged", 0)),
     "tasks_left_to_lease": (_C, "Tasks given up knowingly.", lambda one, _: one.totals.get("left_to_lease", 0)),
     "detections": (_C, "Insects found.", lambda one, _: one.totals.get("detections", 0)),
     "inference_seconds": (_C, "Time spent in inference.", lambda one, _: one.totals.get("inference_s", 0)),
