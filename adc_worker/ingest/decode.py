@@ -36,7 +36,7 @@ from PIL import Image, ImageFile
 from adc_worker.errors import ImageTooLarge
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.header import FORMATS, JPEG_FORMATS, ImageHeader, is_sideways, stored_size, unreadable
-from adc_worker.ingest.jpeg_segments import END_OF_IMAGE, find_cut
+from adc_worker.ingest.jpeg_segments import END_OF_IMAGE, Cut, find_cut
 
 _Rows = npt.NDArray[np.uint8]
 
@@ -160,16 +160,26 @@ def _decode_jpeg(path: Path, out: _Rows) -> _Damage:
         complaint = _complaint(data, out)
         if complaint is None:
             return _UNDAMAGED
-        cut = find_cut(data)
-        with memoryview(data) as whole, whole[: cut.usable_bytes if cut else None] as part:
-            if len(part) < len(whole):
-                # The file ends in the middle of a table, at which libjpeg gives up: what stands before is a picture.
-                complaint = _complaint(part, out) or ""
-            _decode_again(part, out, complaint)
-    if cut is not None and not cut.has_pixels:
-        raise ValueError(_NOTHING_CAME)
+        with memoryview(data) as whole:
+            return _decode_damaged(whole, find_cut(data), complaint, out)
+
+
+def _decode_damaged(data: memoryview, cut: Cut | None, complaint: str, out: _Rows) -> _Damage:
+    """Take what a decode that ended with a complaint left in `out`, or raise ValueError."""
+    missing = _missing_rows(data, out)
+    if missing and cut is not None and cut.usable_bytes < len(data):
+        # The file ends in the middle of a table, at which libjpeg gives up: what stands before is a picture.
+        with data[: cut.usable_bytes] as usable:
+            complaint = _complaint(usable, out) or ""
+            missing = _missing_rows(usable, out)
+    if missing:
+        raise ValueError(f"{complaint}: {missing} of {len(out)} rows cannot be decoded")
     file_ended = _FILE_ENDED in complaint.lower()
-    return _Damage(cut is not None or file_ended, not file_ended, complaint)
+    # Libjpeg tells of the first fault alone: the end may be missing as well.
+    truncated = file_ended or (cut is not None and cut.usable_bytes == len(data))
+    if truncated and cut is not None and not cut.has_pixels:
+        raise ValueError(_NOTHING_CAME)
+    return _Damage(truncated, not file_ended, complaint)
 
 
 @contextmanager
@@ -188,16 +198,14 @@ def _complaint(data: mmap.mmap | memoryview, out: _Rows) -> str | None:
     return None
 
 
-def _decode_again(data: memoryview, out: _Rows, complaint: str) -> None:
-    """Decode a JPEG of which libjpeg had that complaint again; raise ValueError unless every row was written twice."""
+def _missing_rows(data: memoryview, out: _Rows) -> int:
+    """Decode a JPEG again, over the inverse of what its last decode left, and return how many rows were not written."""
     height, width, *_kind = simplejpeg.decode_jpeg_header(data)
     _check_shape((height, width, out.shape[2]), out)
     edges = out[:, _EDGES].copy()
     np.invert(out, out=out)
     _complaint(data, out)
-    missing = np.count_nonzero((out[:, _EDGES] != edges).any(axis=(1, 2)))
-    if missing:
-        raise ValueError(f"{complaint}: {missing} of {height} rows cannot be decoded")
+    return int(np.count_nonzero((out[:, _EDGES] != edges).any(axis=(1, 2))))
 
 
 def _check_shape(shape: tuple[int, ...], out: _Rows) -> None:

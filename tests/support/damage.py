@@ -127,7 +127,7 @@ Damage = Callable[[bytes, "random.Random"], bytes]
 
 
 def _place(data: bytes, dice: random.Random) -> int:
-    return dice.randrange(len(data))
+    return dice.randrange(max(1, len(data)))
 
 
 def _cut(data: bytes, dice: random.Random) -> bytes:

@@ -166,6 +166,16 @@ def test_a_progressive_file_that_ends_inside_a_table_shows_the_scans_before(tmp_
     np.testing.assert_array_equal(out, before)
 
 
+def test_a_stray_marker_inside_coded_data_is_damage_and_no_end(tmp_path: Path) -> None:
+    """The length that seems to follow it leads behind the file; the decoder finds the next restart marker."""
+    data = encoded(picture(400, 300), "JPEG", quality=95, restart_marker_rows=1)
+    place = len(data) // 2
+    broken = data[:place] + b"\xff\x42\xff\xff" + data[place + 4 :]
+    out, report = _decoded(written(tmp_path / "1.img", broken))
+    assert (report.truncated, report.damaged) == (False, True)
+    np.testing.assert_array_equal(out[-64:], by_pillow(data)[-64:])
+
+
 @pytest.mark.parametrize(
     ("original", "odd"),
     [
