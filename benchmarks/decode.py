@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ from adc_worker.ingest.header import FORMATS, ImageHeader, read_header
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from benchmarks.support.hardware import caption
 from benchmarks.support.report import table, write_section
+from tests.support.images import run_length_bmp
+from tests.support.jpeg_writer import sampled_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 Decoder = Callable[[Path, ImageHeader, Pixels], Any]
@@ -81,6 +84,13 @@ def cases() -> Iterator[Case]:
     yield _case("TIFF RGB LZW", "TIFF", compression="tiff_lzw")
     yield _case("TIFF RGB LZW, one strip", "TIFF", compression="tiff_lzw", strip_size=1 << 30)
     yield _case("TIFF RGBA LZW, one strip", "TIFF", _rgba, compression="tiff_lzw", strip_size=1 << 30)
+    yield Case("typical", "JPEG 3x1", "jpg", partial(_save_with_rare_sampling, scan_per_component=False))
+    yield Case(
+        "typical", "JPEG 3x1, a scan per component", "jpg", partial(_save_with_rare_sampling, scan_per_component=True)
+    )
+    yield _case("GIF", "GIF", _palette)
+    yield _case("BMP RGB", "BMP")
+    yield Case("typical", "BMP RLE", "bmp", _save_run_lengths)
     yield _case("WebP lossy", "WEBP", quality=85, method=0)
     yield _case("WebP lossy with alpha", "WEBP", _rgba, quality=85, method=0)
     yield _case("WebP lossless", "WEBP", lossless=True, quality=0, method=0)
@@ -130,6 +140,16 @@ def _save_in_three_scans(image: Image.Image, path: Path) -> None:
         for number, file in enumerate(files, 1)
     ]
     path.write_bytes(b"".join([files[0][:frame], b"\xff\xc0", three, files[0][tables:scan], *scans, b"\xff\xd9"]))
+
+
+def _save_with_rare_sampling(image: Image.Image, path: Path, *, scan_per_component: bool) -> None:
+    """Write a JPEG of the image's size whose sampling TurboJPEG has no name for; its content is random blocks."""
+    rare = ((3, 1), (1, 1), (1, 1))
+    path.write_bytes(sampled_jpeg(image.width, image.height, rare, scan_per_component=scan_per_component))
+
+
+def _save_run_lengths(image: Image.Image, path: Path) -> None:
+    path.write_bytes(run_length_bmp(image.convert("L")))
 
 
 def write_case(folder: Path, case: Case, photograph: Image.Image) -> Path:

@@ -1,9 +1,9 @@
 """Image files with random damage against the header reader and the decoders: does anything but an answer come out?
 
 Each input is a small file of a kind that is taken, changed in a few bytes of its header, in its numbers, or by a piece
-of another file. A finding is an exception that is no ImageError, memory beyond what the header says, more than
-SLOW_S, or the death of the process. Not covered: damage inside long streams of pixels, libraries other than the
-installed ones.
+of another file, or a lost block. A finding is an exception that is no ImageError, a pixel that comes from the memory
+decoded into and not from the file, memory beyond what the header says, more than SLOW_S, or the death of the process.
+Not covered: damage inside long streams of pixels, libraries other than the installed ones.
 
 Findings are written to tests/seeds/, which `make test` replays.
 """
@@ -35,7 +35,9 @@ from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.header import METADATA_BYTES, read_header
 from benchmarks.support.report import commit, machine, table, write_section
-from tests.support.images import encoded, jpeg, picture
+from tests.support.damage import ARITHMETIC_JPEG, RARE_SAMPLING
+from tests.support.images import encoded, jpeg, picture, run_length_bmp
+from tests.support.jpeg_writer import sampled_jpeg
 
 SEEDS = Path(__file__).parents[1] / "tests" / "seeds"
 SLOW_S = 2.0
@@ -72,6 +74,14 @@ def samples() -> dict[str, list[bytes]]:
         for compression in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
     ]
     return {
+        "GIF": [
+            encoded(palette, "GIF", interlace=0),
+            encoded(palette, "GIF", interlace=1, transparency=3),
+            encoded(grey, "GIF"),
+            encoded(palette, "GIF", save_all=True, append_images=[grey]),
+        ],
+        "BMP": [encoded(image, "BMP") for image in (rgb, grey, alpha, palette)]
+        + [encoded(picture(40, 30, mode="1"), "BMP"), run_length_bmp(picture(40, 30, mode="L"))],
         "JPEG": [
             jpeg(40, 30),
             jpeg(40, 30, progressive=True),
@@ -79,6 +89,13 @@ def samples() -> dict[str, list[bytes]]:
             encoded(grey, "JPEG"),
             encoded(cmyk, "JPEG"),
             encoded(rgb, "MPO", save_all=True, append_images=[rgb]),
+            encoded(rgb, "JPEG", restart_marker_blocks=2),
+            encoded(cmyk, "JPEG", progressive=True),
+            sampled_jpeg(40, 30, ((2, 2), (1, 1), (1, 1)), scan_per_component=True),
+            sampled_jpeg(40, 30, RARE_SAMPLING, restart_blocks=2),
+            sampled_jpeg(40, 30, RARE_SAMPLING, progressive=True),
+            ARITHMETIC_JPEG,
+            jpeg(40, 30, progressive=True) + jpeg(20, 20, progressive=True),  # a film or another file behind it
         ],
         "PNG": [encoded(image, "PNG") for image in (rgb, grey, alpha, palette, deep)]
         + [encoded(rgb, "PNG", save_all=True, append_images=[alpha])],
@@ -97,7 +114,7 @@ def mutated(data: bytes, others: Sequence[bytes], dice: random.Random) -> bytes:
     for _change in range(dice.choice((1, 1, 2, 3))):
         directory = int.from_bytes(data[4:8], "little") if data[:4] == b"II*\0" else 8
         at = dice.choice((dice.randrange(len(data)), 4 + dice.randrange(200), directory + dice.randrange(200)))
-        match dice.randrange(10):
+        match dice.randrange(11):
             case 0:
                 broken[at : at + 1] = bytes([dice.randrange(256)])
             case 1 | 6 | 7 | 8 | 9:
@@ -112,8 +129,12 @@ def mutated(data: bytes, others: Sequence[bytes], dice: random.Random) -> bytes:
                 other = dice.choice(others)
                 start = dice.randrange(len(other))
                 broken[at : at + 30] = other[start : start + dice.randint(1, 60)]
-            case _:
+            case 5:
                 del broken[at:]
+            case _:
+                start = dice.randrange(len(data))
+                block = min(dice.randint(20, 400), len(data) - start)
+                broken[start : start + block] = bytes(block) if dice.random() < 0.5 else b""
     return with_right_sums(bytes(broken)) if dice.random() < 0.7 else bytes(broken)
 
 
@@ -131,20 +152,35 @@ def with_right_sums(data: bytes) -> bytes:
     return b"".join(chunks) + data[at:]
 
 
+class NotOfTheFile(Exception):
+    """Pixels of an image depend on the memory that it was decoded into."""
+
+
 def attempt(path: Path) -> tuple[str, int]:
-    """Read a file's header and decode it; return what came out and the bytes that may have taken."""
+    """Read a file's header and decode it; return what came out and the bytes that may have taken.
+
+    Raises:
+        NotOfTheFile: decoded once more, into memory of other contents, it is another image.
+    """
     allowed_bytes = 2 * METADATA_BYTES
     try:
         header = read_header(path, MAX_PIXELS)
         if header.width_px * header.height_px > DECODED_PIXELS:
             return "header read", allowed_bytes
-        allowed_bytes += header.pixel_bytes + header.scratch_bytes
-        report = decode(path, header, np.zeros(header.shape, np.uint8))
+        allowed_bytes += 2 * header.pixel_bytes + header.scratch_bytes
+        over_zeros = np.zeros(header.shape, np.uint8)
+        over_ones = np.full(header.shape, 255, np.uint8)
+        report = decode(path, header, over_zeros)
+        decode(path, header, over_ones)
     except ImageTooLarge:
         return "too large", allowed_bytes
     except ImageError:
         return "unreadable", allowed_bytes
-    return "truncated" if report.truncated else "decoded", allowed_bytes
+    if not np.array_equal(over_zeros, over_ones):
+        raise NotOfTheFile(str(report))
+    if report.truncated:
+        return "truncated", allowed_bytes
+    return "damaged" if report.damaged else "decoded", allowed_bytes
 
 
 def finding(path: Path, *, measure: bool = True) -> tuple[str, str | None]:
@@ -220,8 +256,8 @@ def main() -> None:
         work(int(chosen.child[0]), float(chosen.child[1]), Path(chosen.child[2]))
         return
     outcomes, found = run(chosen.seconds, chosen.seed)
-    kinds = ("JPEG", "PNG", "TIFF", "WEBP")
-    ends = ("decoded", "truncated", "unreadable", "too large", "header read", "exception")
+    kinds = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP")
+    ends = ("decoded", "damaged", "truncated", "unreadable", "too large", "header read", "exception")
     rows = [[kind, *(f"{outcomes[f'{kind} {end}']:,}" for end in ends)] for kind in kinds]
     text = f"""## Damaged image files (`benchmarks/fuzz.py`)
 

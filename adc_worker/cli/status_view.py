@@ -100,6 +100,8 @@ def _job_rows(job: JobView, eta_s: float | None) -> list[Row]:
         rows.append(("plan", _feeding(job.plan)))
     rows.append(("rate", _rate(job)))
     rows += [(f"  {stage.name}", _stage(stage, binds)) for stage in job.stages]
+    if job.damaged or job.truncated:
+        rows.append(("files", f"{job.damaged} with damage, {job.truncated} cut short"))
     if job.decision:
         rows.append(("changed", job.decision))
     return rows

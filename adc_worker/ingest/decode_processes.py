@@ -13,8 +13,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from adc_worker.errors import ImageTooLarge, ImageUnreadable, WorkerFault
+from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport, ThreadEngine
@@ -43,29 +44,49 @@ class DecodeProcess:
             )
         self._socket = ours
         self._arena_generation = -1
+        self._requests = 0
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def decode(self, arena: Arena, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
-        """Decode in the process; raises CalledProcessError when it died, or ImageError with the decoder's words."""
-        task = {"path": str(path), "header": asdict(header), "offset": target.offset}
-        try:
-            if self._arena_generation != arena.generation:
-                announcement = json.dumps({"arena_bytes": arena.size_bytes}).encode()
-                socket.send_fds(self._socket, [announcement], [arena.descriptor])
-                self._arena_generation = arena.generation
-            self._socket.send(json.dumps(task).encode())
-            answer = self._socket.recv(MESSAGE_BYTES)
-        except (BrokenPipeError, ConnectionResetError):
-            answer = b""
+        """Decode in the process. After any exception but ImageError it must be closed: it may still write.
+
+        Raises:
+            CalledProcessError: it died.
+            ImageError: the image cannot be decoded, with the decoder's words.
+            WorkerFault: it answered to something else than what it was asked.
+        """
+        self._requests += 1
+        ticket = {
+            "number": self._requests,
+            "generation": arena.generation,
+            "offset": target.offset,
+            "size_bytes": target.size_bytes,
+            "path": str(path),
+        }
+        answer = self._exchange(arena, {"ticket": ticket, "header": asdict(header)})
         if not answer:
             raise subprocess.CalledProcessError(self._process.wait(), "decode process")
         told = json.loads(answer)
+        if told["ticket"] != ticket:
+            raise WorkerFault(f"a decode process was asked for {ticket} and answered {told['ticket']}")
         if "error" in told:
             raise (ImageTooLarge if told["too_large"] else ImageUnreadable)(told["error"])
-        return DecodeReport(**told)
+        return DecodeReport(**told["report"])
+
+    def _exchange(self, arena: Arena, task: dict[str, Any]) -> bytes:
+        """Send a request and wait for the answer; empty when the process is gone."""
+        try:
+            if self._arena_generation != arena.generation:
+                announcement = {"arena_bytes": arena.size_bytes, "generation": arena.generation}
+                socket.send_fds(self._socket, [json.dumps(announcement).encode()], [arena.descriptor])
+                self._arena_generation = arena.generation
+            self._socket.send(json.dumps(task).encode())
+            return self._socket.recv(MESSAGE_BYTES)
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
 
     def close(self) -> None:
         self._socket.close()
@@ -93,16 +114,22 @@ class ProcessEngine(ThreadEngine):
         self.pids.append(process.pid)
         return process
 
+    def _replace(self, process: DecodeProcess) -> DecodeProcess:
+        """End a process, which may still write into the arena, and start another."""
+        process.close()
+        self.pids.remove(process.pid)
+        return self._start()
+
     def _decode(self, path: Path, header: ImageHeader, target: Region) -> DecodeReport:
         strikes = kills = 0
         while True:
             process, oom_kills_before = self._idle.get(), oom_kills()
             try:
                 return process.decode(self._arena, path, header, target)
+            except ImageError:
+                raise  # an answer, like a report: the process has done what it was asked
             except subprocess.CalledProcessError as died:
-                process.close()
-                self.pids.remove(process.pid)
-                process = self._start()
+                process = self._replace(process)
                 code = died.returncode
                 if code >= 0:  # an exception, told on stderr; as in a decode thread it is ours, not the image's
                     raise WorkerFault(str(died)) from None
@@ -120,5 +147,8 @@ class ProcessEngine(ThreadEngine):
                 if strikes == STRIKES:
                     name = signal.Signals(-code).name
                     raise ImageUnreadable(f"decoding it crashed the decoder {STRIKES} times ({name})") from None
+            except BaseException:
+                process = self._replace(process)
+                raise
             finally:
                 self._idle.put(process)  # at the end: the one that waited is next

@@ -1,6 +1,7 @@
 """A decode process: maps the arena, decodes what it is told to, and ends when its owner is gone. Imports no torch.
 
-Messages are JSON over a SEQPACKET socket; the arena's memfd travels beside the message that announces it.
+Messages are JSON over a SEQPACKET socket; the arena's memfd travels beside the message that announces it. An answer
+repeats the `ticket` of its request: number, arena, place in it and file, so that it can be taken for no other's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def serve(connection: socket.socket) -> None:
     """Answer one message after the other until the other end closes."""
     threading.Thread(target=_end_with_owner, args=(connection.fileno(),), daemon=True).start()
     arena = mmap.mmap(-1, mmap.PAGESIZE)
+    generation = None
     while True:
         message, descriptors, _flags, _address = socket.recv_fds(connection, MESSAGE_BYTES, 1)
         if not message:
@@ -37,19 +40,25 @@ def serve(connection: socket.socket) -> None:
         task = json.loads(message)
         if "arena_bytes" in task:
             arena = mmap.mmap(descriptors[0], task["arena_bytes"])
+            generation = task["generation"]
             os.close(descriptors[0])  # the mapping holds the memory
+        elif task["ticket"]["generation"] != generation:
+            raise RuntimeError(f"asked to decode into arena {task['ticket']['generation']}, has {generation}")
         else:
             connection.send(json.dumps(_answer(task, arena)).encode())
 
 
 def _answer(task: dict[str, Any], arena: mmap.mmap) -> dict[str, Any]:
+    ticket = task["ticket"]
     header = ImageHeader(**task["header"])
-    out = np.frombuffer(arena, np.uint8, count=header.pixel_bytes, offset=task["offset"]).reshape(header.shape)
+    if header.pixel_bytes > ticket["size_bytes"]:
+        raise RuntimeError(f"{header.pixel_bytes} bytes of pixels are to go into {ticket['size_bytes']}")
+    out = np.frombuffer(arena, np.uint8, count=header.pixel_bytes, offset=ticket["offset"]).reshape(header.shape)
     try:
-        report = decode(Path(task["path"]), header, out)
+        report = decode(Path(ticket["path"]), header, out)
     except ImageError as error:
-        return {"error": str(error), "too_large": isinstance(error, ImageTooLarge)}
-    return {"decode_s": report.decode_s, "truncated": report.truncated}
+        return {"ticket": ticket, "error": str(error), "too_large": isinstance(error, ImageTooLarge)}
+    return {"ticket": ticket, "report": asdict(report)}
 
 
 def _end_with_owner(descriptor: int) -> None:

@@ -17,34 +17,39 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable
+from adc_worker.ingest.jpeg_segments import JpegStructure, count_scans, read_structure
 from adc_worker.redaction import redact
 
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP")
 CHANNELS = 3
 _SNIFF_BYTES = 64
-_SUBSAMPLED_420 = (2, 2)
+JPEG_FORMATS = frozenset({"JPEG", "MPO"})  # MPO is a JPEG with more pictures behind it
 
 # Decoder's own memory in bytes per pixel, beside the output; measured figures from benchmarks/decode.py in brackets.
 SCRATCH_BASELINE = 0.4  # [0.0]
 # A decoder that meets its components one scan after the other keeps every coefficient until the last.
 SCRATCH_BUFFERED_420 = 3.3  # [progressive 3.0]
 SCRATCH_BUFFERED_444 = 6.4  # [progressive 4:2:2 4.0, 4:4:4 6.0, baseline with a scan per component 6.0]
-SCRATCH_PILLOW = 8.0  # [PNG 1.2-4.3, CMYK 4.3]
-SCRATCH_PILLOW_BUFFERED = 12.5  # [progressive CMYK 12.0]
+SCRATCH_PILLOW = 8.0  # [PNG 1.2-4.3, CMYK 4.3, JPEG 3x1 4.8, GIF 1.5, BMP 4.6, BMP RLE 3.4]
+SCRATCH_PILLOW_BUFFERED = 12.5  # [progressive CMYK 12.0, a scan per component of JPEG 3x1 10.2]
 SCRATCH_TIFF = 10.5  # [strips 4.3, one strip of 16 bits 10.0]
 SCRATCH_WEBP = 17.5  # [16.1, with alpha 16.8]
 
-_START_OF_SCAN = b"\xff\xda"
 # Pillow keeps what stands before the pixels; the most a camera was seen to write there are depth maps of a few MB.
 METADATA_BYTES = 16_000_000
 # Each scan is a pass over the whole image, however few bytes it has; cameras and encoders write about ten.
-PROGRESSIVE_SCANS = 100
+SCANS_MAX = 100
 # Of each strip's offset, 1 to 8 bytes in the file, Pillow makes 300: 4 MB of them took 1.3 GB and 7 s.
 TIFF_VALUES = 1 << 16
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_OFFSETS, _TIFF_TILE = 256, 257, {273, 324}, (322, 323)
+_TIFF_ORIENTATION = 274
+_UPRIGHT = 1
+_ORIENTATIONS = range(1, 9)
+_SIDEWAYS = frozenset({5, 6, 7, 8})  # rows and columns change places
 _TIFF_BYTES = {1, 2, 7}  # types that Pillow leaves as they are
 _TILE_PIXELS = 1 << 20  # libtiff allocates a tile whole, also where the image is smaller
 _one_at_a_time = threading.Lock()
@@ -55,15 +60,26 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """The header of one image file, as stored: EXIF orientation is not applied, so boxes match what Antenna shows."""
+    """The header of one image file. Width and height are those of the decoded rows.
+
+    A TIFF is turned as its orientation says, all other formats stay as stored: so does Pillow, and with it Antenna.
+
+    Attributes:
+        buffered: progressive, or a scan per component: decoding keeps all coefficients.
+        orientation: 1 to 8 as in TIFF 6.0; the orientation of a file that is not turned is 1, whatever its EXIF says.
+        turbo_takes_it: whether the fast JPEG decoder reads the header. It does not where it has no name for how the
+            components are sampled, nor where there is anything to complain of before the first scan.
+    """
 
     format: str
     width_px: int
     height_px: int
     mode: str
-    buffered: bool  # progressive, or a scan per component: decoding keeps all coefficients
+    buffered: bool
     chroma_halved: bool
     compressed_bytes: int
+    orientation: int = _UPRIGHT
+    turbo_takes_it: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,9 +92,13 @@ class ImageHeader:
         return CHANNELS * self.width_px * self.height_px
 
     @property
+    def is_jpeg(self) -> bool:
+        return self.format in JPEG_FORMATS
+
+    @property
     def jpeg_in_place(self) -> bool:
         """Whether the fast JPEG decoder takes it; everything else goes through Pillow."""
-        return self.format in {"JPEG", "MPO"} and self.mode in {"L", "RGB"}
+        return self.is_jpeg and self.mode in {"L", "RGB"} and self.turbo_takes_it
 
     @property
     def scratch_bytes(self) -> int:
@@ -146,16 +166,30 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     return image.size if tags is None else (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT])
 
 
+def is_sideways(orientation: int) -> bool:
+    """Whether an image of this orientation changes rows with columns when it is turned."""
+    return orientation in _SIDEWAYS
+
+
+def _tiff_orientation(image: Image.Image) -> int:
+    """Return by which orientation Pillow turns this image when it is loaded; 1 for all formats but TIFF."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return _UPRIGHT
+    # Without the tag, Pillow looks for the orientation in the XMP packet.
+    told = tags[_TIFF_ORIENTATION] if _TIFF_ORIENTATION in tags else image.getexif().get(_TIFF_ORIENTATION)
+    return next((number for number in _ORIENTATIONS if number == told), _UPRIGHT)
+
+
 class _Metadata(io.BufferedReader):
-    """A file of which METADATA_BYTES can be read, its pixels are not wanted yet; and what was read last."""
+    """A file of which METADATA_BYTES can be read: its pixels are not wanted yet."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
         self._left_bytes = METADATA_BYTES
-        self.last_read = b""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self.last_read = data = super().read(size)
+        data = super().read(size)
         self._left_bytes -= len(data)
         if self._left_bytes < 0:
             raise ImageUnreadable(f"more than {METADATA_BYTES} bytes stand before its pixels")
@@ -165,24 +199,42 @@ class _Metadata(io.BufferedReader):
 def _header_by_pillow(path: Path, size_bytes: int) -> ImageHeader:
     _check_tiff(path)
     with _Metadata(path) as file, Image.open(file, formats=FORMATS) as image:
-        # JpegImageFile.layer: one (id, horizontal sampling, vertical sampling, table) per component.
-        layers = getattr(image, "layer", [])
+        image_format = image.format or ""
+        structure, turbo_takes_it = _jpeg_structure(path) if image_format in JPEG_FORMATS else (None, False)
         width_px, height_px = stored_size(image)
-        # The last that Pillow reads of a JPEG is the head of its first scan, which begins with the number of its
-        # components (ITU T.81, B.2.3). Should it ever read on, images are charged with too much memory, not too little.
-        scan_components = next(iter(file.last_read), 0)
-        progressive = bool(image.info.get("progressive"))
-        if progressive and (scans := _scans(path)) > PROGRESSIVE_SCANS:
-            raise ImageUnreadable(f"a progressive JPEG of {scans} scans, of which {PROGRESSIVE_SCANS} are taken")
+        orientation = _tiff_orientation(image)
+        if is_sideways(orientation):
+            width_px, height_px = height_px, width_px
         return ImageHeader(
-            format=image.format or "",
+            format=image_format,
             width_px=width_px,
             height_px=height_px,
             mode=image.mode,
-            buffered=progressive or (len(layers) > 1 and scan_components != len(layers)),
-            chroma_halved=bool(layers) and tuple(layers[0][1:3]) == _SUBSAMPLED_420,
+            buffered=structure is not None and structure.buffered,
+            chroma_halved=structure is not None and structure.chroma_halved,
             compressed_bytes=size_bytes,
+            orientation=orientation,
+            turbo_takes_it=turbo_takes_it,
         )
+
+
+def _jpeg_structure(path: Path) -> tuple[JpegStructure, bool]:
+    """Read how a JPEG is coded, and whether the fast decoder takes it.
+
+    One whose segments cannot be followed is taken for the most expensive kind.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        structure = read_structure(data) or JpegStructure(progressive=True, sampling=(), first_scan_components=0)
+        if structure.buffered:
+            scans = count_scans(data)
+            if scans > SCANS_MAX:
+                raise ImageUnreadable(f"a JPEG of {scans} scans, of which {SCANS_MAX} are taken")
+        try:
+            simplejpeg.decode_jpeg_header(data, strict=True)
+        except (ValueError, KeyError):  # KeyError: 4:4:1, for which simplejpeg has no name
+            # Pillow may decode it all the same, and says why if it does not.
+            return structure, False
+    return structure, True
 
 
 def _webp_header(path: Path, size_bytes: int) -> ImageHeader | None:
@@ -222,11 +274,6 @@ def _check_tiff(path: Path) -> None:
     tile_px = largest[_TIFF_TILE[0]] * largest[_TIFF_TILE[1]]
     if tile_px > max(_TILE_PIXELS, largest[_TIFF_WIDTH] * largest[_TIFF_HEIGHT]):
         raise ImageUnreadable(f"a TIFF with tiles of {tile_px} pixels, larger than itself")
-
-
-def _scans(path: Path) -> int:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return sum(1 for _marker in re.finditer(_START_OF_SCAN, data))
 
 
 def _what_it_is(path: Path, size_bytes: int) -> str:

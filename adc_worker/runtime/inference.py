@@ -15,9 +15,13 @@ from adc_worker.antenna.wire import SuccessResult
 from adc_worker.errors import ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
+from adc_worker.log import get_logger
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.planning.measurements import ImageProbe
+from adc_worker.redaction import public_url
 from adc_worker.runtime.outcomes import ImageResult, Outcomes
+
+_log = get_logger(__name__)
 
 # Scores and logits of 29 176 classes x 200 detections are 47 MB as float32: such results go to the journal image by
 # image, ordinary ones with their batch.
@@ -56,7 +60,9 @@ def infer_and_keep(
         # The share of the batch so far, and its own decode: what one image cost.
         total_s = report.decode_s + (time.perf_counter() - started - keep_s) / (1 + staged.index(image))
         parts = SuccessResult(image.task, pipeline.slug, found, total_s, now)
-        waiting.append(ImageResult(image.id, parts, len(found), report.truncated))
+        if report.truncated or report.damaged:
+            _log_damage(image, report)
+        waiting.append(ImageResult(image.id, parts, len(found), report.truncated, report.damaged))
         detections += len(found)
         arrays_bytes += sum(one.scores.nbytes + one.logits.nbytes for box in found for one in box.classifications)
         if arrays_bytes >= KEEP_BYTES:
@@ -70,6 +76,18 @@ def infer_and_keep(
     keep_s += time.perf_counter() - keeping
     inference_s, device_s = time.perf_counter() - started - keep_s, pipeline.clock.total_s - device_s
     return InferenceStats(inference_s, keep_s, detections, device_s)
+
+
+def _log_damage(image: StagedImage, report: DecodeReport) -> None:
+    """Name a file of which a part is missing or made up: its result is of what the decoder could show."""
+    _log.warning(
+        "image_file_damaged",
+        image_id=image.task.image_id,
+        url=public_url(image.task.image_url),
+        truncated=report.truncated,
+        damaged=report.damaged,
+        decoder=report.complaint,
+    )
 
 
 def measured_image(staged: Sequence[StagedImage], reports: Sequence[DecodeReport], stats: InferenceStats) -> ImageProbe:

@@ -31,6 +31,7 @@ class ImageResult:
     parts: Iterable[bytes]
     detections: int
     truncated: bool
+    damaged: bool = False
 
 
 class Outcomes(Protocol):
@@ -63,6 +64,7 @@ class JobOutcomes:
         self.done = 0
         self.detections = 0
         self.truncated = 0
+        self.damaged = 0
         self.failed: Counter[str] = Counter()
         self.given_up = 0
         self.struck_out = [held for held in journal.unfinished(job_id) if held.struck_out]
@@ -101,6 +103,7 @@ class JobOutcomes:
             self.done += len(results)
             self.detections += sum(result.detections for result in results)
             self.truncated += sum(result.truncated for result in results)
+            self.damaged += sum(result.damaged for result in results)
         self._settle([result.task_id for result in results])
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:

@@ -135,6 +135,8 @@ def _joined(before: JobView, job: JobView) -> JobView:
         failed=dict(failed),
         left_to_lease=before.left_to_lease + job.left_to_lease,
         detections=before.detections + job.detections,
+        truncated=before.truncated + job.truncated,
+        damaged=before.damaged + job.damaged,
         inference_s=before.inference_s + job.inference_s,
         peak_bytes=max(before.peak_bytes, job.peak_bytes),
     )

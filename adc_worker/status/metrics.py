@@ -26,6 +26,8 @@ _JOB_GAUGES = (
 _COUNTERS = (
     ("images_done", "done", "Images with a result."),
     ("images_failed", "failed", "Images with an error result."),
+    ("images_truncated", "truncated", "Images whose file ended early."),
+    ("images_damaged", "damaged", "Images whose file has damage inside."),
     ("tasks_left_to_lease", "left_to_lease", "Tasks given up knowingly."),
     ("detections", "detections", "Insects found."),
     ("inference_seconds", "inference_s", "Time spent in inference."),

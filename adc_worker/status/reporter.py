@@ -159,5 +159,7 @@ def _totals(view: JobView) -> dict[str, float]:
         "failed": view.n_failed,
         "left_to_lease": view.left_to_lease,
         "detections": view.detections,
+        "truncated": view.truncated,
+        "damaged": view.damaged,
         "inference_s": view.inference_s,
     }

@@ -31,6 +31,8 @@ class JobView:
 
     Attributes:
         failed: error results by cause.
+        truncated: of those done, images whose file ended early.
+        damaged: of those done, images in whose file the decoder found damage elsewhere than at its end.
         left_to_lease: tasks given up knowingly.
         in_hand: tasks fetched and without an outcome.
         pending: tasks that Antenna had not handed out to anybody at the last fetch.
@@ -52,6 +54,8 @@ class JobView:
     failed: Mapping[str, int] = field(default_factory=dict)
     left_to_lease: int = 0
     detections: int = 0
+    truncated: int = 0
+    damaged: int = 0
     in_hand: int = 0
     pending: int = 0
     images_per_s: float = 0.0

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import pytest
 from adc_worker.errors import ImageError, ImageTooLarge, ImageUnreadable, WorkerFault
 from adc_worker.host.memory import anonymous_bytes
 from adc_worker.ingest.arena import Arena, Region
-from adc_worker.ingest.decode import DecodeEngine, DecodeReport, ThreadEngine
+from adc_worker.ingest.decode import DecodeEngine, DecodeReport, ThreadEngine, decode
 from adc_worker.ingest.decode_processes import KILLS_MAX, ProcessEngine
 from adc_worker.ingest.header import ImageHeader, read_header
 from adc_worker.ingest.loader import build_dataloader
 from adc_worker.ingest.staging import StagedImage, StagedQueue
+from tests.support.damage import DAMAGES, SAMPLE_FILES
 from tests.support.images import by_pillow, encoded, header, jpeg, picture, staged, written
 from tests.support.plans import ingest_plan
 from tests.support.waiting import wait_until
@@ -186,6 +188,78 @@ def test_an_arena_of_another_size_is_followed(tmp_path: Path, desk: Desk) -> Non
         desk.arena.resize(3 * size_px[0] * size_px[1])
         for _process in range(WORKERS + 1):
             np.testing.assert_array_equal(desk.decoded(path)[0], by_pillow(data))
+
+
+def test_what_is_wrong_with_a_file_is_told_as_by_decode_threads(tmp_path: Path, desk: Desk) -> None:
+    """The report arrives whole, and so do the decoder's words where it gives up: every kind of file and of damage."""
+    dice = random.Random(1)  # noqa: S311 (no secret)
+    damaged = [(kind, damage(data, dice)) for kind, data in SAMPLE_FILES.items() for damage in DAMAGES.values()]
+    compared = 0
+    with ThreadPoolExecutor(1) as threads:
+        for kind, data in damaged:
+            path = written(tmp_path / "1.img", data)
+            try:
+                image_header = read_header(path, 1_000_000)
+            except ImageError:
+                continue
+            expected = np.zeros(image_header.shape, np.uint8)
+            by_thread: Future[DecodeReport] = threads.submit(decode, path, image_header, expected)
+            region, by_process = desk.submit(path, image_header)
+            assert _told(by_process) == _told(by_thread), kind
+            if by_thread.exception() is None:
+                np.testing.assert_array_equal(desk.arena.view(region, image_header.shape), expected)
+            desk.arena.free(region)
+            compared += 1
+    assert compared > len(damaged) // 2
+
+
+def _told(decoding: Future[DecodeReport]) -> DecodeReport | tuple[type[BaseException], str]:
+    error = decoding.exception(PATIENCE_S)
+    if error is not None:
+        return type(error), str(error)
+    return replace(decoding.result(), decode_s=0.0)
+
+
+# Whose answer it is
+
+
+def test_a_late_answer_is_never_taken_for_that_of_the_next_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names its image, and the process that it came from is replaced: it may still write."""
+    repeating = Path(__file__).parents[1] / "support" / "repeating_decoder"
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{repeating}")
+    desk = Desk(ProcessEngine, workers=1)
+    try:
+        good = written(tmp_path / "good.img", jpeg())
+        broken = written(tmp_path / "broken.img", jpeg()[:200] + bytes(50))
+        pids = list(desk.engine.pids)
+        for _process in pids:
+            desk.decoded(good)
+        _region, future = desk.submit(broken, header(97, 61))
+        with pytest.raises(WorkerFault, match=r"asked for .*broken\.img.* and answered .*good\.img"):
+            future.result(PATIENCE_S)
+        assert len(desk.engine.pids) == len(pids)
+        assert pids[0] not in desk.engine.pids
+        wait_until(lambda: _gone(pids[0]), PATIENCE_S)
+    finally:
+        desk.close()
+
+
+def test_a_region_too_small_for_its_image_is_not_written(tmp_path: Path, desk: Desk) -> None:
+    """What lies behind it belongs to another image."""
+    path = written(tmp_path / "1.img", jpeg())
+    image_header = read_header(path, 1 << 30)
+    region = desk.arena.allocate(2 * image_header.pixel_bytes)
+    assert region is not None
+    both = desk.arena.view(region, (2, *image_header.shape))
+    both[:] = 7
+    small = Region(region.offset, image_header.pixel_bytes - 1)
+    with pytest.raises(WorkerFault):
+        desk.engine.submit(path, image_header, small).result(PATIENCE_S)
+    assert (both == 7).all()
+    del both
+    desk.arena.free(region)
 
 
 # What they are

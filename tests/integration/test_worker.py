@@ -16,6 +16,7 @@ from adc_worker.desk.server import DevServer
 from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
+from tests.support.images import encoded
 from tests.support.waiting import wait_until
 from tests.support.workers import REPOSITORY, environment, run_to_end, worker
 
@@ -57,14 +58,20 @@ def test_every_task_of_a_job_is_acknowledged_exactly_once(
 
 
 def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
-    """Empty, HTML, missing and broken files are final errors; a truncated photograph is decoded as far as it goes."""
+    """Empty, HTML, missing and broken files are final errors; a damaged photograph is decoded and counted as such."""
     good = sheets[0]
-    names = ("empty.jpg", "page.jpg", "cut.jpg", "broken.jpg")
+    names = ("empty.jpg", "page.jpg", "cut.jpg", "lost.jpg", "given_up.jpg", "broken.jpg")
     for name in names:
         (tmp_path / name).write_bytes(good.read_bytes())
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0nothing")
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[: good.stat().st_size * 2 // 3])
+    middle = good.stat().st_size // 2
+    (tmp_path / "lost.jpg").write_bytes(good.read_bytes()[:middle] + good.read_bytes()[middle + 4096 :])
+    with Image.open(good) as image:
+        blank = encoded(Image.new("RGB", image.size, (215, 215, 215)), "JPEG", progressive=True)
+    given_up_at = len(blank) * 2 // 3
+    (tmp_path / "given_up.jpg").write_bytes(blank[:given_up_at] + blank[:600] + blank[given_up_at:])
     (tmp_path / "page.jpg").write_bytes(b"<html><body>Sign in</body></html>")
     files = [*(tmp_path / name for name in names), tmp_path / "missing.jpg", *sheets, *sheets]
     job_id = server.add_job("light_sheet_blobs", files)
@@ -77,9 +84,14 @@ def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets:
     assert "HTML" in str(told["page.jpg"])
     assert "404" in str(told["missing.jpg"])
     assert "broken" in str(told["broken.jpg"])
-    assert told["cut.jpg"] is None
-    assert job.failed == 4
-    assert log.events("job_summary")[0]["truncated"] == 1
+    assert "rows cannot be decoded" in str(told["given_up.jpg"])
+    assert told["cut.jpg"] is told["lost.jpg"] is None
+    assert job.failed == 5
+    summary = log.events("job_summary")[0]
+    assert (summary["truncated"], summary["damaged"]) == (1, 1)
+    damaged = {Path(event["url"]).name: event for event in log.events("image_file_damaged")}
+    assert "Corrupt JPEG data" in damaged["lost.jpg"]["decoder"]
+    assert damaged["cut.jpg"]["truncated"]
 
 
 def test_a_pipeline_from_outside_the_package_runs(server: DevServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,28 @@ def jpeg(width_px: int = SIZE_PX[0], height_px: int = SIZE_PX[1], seed: int = 0,
 def written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def run_length_bmp(image: Image.Image) -> bytes:
+    """Return a BMP of run lengths of a grey image (BI_RLE8, which Pillow reads and does not write)."""
+    rows = np.asarray(image)[::-1]
+    coded = bytearray()
+    for row in rows:
+        starts = np.flatnonzero(np.diff(row, prepend=int(row[0]) ^ 1))
+        ends = np.append(starts[1:], len(row))
+        for start, end in zip(starts, ends, strict=True):
+            whole, rest = divmod(int(end - start), 255)
+            coded += bytes([255, row[start]]) * whole
+            if rest:
+                coded += bytes([rest, row[start]])
+        coded += b"\0\0"  # end of row
+    coded += b"\0\1"  # end of image
+    palette = b"".join(bytes([level, level, level, 0]) for level in range(256))
+    pixels_at = 54 + len(palette)
+    file_header = b"BM" + struct.pack("<IHHI", pixels_at + len(coded), 0, 0, pixels_at)
+    size = (image.width, image.height)
+    information = struct.pack("<IiiHHIIiiII", 40, *size, 1, 8, 1, len(coded), 0, 0, 256, 0)
+    return file_header + information + palette + bytes(coded)
 
 
 def by_pillow(data: bytes) -> npt.NDArray[np.uint8]:

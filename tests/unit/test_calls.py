@@ -16,6 +16,7 @@ import torch
 
 from adc_worker.antenna.wire import Detection
 from adc_worker.errors import ImageError
+from adc_worker.ingest.decode import DecodeReport
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Pipeline, Scores
 from adc_worker.runtime.inference import infer_and_keep
 from adc_worker.runtime.outcomes import ImageResult
@@ -106,7 +107,7 @@ def test_crops_are_cut_and_halved_a_call_at_a_time() -> None:
 def test_the_image_that_failed_has_an_error_result_and_the_others_theirs() -> None:
     """As a batch of a job: the error is kept for that image alone."""
     staged: Any = [SimpleNamespace(id=number, task=task(number)) for number in range(1, 4)]
-    reports: Any = [SimpleNamespace(decode_s=0.1, truncated=False)] * 3
+    reports = [DecodeReport(0.1, truncated=False)] * 3
     kept: dict[int, str] = {}
 
     def succeed(results: Sequence[ImageResult]) -> None:

@@ -6,6 +6,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeReport, ScratchLedger, ThreadEngine, decode
 from adc_worker.ingest.header import ImageHeader, read_header, unreadable
-from tests.support.images import by_pillow, encoded, header, jpeg, picture, written
+from tests.support.damage import RARE_SAMPLING
+from tests.support.images import SIZE_PX, by_pillow, encoded, header, jpeg, picture, run_length_bmp, written
+from tests.support.jpeg_writer import sampled_jpeg
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAX_PIXELS = 10_000_000
 GUARD_BYTES = 4096
@@ -67,6 +70,13 @@ def _decoded(path: Path, image_header: ImageHeader | None = None) -> tuple[npt.N
         ("TIFF", "RGB", {"compression": "tiff_lzw"}),
         ("TIFF", "RGB", {"compression": "jpeg"}),
         ("TIFF", "L", {}),
+        ("GIF", "P", {"interlace": 0}),
+        ("GIF", "P", {"interlace": 1, "transparency": 3}),
+        ("GIF", "L", {}),
+        ("BMP", "RGB", {}),
+        ("BMP", "P", {}),
+        ("BMP", "1", {}),
+        ("BMP", "RGBA", {}),
         ("WEBP", "RGB", {}),
         ("WEBP", "RGBA", {"lossless": True}),
     ],
@@ -89,6 +99,79 @@ def test_a_phone_photograph_with_a_second_frame_shows_its_first(tmp_path: Path) 
     assert not report.truncated
 
 
+def test_a_bmp_of_run_lengths_shows_what_pillow_shows(tmp_path: Path) -> None:
+    """Pillow reads these and does not write them."""
+    data = run_length_bmp(picture(300, 200, mode="L"))
+    out, report = _decoded(written(tmp_path / "1.img", data))
+    np.testing.assert_array_equal(out, np.asarray(picture(300, 200, mode="L").convert("RGB")))
+    np.testing.assert_array_equal(out, by_pillow(data))
+    assert not report.truncated
+
+
+def test_an_animated_gif_shows_its_first_frame(tmp_path: Path) -> None:
+    """What follows the first picture is neither shown nor called damage."""
+    frames = [picture(mode="P", seed=seed) for seed in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=[100, 200, 300])
+    out, report = _decoded(written(tmp_path / "1.img", data))
+    np.testing.assert_array_equal(out, by_pillow(data))
+    assert not report.truncated
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "1"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_is_turned_as_pillow_turns_it(
+    tmp_path: Path, orientation: int, mode: str, compression: str | None
+) -> None:
+    """By its orientation tag: boxes refer to the photograph as today's worker and Antenna's crops see it."""
+    data = encoded(picture(mode=mode), "TIFF", compression=compression, tiffinfo={274: orientation})
+    path = written(tmp_path / "1.img", data)
+    expected = by_pillow(data)
+    read = read_header(path, MAX_PIXELS)
+    assert (read.height_px, read.width_px, 3) == expected.shape
+    out, report = _decoded(path)
+    np.testing.assert_array_equal(out, expected)
+    assert not report.truncated
+
+
+def test_a_tiff_of_sixteen_bits_is_turned_too(tmp_path: Path) -> None:
+    """And keeps its upper byte, which Pillow would not."""
+    image = picture(mode="I;16")
+    path = written(tmp_path / "1.img", encoded(image, "TIFF", tiffinfo={274: 6}))
+    out, _report = _decoded(path)
+    upper_bytes = (np.asarray(image) >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(out, np.repeat(np.rot90(upper_bytes, -1)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_a_tiff_that_tells_its_orientation_in_xmp_alone_is_turned(tmp_path: Path, *, big_endian: bool) -> None:
+    """Pillow looks there when the tag is missing."""
+    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(picture(), "TIFF", tiffinfo={700: packet}, big_tiff=big_endian)
+    out, _report = _decoded(written(tmp_path / "1.img", data))
+    expected = by_pillow(data)
+    assert expected.shape[:2] == (SIZE_PX[0], SIZE_PX[1])
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("odd", [0, 9, 255])
+def test_a_tiff_of_no_known_orientation_stays_as_it_is_stored(tmp_path: Path, odd: int) -> None:
+    """As with Pillow."""
+    data = encoded(picture(), "TIFF", tiffinfo={274: odd})
+    out, _report = _decoded(written(tmp_path / "1.img", data))
+    np.testing.assert_array_equal(out, by_pillow(data))
+
+
+def test_a_turned_tiff_that_ends_early_keeps_what_came_where_it_belongs(tmp_path: Path) -> None:
+    """The stored rows are columns of the turned picture."""
+    data = encoded(picture(), "TIFF", tiffinfo={274: 6}, strip_size=3000)
+    out, report = _decoded(written(tmp_path / "1.img", data[: len(data) * 6 // 10]))
+    assert report.truncated
+    expected = by_pillow(data)
+    np.testing.assert_array_equal(out[:, -30:], expected[:, -30:])
+    assert not out[:, 0].any()
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 def test_sixteen_bits_keep_their_upper_byte(tmp_path: Path, image_format: str) -> None:
     """Pillow would clip everything above 255 to white."""
@@ -97,13 +180,16 @@ def test_sixteen_bits_keep_their_upper_byte(tmp_path: Path, image_format: str) -
     np.testing.assert_array_equal(out, np.repeat((np.asarray(image) >> 8)[..., None], 3, axis=2))
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    """The rows are those of the file."""
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_not_applied_but_to_tiff(tmp_path: Path, image_format: str) -> None:
+    """The rows are those of the file, as with Pillow."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, rotated = jpeg(30, 20), jpeg(30, 20, exif=exif.tobytes())
+    plain = encoded(picture(30, 20), image_format)
+    rotated = encoded(picture(30, 20), image_format, exif=exif.tobytes())
     out, _report = _decoded(written(tmp_path / "1.img", rotated))
     np.testing.assert_array_equal(out, by_pillow(plain))
+    np.testing.assert_array_equal(out, by_pillow(rotated))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +306,9 @@ def test_any_damage_ends_as_pixels_or_as_an_unreadable_image(tmp_path: Path, ima
         ("PNG", "I;16", {"compress_level": 1}),
         ("TIFF", "RGB", {}),
         ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw", "tiffinfo": {274: 6}}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
         ("WEBP", "RGB", {"method": 0}),
     ],
 )
@@ -227,13 +316,45 @@ def test_a_decode_takes_no_more_memory_than_its_header_says(
     tmp_path: Path, image_format: str, mode: str, options: dict[str, Any]
 ) -> None:
     """Beside its output, and the compressed bytes that are charged elsewhere."""
-    path = written(tmp_path / "1.img", encoded(picture(2000, 1000, mode=mode), image_format, **options))
+    data = encoded(picture(2000, 1000, mode=mode), image_format, **options)
+    _assert_takes_what_its_header_says(written(tmp_path / "1.img", data))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(run_length_bmp, picture(2000, 1000, mode="L")),
+        partial(sampled_jpeg, 2000, 1000, RARE_SAMPLING),
+        partial(sampled_jpeg, 2000, 1000, RARE_SAMPLING, progressive=True),
+        partial(sampled_jpeg, 2000, 1000, RARE_SAMPLING, scan_per_component=True),
+        partial(sampled_jpeg, 2000, 1000, ((2, 2), (2, 2), (2, 2)), scan_per_component=True),
+        partial(encoded, Image.new("RGB", (2000, 1000)), "PNG"),  # all zeros: decoded twice
+    ],
+    ids=["run lengths", "3x1", "3x1 progressive", "3x1 in scans", "4:4:4 by other factors in scans", "black"],
+)
+def test_a_rare_kind_takes_no_more_memory_than_its_header_says(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    """Kinds that Pillow does not write, and those that take a second decode."""
+    _assert_takes_what_its_header_says(written(tmp_path / "1.img", make()))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_jpeg_takes_no_more_memory_than_a_whole_one(tmp_path: Path, *, progressive: bool) -> None:
+    """It is decoded twice, one after the other."""
+    data = encoded(picture(2000, 1000), "JPEG", progressive=progressive, restart_marker_rows=1)
+    middle = len(data) // 2
+    path = written(tmp_path / "1.img", data[:middle] + data[middle + 5000 :])
+    report = _assert_takes_what_its_header_says(path)
+    assert report.damaged
+
+
+def _assert_takes_what_its_header_says(path: Path) -> DecodeReport:
     image_header = read_header(path, MAX_PIXELS)
     out = np.ones(image_header.shape, dtype=np.uint8)
     gc.collect()
     memory = PeakResidentMemory()
-    decode(path, image_header, out)
+    report = decode(path, image_header, out)
     assert memory.growth_bytes() <= image_header.scratch_bytes + image_header.compressed_bytes + SLACK_BYTES
+    return report
 
 
 def test_the_engine_decodes_into_its_region_alone(tmp_path: Path) -> None:

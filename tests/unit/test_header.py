@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from adc_worker.errors import ImageTooLarge, ImageUnreadable
-from adc_worker.ingest.header import ImageHeader, read_header
+from adc_worker.ingest.header import FORMATS, ImageHeader, read_header
 from tests.support.images import SIZE_PX, bare_jpeg_header, encoded, header, jpeg, picture, written
+from tests.support.jpeg_writer import sampled_jpeg, segment
 
 MAX_PIXELS = 400_000_000
 
@@ -36,6 +37,9 @@ def _read(tmp_path: Path, data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHea
         ("TIFF", "RGB", {}, False),
         ("TIFF", "RGB", {"compression": "tiff_lzw"}, False),
         ("TIFF", "CMYK", {}, False),
+        ("GIF", "P", {}, False),
+        ("BMP", "RGB", {}, False),
+        ("BMP", "P", {}, False),
         ("WEBP", "RGB", {}, False),
         ("WEBP", "RGB", {"lossless": True}, False),
         ("WEBP", "RGBA", {}, False),
@@ -62,6 +66,52 @@ def test_halved_chroma_is_told_from_the_rest(tmp_path: Path, subsampling: int, *
     assert _read(tmp_path, jpeg(subsampling=subsampling)).chroma_halved == halved
 
 
+@pytest.mark.parametrize(
+    ("factors", "halved"),
+    [
+        (((2, 2), (1, 1), (1, 1)), True),
+        (((2, 2), (2, 2), (2, 2)), False),
+        (((2, 2), (1, 2), (1, 2)), False),
+        (((2, 2),), False),
+    ],
+)
+def test_halved_chroma_is_told_by_all_components(
+    tmp_path: Path, factors: tuple[tuple[int, int], ...], *, halved: bool
+) -> None:
+    """Of 4:4:4 written as 2x2 three times the decoder keeps twice as much as of 4:2:0."""
+    assert _read(tmp_path, sampled_jpeg(40, 30, factors)).chroma_halved == halved
+
+
+def test_scans_are_counted_up_to_the_end_of_the_picture(tmp_path: Path) -> None:
+    """Not those of previews in front of it, nor those of whatever lies behind it."""
+    data = jpeg(64, 48, progressive=True)
+    preview = segment(0xE5, b"PREVIEW\0" + jpeg(20, 20, progressive=True))
+    in_front = data[:2] + preview * 30 + data[2:]
+    behind = data + b"\xff\xda\0\x0c" * 1000
+    for whole in (in_front, behind):
+        assert _read(tmp_path, whole).buffered
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_more_scans_than_any_encoder_writes_are_refused(tmp_path: Path, *, progressive: bool) -> None:
+    """Each is a pass over the whole image; a file that is not progressive may repeat its scans, too."""
+    data = sampled_jpeg(64, 48, ((1, 1), (1, 1), (1, 1)), scan_per_component=True)
+    if progressive:
+        data = jpeg(64, 48, progressive=True)
+    last_scan = data.rindex(b"\xff\xda")
+    many = data[:-2] + data[last_scan:-2] * 1000 + data[-2:]
+    with pytest.raises(ImageUnreadable, match=r"a JPEG of 10\d\d scans, of which 100 are taken"):
+        _read(tmp_path, many)
+
+
+def test_more_segments_than_any_camera_writes_are_refused(tmp_path: Path) -> None:
+    """Following millions of empty ones would take seconds."""
+    data = jpeg()
+    many = data[:2] + segment(0xFE, b"") * 70_000 + data[2:]
+    with pytest.raises(ImageUnreadable, match="a JPEG of more than 65536 segments"):
+        _read(tmp_path, many)
+
+
 def test_a_phone_photograph_with_a_second_frame_is_a_jpeg(tmp_path: Path) -> None:
     """MPO is a JPEG with more pictures behind it: the fast decoder takes the first."""
     data = encoded(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
@@ -79,7 +129,8 @@ def test_a_phone_photograph_with_a_second_frame_is_a_jpeg(tmp_path: Path) -> Non
         (b"\x00" * 100, "not an image"),
         (b"\xff", "not an image"),
         (b"\xff\xd8\xff", "not an image"),
-        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "not an image"),
+        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "not an image|broken image header"),
+        (b"BM\x40\x00\x00\x00\x00\x00\x00\x00\x36\x00\x00\x00", "not an image|broken image header"),
         (b"\x89PNG\r\n\x1a\n", "not an image|broken image header"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR\x00\x00", "not an image|broken image header"),
         (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "not an image|broken image header"),
@@ -94,7 +145,7 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, data: bytes, messag
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("image_format", FORMATS)
 def test_a_header_cut_anywhere_is_read_or_called_unreadable(tmp_path: Path, image_format: str) -> None:
     """No other exception comes out of Pillow's plugins, however short the file."""
     data = encoded(picture(20, 10), image_format)
@@ -106,7 +157,7 @@ def test_a_header_cut_anywhere_is_read_or_called_unreadable(tmp_path: Path, imag
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("image_format", FORMATS)
 def test_a_header_with_any_bytes_damaged_is_read_or_refused(tmp_path: Path, image_format: str) -> None:
     """What a disk or a proxy does to bytes ends as a header or as an ImageError, never as anything else."""
     data = encoded(picture(20, 10), image_format)

@@ -26,10 +26,12 @@ class Outcomes:
     """Remembers what came of which image."""
 
     def __init__(self) -> None:
+        self.results: list[ImageResult] = []
         self.kept: dict[int, bytes] = {}
         self.failed: dict[int, str] = {}
 
     def succeed(self, results: Iterable[ImageResult]) -> None:
+        self.results += results
         self.kept |= {result.task_id: b"".join(result.parts) for result in results}
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
@@ -63,3 +65,14 @@ def test_scores_that_are_no_numbers_fail_their_image_alone(odd: float) -> None:
     assert outcomes.failed == dict.fromkeys((1, 2), "moths gave scores for it that are not finite numbers")
     assert stats.detections == 2
     assert not [body for body in outcomes.kept.values() if b"null" in body or b"NaN" in body]
+
+
+def test_what_was_wrong_with_a_file_stands_beside_its_result() -> None:
+    """Whole, cut short, damaged inside, or both: each image with its own."""
+    pipeline: Any = Pipeline([(0.5, 1.0)] * 4)
+    outcomes: Any = Outcomes()
+    images = [staged(number, Path(f"{number}.img"), header(4, 4)) for number in range(4)]
+    told = [(False, False), (True, False), (False, True), (True, True)]
+    reports = [DecodeReport(0.0, truncated, damaged) for truncated, damaged in told]
+    infer_and_keep(pipeline, torch.zeros(4, 4, 4, 3, dtype=torch.uint8), images, reports, outcomes)
+    assert [(result.truncated, result.damaged) for result in outcomes.results] == told

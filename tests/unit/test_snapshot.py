@@ -182,13 +182,14 @@ def test_memory_over_time_covers_the_whole_run_in_bounded_space() -> None:
 def test_a_job_in_several_turns_is_one_job() -> None:
     """Counts add up, the peak is the largest, the rate is over all of it."""
     hub = StatusHub(1, LEASE_S)
-    first = job(done=10, failed={"ImageMissing": 1}, peak_bytes=5, started_at=100.0, ended_at=110.0)
+    first = job(done=10, damaged=2, failed={"ImageMissing": 1}, peak_bytes=5, started_at=100.0, ended_at=110.0)
     assert hub.add(snapshot(job=first))
     assert not hub.add(snapshot(job=job(done=3)))
     second = replace(first, done=20, failed={"ImageMissing": 2}, peak_bytes=3, started_at=120.0, ended_at=133.0)
     assert hub.add(snapshot(job=second))
     (ended,) = hub.status().jobs
     assert (ended.done, ended.failed, ended.peak_bytes) == (30, {"ImageMissing": 3}, 5)
+    assert (ended.damaged, ended.truncated) == (4, 0)
     assert ended.images_per_s == pytest.approx(1.0)
 
 
