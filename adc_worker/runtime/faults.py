@@ -28,6 +28,9 @@ IMAGES_ALIKE = 5  # different images in a row that fail in the same words
 DECODER_AND_MODEL = "the decoder and the model of this worker"  # in a host's place, for images that came
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
 MACHINE_FAULT_S = 300.0
+# Whoever finds a part of the machine at fault tries it again within 20 s; what was not seen for longer than this was
+# over in between, also where nobody was there to say so.
+MACHINE_FAULT_SEEN_AGAIN_S = 60.0
 
 
 class Affected(Enum):
@@ -119,6 +122,7 @@ class Faults:
         self._lock = threading.Lock()
         self._streaks: dict[str, _Streak] = {}
         self._machine_since: dict[str, float] = {}
+        self._machine_seen_at: dict[str, float] = {}
 
     def image_failed(self, host: str, image_id: str, error: ImageError | LinkError) -> bool:
         """Count a failed download; True when the host, and not the image, is held at fault."""
@@ -163,7 +167,7 @@ class Faults:
         """Say how a part of the machine is.
 
         Raises:
-            WorkerFault: it has been at fault for five minutes.
+            WorkerFault: it has been at fault for five minutes, and was seen to be all the time.
         """
         with self._lock:
             if error is None:
@@ -171,6 +175,10 @@ class Faults:
                     _log.info("machine_fault_over", part=part)
                 return
             now = self._now()
+            seen_at = self._machine_seen_at.get(part, now)
+            if now - seen_at > MACHINE_FAULT_SEEN_AGAIN_S:
+                self._machine_since.pop(part, None)
+            self._machine_seen_at[part] = now
             new = part not in self._machine_since
             lasted_s = now - self._machine_since.setdefault(part, now)
         if new:
