@@ -196,9 +196,13 @@ def report_command(config: settings.Settings, output: Path) -> None:
     kept = boards.report_path(config.user_data_path)
     if not kept.is_file():
         raise click.ClickException(f"no job has ended yet with AMI_USER_DATA_PATH={config.user_data_path}")
-    latest = json.loads(kept.read_bytes())
+    try:
+        latest = json.loads(kept.read_bytes())
+        job_id = latest["jobs"][0]["id"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise click.ClickException(f"{kept} is damaged: remove it; the next job's end writes it anew") from error
     try:
         output.write_bytes(rendered_page(json.dumps({**latest, "saved": True}).encode()))
     except OSError as error:
         raise click.ClickException(f"cannot write {output}: {error.strerror}") from error
-    click.echo(f"job {latest['jobs'][0]['id']}: {output}")
+    click.echo(f"job {job_id}: {output}")

@@ -166,8 +166,14 @@ class HeldTask:
 class Journal:
     """The journal of one worker process; safe to use from several threads."""
 
-    def __init__(self, path: Path, patience: LockPatience | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        patience: LockPatience | None = None,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
         self._path = path
+        self._free_bytes = free_bytes
         self._patience = patience or LockPatience()
         self._lock = threading.RLock()
         self._calls = threading.local()  # whether this thread is in a method that is repeated
@@ -183,7 +189,7 @@ class Journal:
         self._db: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * shutil.disk_usage(path.parent).free))
+            self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * free_bytes(path.parent)))
             self._shared = file_system(path.parent) in NETWORK_FILE_SYSTEMS
             # Locks of other hosts may not show there: each host has slots of its own.
             self._first_slot = zlib.crc32(socket.gethostname().encode()) * _SLOTS_MAX if self._shared else 0
@@ -622,7 +628,7 @@ class Journal:
 
     def _disk_allows_fetching(self) -> bool:
         """Whether the disk has its reserve: below that results are kept still, which frees what their images take."""
-        free_bytes = shutil.disk_usage(self._path.parent).free
+        free_bytes = self._free_bytes(self._path.parent)
         if free_bytes >= RESERVE_BYTES:
             if self.shortage is not None:
                 _log.info("journal_disk_low_over", free_bytes=free_bytes)
@@ -1041,7 +1047,7 @@ class Journal:
                 ExitCode.JOURNAL_UNUSABLE,
             ) from error
         try:
-            aside, salvaged = recovery.exchange(self._path, self._open)
+            aside, salvaged = recovery.exchange(self._path, self._open, list(self._remembered.values()))
         except PermissionError as refused:
             raise WorkerFault(
                 f"the journal {self._path} is damaged ({error}), and cannot be set aside: {refused}; let this user"
@@ -1078,18 +1084,9 @@ class Journal:
                 if not has_result:
                     to_compute_again += row["result_bytes"] is not None
                     self._file.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
-                self._put_row(row if has_result else row | {"result_bytes": None})
+                recovery.put_task(self._file, row if has_result else row | {"result_bytes": None})
         if restored or to_compute_again:
             _log.warning("tasks_restored", from_memory=restored, results_to_compute_again=to_compute_again)
-
-    def _put_row(self, row: dict[str, Any]) -> None:
-        names = ", ".join(row)
-        marks = ", ".join("?" * len(row))
-        changes = ", ".join(f"{name} = excluded.{name}" for name in row)
-        self._file.execute(
-            f"INSERT INTO adc_task ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {changes}",  # noqa: S608 (our own names)
-            tuple(row.values()),
-        )
 
     def _try_lock(self, slot: int) -> int | None:
         fd = os.open(self._path.with_name(f"{self._path.stem}.{slot}.lock"), os.O_CREAT | os.O_RDWR, 0o600)

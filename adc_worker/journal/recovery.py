@@ -23,7 +23,7 @@ CHECK_MAX_S = 60.0
 _CHECK_STEPS = 100_000  # virtual machine instructions between two looks at the clock
 SET_ASIDE_MAX = 3
 SET_ASIDE_WITHIN_S = 3600.0
-_STAMP = "%Y%m%dT%H%M%S%fZ"
+_STAMP = "%Y%m%dT%H%M%S.%fZ"
 _SIDE_FILES = ("-wal", "-shm", "-journal")
 _SINGLE_READS_MAX = 100_000  # row numbers between two damaged pages that are tried one by one
 _BUSY_TIMEOUT_S = 5.0
@@ -161,18 +161,20 @@ def set_aside_lately(journal_path: Path) -> int:
     now = datetime.now(UTC)
     count = 0
     for path in damaged_files(journal_path):
-        with suppress(ValueError):  # an operator renamed it
-            at = datetime.strptime(path.stem.removeprefix(prefix), _STAMP).replace(tzinfo=UTC)
+        with suppress(ValueError, TypeError):  # an operator renamed it
+            at = datetime.fromisoformat(path.stem.removeprefix(prefix))
             age_s = (now - at).total_seconds()
             count += 0 <= age_s < SET_ASIDE_WITHIN_S
     return count
 
 
-def exchange(journal_path: Path, create: Callable[[Path], sqlite3.Connection]) -> tuple[Path, Salvaged]:
+def exchange(
+    journal_path: Path, create: Callable[[Path], sqlite3.Connection], remembered: Iterable[dict[str, Any]] = ()
+) -> tuple[Path, Salvaged]:
     """Set a damaged file aside and put one in its place that holds what could be read of it.
 
     The caller holds the `FileGuard` alone and has no connection to the file. `create` makes an empty journal.
-    Return where the damaged file is now.
+    `remembered` are rows of tasks that the caller knows better than the file. Return where the damaged file is now.
 
     A crash in between loses nothing: the new file gets its final name for the exchange only when it is complete, and
     `finish_exchange` goes on from there.
@@ -181,7 +183,7 @@ def exchange(journal_path: Path, create: Callable[[Path], sqlite3.Connection]) -
     for leftover in (incomplete, *_side_files(incomplete)):
         leftover.unlink(missing_ok=True)
     with closing(create(incomplete)) as fresh:
-        salvaged = _salvage(journal_path, fresh)
+        salvaged = _salvage(journal_path, fresh, remembered)
     incomplete.rename(_complete_path(journal_path))
     aside = finish_exchange(journal_path)
     assert aside is not None
@@ -222,7 +224,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _salvage(damaged: Path, fresh: sqlite3.Connection) -> Salvaged:
+def _salvage(damaged: Path, fresh: sqlite3.Connection, remembered: Iterable[dict[str, Any]]) -> Salvaged:
     salvaged = Salvaged()
     highest = 0
     # Not read-only: only so are a write-ahead log and an interrupted transaction taken into account.
@@ -237,6 +239,9 @@ def _salvage(damaged: Path, fresh: sqlite3.Connection) -> Salvaged:
                 if table not in {"adc_task", "adc_part", "adc_finished"}:
                     _copy(old, fresh, table, lambda _row: True)
             highest = max(highest, _copy(old, fresh, "adc_task", _is_sound_task))
+            for row in remembered:  # before the results, which are only taken over of tasks that are there
+                put_task(fresh, row)
+                highest = max(highest, row["id"])
             _copy(old, fresh, "adc_part", _is_sound_part)
             salvaged.results_lost = _drop_incomplete_results(fresh)
             # The number of a task is the name of its staged file: one that was used before must not come again.
@@ -256,6 +261,15 @@ def _salvage(damaged: Path, fresh: sqlite3.Connection) -> Salvaged:
     salvaged.results = _count(fresh, "SELECT count(*) FROM adc_task WHERE result_bytes NOT NULL")
     salvaged.accepted_results = _count(fresh, "SELECT count(*) FROM adc_finished")
     return salvaged
+
+
+def put_task(db: sqlite3.Connection, row: dict[str, Any]) -> None:
+    """Write a task's row, whether there is one or not; its result stays."""
+    names = ", ".join(row)
+    marks = ", ".join("?" * len(row))
+    changes = ", ".join(f"{name} = excluded.{name}" for name in row)
+    statement = f"INSERT INTO adc_task ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {changes}"  # noqa: S608 (our own names)
+    db.execute(statement, tuple(row.values()))
 
 
 def _count(db: sqlite3.Connection, query: str) -> int:

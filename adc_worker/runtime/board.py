@@ -21,7 +21,7 @@ import orjson
 
 from adc_worker import __version__
 from adc_worker.antenna.leases import HORIZON_SHARE
-from adc_worker.errors import ConfigurationError, WorkerFault
+from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault, os_error_may_pass
 from adc_worker.log import get_logger, recent_causes
 from adc_worker.runtime.snapshot import JobView, Snapshot, socket_address, socket_path
 
@@ -152,7 +152,10 @@ def listening(board: Board, folder: Path) -> Iterator[None]:
         path.chmod(0o600)
     except OSError as error:
         server.close()
-        raise ConfigurationError(f"AMI_USER_DATA_PATH: cannot create {path}: {error.strerror}") from error
+        problem = f"AMI_USER_DATA_PATH: cannot create {path}: {error.strerror}"
+        if os_error_may_pass(error):
+            raise WorkerFault(problem, ExitCode.MACHINE_FAULT) from error
+        raise ConfigurationError(problem) from error
     server.listen()
     thread = threading.Thread(target=_accept, args=(server, board, folder), name="status", daemon=True)
     thread.start()
