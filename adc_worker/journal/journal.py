@@ -807,13 +807,14 @@ class Journal:
         _write_slot(self._slot_fd, _SLOT_OPEN)
 
     def _open_checked(self, *, check: bool) -> None:
-        is_empty = self._path.exists() and self._path.stat().st_size == 0
-        with self._guard.shared():
-            if is_empty and self._was_written_before():
+        with self._guard.alone():  # nor is another worker about to make it
+            is_new = not self._path.exists()
+            if not is_new and self._was_written_before():
                 self._file_id = _identity(self._path)
-                raise DamageFound("the file is empty, and was not")
+                if recovery.version_of(self._path) == 0:
+                    raise DamageFound("what was written to it is gone")
             self._open_own()
-        if check and not is_empty:
+        if check and not is_new:
             try:
                 problem = recovery.find_damage(self._file)
             except TimeoutError as error:
@@ -832,7 +833,7 @@ class Journal:
             raise DamageFound(problem)
 
     def _was_written_before(self) -> bool:
-        """Whether an empty file was a journal: a slot says so, or a write-ahead log of it is there."""
+        """Whether the file was a journal before: a slot says so, or a write-ahead log is there."""
         log = self._path.with_name(f"{self._path.name}-wal")
         if log.exists() and log.stat().st_size > 0:
             return True
