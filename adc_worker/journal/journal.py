@@ -186,7 +186,7 @@ class Journal:
         self._remembered: dict[int, dict[str, Any]] = {}  # this slot's tasks as they were last written
         self._changed: set[int] = set()  # tasks that the transaction under way inserts, changes or removes
         self._file_id = (0, 0)  # device and inode of the file that is open
-        self._db: sqlite3.Connection | None = None
+        self._connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * free_bytes(path.parent)))
@@ -210,10 +210,10 @@ class Journal:
 
     def close(self) -> None:
         with self._lock:
-            clean = self._db is not None
+            clean = self._connection is not None
             try:
                 # An orderly end accuses nobody.
-                self._file.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (os.getpid(),))
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (os.getpid(),))
             except (sqlite3.Error, WorkerFault) as error:
                 clean = clean and condition_after(error) in {Condition.LOCKED, Condition.UNWRITABLE}
                 _log.warning("marks_left", error=str(error), effect="the images in hand run one by one at first")
@@ -262,7 +262,7 @@ class Journal:
         held = self.find(job_id, task)
         if held is None:
             return False
-        self._file.execute(
+        self._db.execute(
             "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, image_url = iif(url_erased, image_url, ?)"
             " WHERE id = ?",
             (task.reply_subject, now, task.image_url, held.id),
@@ -273,13 +273,13 @@ class Journal:
     def _insert(self, job_id: int, task: Task, now: float) -> None:
         delivery = parse_reply_subject(task.reply_subject)
         message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
-        cursor = self._file.execute(
+        cursor = self._db.execute(
             "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
         )
         query = "SELECT body, checksum FROM adc_finished WHERE job_id = ? AND image_id = ?"
-        for packed, checksum in self._file.execute(query, (job_id, task.image_id)).fetchall():
+        for packed, checksum in self._db.execute(query, (job_id, task.image_id)).fetchall():
             if checksum not in {None, finished_checksum(job_id, task.image_id, packed)}:
                 raise DamageFound(f"the accepted result of image {task.image_id} is not what was written")
             body = zlib.decompress(packed)
@@ -294,7 +294,7 @@ class Journal:
         if url == held.task.image_url:
             return
         erase = "UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ?"
-        self._write_loosely(lambda: self._file.execute(erase, (url, held.id)))
+        self._write_loosely(lambda: self._db.execute(erase, (url, held.id)))
 
     def _bury_earlier_streams(self, job_id: int, tasks: Sequence[Task]) -> None:
         """Within one stream sequence and time rise together: a lower sequence published later proves another stream."""
@@ -302,7 +302,7 @@ class Journal:
         if not found:
             return
         first = min(found, key=lambda delivery: delivery.stream_seq)
-        (dead_until,) = self._file.execute(
+        (dead_until,) = self._db.execute(
             "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job"
             " UNION ALL SELECT seq, published_ns FROM adc_finished WHERE job_id = :job AND reply_subject NOT NULL)"
             " WHERE seq >= :seq AND published_ns < :ns",
@@ -316,7 +316,7 @@ class Journal:
         arguments = (job_id, published_until_ns)
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
         self._finish({task_id: self._compressed(task_id) for task_id in dead})
-        self._file.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
+        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
         if dead:  # of a job that came to its end nothing is left
             _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
@@ -342,8 +342,8 @@ class Journal:
 
         def mark() -> None:
             if alone:
-                self._file.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (pid,))
-            self._file.executemany("UPDATE adc_task SET runner = ?, oom_kills = ? WHERE id = ?", marks)
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (pid,))
+            self._db.executemany("UPDATE adc_task SET runner = ?, oom_kills = ? WHERE id = ?", marks)
 
         self._write_loosely(mark)
 
@@ -354,27 +354,29 @@ class Journal:
         `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
         a process that ended while the kernel killed for want of memory, gets a strike.
         """
+        if not self._column("SELECT 1 FROM adc_task WHERE slot = ? AND runner NOT NULL LIMIT 1", self.slot):
+            return 0  # nothing to write, so that a program that holds the file does not hold up the start
         with self._writing():
             where = "slot = ? AND runner NOT NULL AND result_bytes IS NULL"
             query = f"SELECT id, runner, oom_kills FROM adc_task WHERE {where}"  # noqa: S608 (a literal)
-            in_work = self._file.execute(query, (self.slot,)).fetchall()
+            in_work = self._db.execute(query, (self.slot,)).fetchall()
             together = Counter(runner for _task_id, runner, _oom_kills in in_work)
             for task_id, runner, oom_kills_before in in_work:
                 cause = "out of memory" if oom_kills > oom_kills_before else ""
                 if died is not None and died[0] == runner:
                     cause = died[1]
-                self._file.execute(
+                self._db.execute(
                     "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?",
                     (cause if together[runner] == 1 else "", task_id),
                 )
-            self._file.execute("UPDATE adc_task SET runner = NULL WHERE slot = ?", (self.slot,))
+            self._db.execute("UPDATE adc_task SET runner = NULL WHERE slot = ?", (self.slot,))
         return len(in_work)
 
     @_resilient
     def pardon(self, task_ids: Iterable[int]) -> None:
         """Take the strikes of suspects back: they died of something else."""
         with self._writing():
-            self._file.executemany("UPDATE adc_task SET strikes = '' WHERE id = ?", [(number,) for number in task_ids])
+            self._db.executemany("UPDATE adc_task SET strikes = '' WHERE id = ?", [(number,) for number in task_ids])
 
     @_resilient
     def keep(self, results: Collection[tuple[int, Iterable[bytes]]]) -> int:
@@ -395,15 +397,15 @@ class Journal:
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
         if not self._column("SELECT id FROM adc_task WHERE id = ?", task_id):
             return 0  # its job was cancelled meanwhile
-        self._file.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
+        self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
         for number, part in enumerate(_coalesced(parts)):
-            self._file.execute(
+            self._db.execute(
                 "INSERT INTO adc_part (task_id, number, body, checksum) VALUES (?, ?, ?, ?)",
                 (task_id, number, part, part_checksum(task_id, number, part)),
             )
             size_bytes += len(part)
-        self._file.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
+        self._db.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
         return size_bytes
 
     @_resilient
@@ -421,17 +423,17 @@ class Journal:
     def _finish(self, bodies: dict[int, bytes | None]) -> None:
         for task_id, body in bodies.items():
             if body is not None:
-                self._file.execute(
+                self._db.execute(
                     "INSERT OR REPLACE INTO adc_finished"
                     " (job_id, image_id, reply_subject, seq, published_ns, body, checksum)"
                     " SELECT job_id, image_id, reply_subject, seq, published_ns, ?1,"
                     " adc_finished_checksum(job_id, image_id, ?1) FROM adc_task WHERE id = ?2",
                     (body, task_id),
                 )
-            self._file.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
+            self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
         while self._used_bytes() > self.most_bytes:
             oldest = "DELETE FROM adc_finished WHERE id IN (SELECT id FROM adc_finished ORDER BY id LIMIT 10)"
-            if not self._file.execute(oldest).rowcount:
+            if not self._db.execute(oldest).rowcount:
                 break
 
     def _used_bytes(self) -> int:
@@ -449,7 +451,7 @@ class Journal:
         columns = "image_id, reply_subject, body, checksum"
         query = f"SELECT {columns} FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"  # noqa: S608 (a literal)
         with self._lock:
-            row = self._file.execute(f"{query} ORDER BY id DESC LIMIT 1", (job_id,)).fetchone()
+            row = self._db.execute(f"{query} ORDER BY id DESC LIMIT 1", (job_id,)).fetchone()
         if row is None:
             return None
         image_id, reply_subject, packed, checksum = row
@@ -467,7 +469,7 @@ class Journal:
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
         delete = "DELETE FROM adc_finished WHERE job_id = ?"
-        self._write_loosely(lambda: self._file.execute(delete, (job_id,)))
+        self._write_loosely(lambda: self._db.execute(delete, (job_id,)))
 
     def contact_age_s(self, job_id: int) -> float:
         """Return how long ago Antenna last answered a fetch of this job's tasks."""
@@ -507,7 +509,7 @@ class Journal:
     def _part(self, task_id: int, number: int) -> bytes | None:
         query = "SELECT body, checksum FROM adc_part WHERE task_id = ? AND number = ?"
         with self._lock:
-            row = self._file.execute(query, (task_id, number)).fetchone()
+            row = self._db.execute(query, (task_id, number)).fetchone()
         if row is None:
             return None
         body, checksum = row
@@ -520,7 +522,7 @@ class Journal:
         """Remove tasks whose outcome nobody wants."""
         numbers = [(task_id,) for task_id in task_ids]
         delete = "DELETE FROM adc_task WHERE id = ?"
-        self._write_loosely(lambda: self._file.executemany(delete, numbers), task_ids)
+        self._write_loosely(lambda: self._db.executemany(delete, numbers), task_ids)
 
     @_resilient
     def give_up(self, task_id: int, reply_subject: str) -> None:
@@ -528,7 +530,7 @@ class Journal:
         where = "id = ? AND reply_subject = ?"
         found = self._column(f"SELECT id FROM adc_task WHERE {where}", task_id, reply_subject)  # noqa: S608 (a literal)
         delete = f"DELETE FROM adc_task WHERE {where}"  # noqa: S608 (a literal)
-        self._write_loosely(lambda: self._file.execute(delete, (task_id, reply_subject)), found)
+        self._write_loosely(lambda: self._db.execute(delete, (task_id, reply_subject)), found)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -561,15 +563,15 @@ class Journal:
         timeout_s = self._patience.wait_s
         if self._locked_since is not None:
             timeout_s = min(timeout_s, _KNOWN_LOCKED_TIMEOUT_S)
-        self._file.execute(f"PRAGMA busy_timeout={int(1000 * timeout_s)}")
-        self._file.execute("BEGIN IMMEDIATE")
+        self._db.execute(f"PRAGMA busy_timeout={int(1000 * timeout_s)}")
+        self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             rows = {task_id: self._row_of(task_id) for task_id in self._changed}
-            self._file.execute("COMMIT")
+            self._db.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):  # SQLite has rolled back by itself, or the error that is raised says why not
-                self._file.rollback()
+                self._db.rollback()
             raise
         finally:
             self._changed.clear()
@@ -605,14 +607,14 @@ class Journal:
         Where the file takes nothing, `fault` tells; tasks `to_forget` are out of sight, and removed once it does.
         """
         with self._lock:
-            self._file.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
             try:
                 with self._writing():
                     operation()
             except _NotTaken:
                 self._unwritten.update(dict.fromkeys(to_forget))
             finally:
-                self._file.execute("PRAGMA synchronous=FULL")
+                self._db.execute("PRAGMA synchronous=FULL")
 
     @_resilient
     def check_writable(self) -> bool:
@@ -647,12 +649,12 @@ class Journal:
 
     def _catch_up(self) -> None:
         with self._writing():
-            self._file.execute(f"PRAGMA user_version={len(_SCHEMA)}")  # or there may be nothing to write
+            self._db.execute(f"PRAGMA user_version={len(_SCHEMA)}")  # or there may be nothing to write
             for task_id, kept in self._unwritten.items():
                 if kept is not None:
                     self._keep(task_id, kept[1])
                 else:
-                    self._file.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
+                    self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
         self._unwritten.clear()
 
     def is_full(self) -> bool:
@@ -737,14 +739,14 @@ class Journal:
     def _column(self, query: str, *arguments: object) -> list[Any]:
         """Return the first column of what is asked for."""
         with self._lock:
-            return [row[0] for row in self._file.execute(query, arguments)]
+            return [row[0] for row in self._db.execute(query, arguments)]
 
     @_resilient
     def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
         """Return this slot's tasks; results and removals that the file did not take are seen, too."""
         query = f"SELECT * FROM adc_task WHERE slot = ? AND {where} ORDER BY id LIMIT ?"  # noqa: S608 (only this file's literals and integers)
         with self._lock:
-            cursor = self._file.cursor()
+            cursor = self._db.cursor()
             cursor.row_factory = sqlite3.Row
             rows = cursor.execute(query, (self.slot, *arguments, limit)).fetchall()
             return [self._held(row) for row in rows if self._unwritten.get(row["id"], row) is not None]
@@ -766,10 +768,10 @@ class Journal:
     # The file: opened, checked, exchanged
 
     @property
-    def _file(self) -> sqlite3.Connection:
-        if self._db is None:  # its damaged file could not be exchanged: the next start tries that again
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:  # its damaged file could not be exchanged: the next start tries that again
             raise WorkerFault(f"the journal {self._path} is not open any more")
-        return self._db
+        return self._connection
 
     def _cannot_open(self, error: OSError | sqlite3.Error) -> WorkerFault:
         """Return the fault: only what does not pass by itself may have the code that no supervisor restarts on."""
@@ -816,7 +818,7 @@ class Journal:
             self._open_own()
         if check and not is_new:
             try:
-                problem = recovery.find_damage(self._file)
+                problem = recovery.find_damage(self._db)
             except TimeoutError as error:
                 _log.warning("journal_check_broken_off", path=str(self._path), reason=str(error))
                 problem = None
@@ -828,7 +830,7 @@ class Journal:
 
     def _check_rows(self) -> None:
         """Check what takes no time to check: every start does."""
-        problem = recovery.find_wrong_row(self._file)
+        problem = recovery.find_wrong_row(self._db)
         if problem is not None:
             raise DamageFound(problem)
 
@@ -927,7 +929,7 @@ class Journal:
         return rows[0] if rows else None
 
     def _selected(self, query: str, *arguments: object) -> list[dict[str, Any]]:
-        cursor = self._file.cursor()
+        cursor = self._db.cursor()
         cursor.row_factory = sqlite3.Row
         return [dict(row) for row in cursor.execute(query, arguments)]
 
@@ -983,11 +985,11 @@ class Journal:
     def _is_damaged(self) -> bool:
         with self._lock:
             try:
-                if _tables_of_the_schema() - _tables_in(self._file):
+                if _tables_of_the_schema() - _tables_in(self._db):
                     return True
-                if recovery.find_wrong_row(self._file) is not None:
+                if recovery.find_wrong_row(self._db) is not None:
                     return True
-                return recovery.find_damage(self._file) is not None
+                return recovery.find_damage(self._db) is not None
             except (sqlite3.DatabaseError, TimeoutError) as error:
                 _log.warning("journal_check_failed", path=str(self._path), error=str(error))
                 return isinstance(error, sqlite3.Error) and condition_after(error) is Condition.DAMAGED
@@ -1017,13 +1019,13 @@ class Journal:
     def _open_own(self) -> None:
         _create(self._path)
         self._file_id = _identity(self._path)  # before it is read: what fails then is to be exchanged
-        self._db = self._open(self._path)
+        self._connection = self._open(self._path)
 
     def _close_file(self) -> None:
-        if self._db is not None:
+        if self._connection is not None:
             with suppress(sqlite3.Error):  # of a damaged file: it has nothing to lose here
-                self._db.close()
-            self._db = None
+                self._connection.close()
+            self._connection = None
 
     def _exchange(self, error: Exception) -> None:
         """Set the damaged file aside, and go on with one that has what could be read of it and what is remembered.
@@ -1077,15 +1079,15 @@ class Journal:
         with self._writing():
             present = {row["id"]: row for row in self._selected("SELECT * FROM adc_task WHERE slot = ?", self.slot)}
             forgotten = [(task_id,) for task_id in present if task_id not in self._remembered]
-            self._file.executemany("DELETE FROM adc_task WHERE id = ?", forgotten)
+            self._db.executemany("DELETE FROM adc_task WHERE id = ?", forgotten)
             for task_id, row in list(self._remembered.items()):
                 found = present.get(task_id)
                 restored += found is None
                 has_result = found is not None and found["result_bytes"] == row["result_bytes"]
                 if not has_result:
                     to_compute_again += row["result_bytes"] is not None
-                    self._file.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
-                recovery.put_task(self._file, row if has_result else row | {"result_bytes": None})
+                    self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
+                recovery.put_task(self._db, row if has_result else row | {"result_bytes": None})
         if restored or to_compute_again:
             _log.warning("tasks_restored", from_memory=restored, results_to_compute_again=to_compute_again)
 
@@ -1114,7 +1116,7 @@ class Journal:
                 continue
             try:
                 with self._writing():
-                    self._file.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
+                    self._db.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
             finally:
                 os.close(fd)
 

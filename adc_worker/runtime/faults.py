@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +80,11 @@ RULES = (  # the first that matches counts
         lambda error: isinstance(error, StagingFull) or (isinstance(error, OSError) and error.errno in _FULL),
         Affected.MACHINE,
         "free some space, or set AMI_STAGING_PATH or AMI_USER_DATA_PATH to another disk",
+    ),
+    Rule(
+        _is(sqlite3.OperationalError),
+        Affected.MACHINE,
+        "check the disk of the journal, and end whatever program holds the file (`fuser` names it)",
     ),
     Rule(_is(MemoryError), Affected.MACHINE, "find out what else takes the memory of this machine"),
     Rule(_is(OSError), Affected.MACHINE, "check the disks of this machine, and the rights on its folders"),
