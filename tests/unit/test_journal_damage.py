@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -487,3 +488,61 @@ def test_results_in_memory_are_bounded(path: Path) -> None:
             assert not journal.is_full()
             journal.keep([(second.id, [bytes(60_000_000)])])
             assert journal.is_full()
+
+
+# A worker of its own process: `keep N` keeps a large result of its task N; each command is answered with what it sees.
+_WORKER = """
+import sys
+from pathlib import Path
+from adc_worker.journal.journal import Journal
+from tests.support.fakes import task
+journal = Journal(Path(sys.argv[1]))
+first = int(sys.argv[2])
+held = journal.record(7, [task(number) for number in range(first, first + 10)])
+print('now', len(journal.unfinished(7)), journal.unposted_count(), flush=True)
+for line in sys.stdin:
+    journal.keep([(held[int(line.split()[1])].id, [bytes(2_000_000)])])
+    print('now', len(journal.unfinished(7)), journal.unposted_count(), flush=True)
+journal.close()
+"""
+
+
+@pytest.mark.parametrize("spoil", [_empty, _no_database, partial(damage_table, table="adc_task"), Path.unlink])
+def test_processes_that_share_a_damaged_journal_lose_nothing(path: Path, spoil: Callable[[Path], None]) -> None:
+    """SQLite removes logs by their name when a file is closed: never that of the file that took its place."""
+
+    def ask(process: subprocess.Popen[str], command: str) -> list[int]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if command:
+            process.stdin.write(command + "\n")
+            process.stdin.flush()
+        (line,) = islice((line for line in process.stdout if line.startswith("now ")), 1)  # beside its log
+        return [int(count) for count in line.split()[1:]]
+
+    with ExitStack() as running:
+        workers = [
+            running.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", _WORKER, str(path), str(first)],
+                    cwd=Path(__file__).parents[2],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for first in (1, 101)
+        ]
+        assert [ask(process, "") for process in workers] == [[10, 0], [10, 0]]
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        spoil(path)
+        assert [ask(process, "keep 0") for process in workers] == [[9, 1], [9, 1]]
+        assert [ask(process, "keep 1") for process in workers] == [[8, 2], [8, 2]]
+        assert Path(f"{path}-wal").exists()
+        for process in workers:
+            process.communicate(timeout=20)
+            assert process.returncode == 0
+    with closing(Journal(path)) as journal:
+        assert len(journal.unfinished(JOB_ID)) == 16
+        assert len(journal.unposted([], 9, ALL)) == 4
