@@ -61,7 +61,7 @@ class MemoryShare:
         self._write(size_bytes, busy, self._oom_kills())
 
     def _write(self, size_bytes: int, busy: bool, kills: int) -> None:
-        os.pwrite(self._fd, b"%20d %d %.4f %20d" % (size_bytes, busy, self.caution, kills), 0)
+        os.pwrite(self._fd, b"%20d %d %.4f %20d\n" % (size_bytes, busy, self.caution, kills), 0)
 
     def others(self) -> list[Claim]:
         """Return the claims of all other workers that are alive."""
@@ -83,7 +83,7 @@ class MemoryShare:
 
 def _left_by_predecessor(content: bytes) -> tuple[float, int]:
     """Return the caution and the count of kills in a slot; those of a first start where the slot is damaged."""
-    fields = content.split()
+    fields = content.partition(b"\n")[0].split()  # behind the line may stand what a damaged slot held
     try:
         caution, kills = float(fields[2]), int(fields[3])
     except (IndexError, ValueError):
