@@ -55,7 +55,7 @@ class ExitCode(IntEnum):
     MODEL_UNAVAILABLE = 3  # a pipeline named on the command line could not be loaded
     JOURNAL_UNUSABLE = 4  # the journal is from a newer version, may not be opened or set aside, or breaks repeatedly
     BACKGROUND_TASK_DIED = 5  # a thread that must live died; restart
-    MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; put it right first
+    MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; restart, best once it is put right
     GPU_FAULT = 7  # CUDA failed, and with it this process; restart
     HUNG = 8  # it held tasks and gave no sign of life; its parent ended and restarts it
     RECYCLE = 9  # AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB is reached; its parent starts another at once

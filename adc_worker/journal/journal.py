@@ -184,6 +184,7 @@ class Journal:
         self._unwritten: dict[int, tuple[int, Iterable[bytes]] | None] = {}
         self._contacts: dict[int, float] = {}
         self._remembered: dict[int, dict[str, Any]] = {}  # this slot's tasks as they were last written
+        self._remembers = False  # not before they were read once
         self._changed: set[int] = set()  # tasks that the transaction under way inserts, changes or removes
         self._file_id = (0, 0)  # device and inode of the file that is open
         self._connection: sqlite3.Connection | None = None
@@ -936,6 +937,7 @@ class Journal:
     def _remember_rows(self) -> None:
         rows = self._selected("SELECT * FROM adc_task WHERE slot = ?", self.slot)
         self._remembered = {row["id"]: row for row in rows}
+        self._remembers = True
 
     def repeat(self, operation: Callable[[], T]) -> T:
         """Return what an operation returns; repeat it where the file was damaged and replaced, or is held by others.
@@ -1039,7 +1041,10 @@ class Journal:
                 if not self._is_replaced() or not self._path.exists():
                     self._set_aside(error)
                 self._reopen()
-            self._restore_rows()
+            if self._remembers:
+                self._restore_rows()
+            else:  # at the start: what was read of the damaged file is all there is
+                self._remember_rows()
 
     def _set_aside(self, error: Exception) -> None:
         lately = recovery.set_aside_lately(self._path)

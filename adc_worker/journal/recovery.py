@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-# Measured on this project's journals: 2 GB take 3 s from the page cache and 20 s from a disk of 100 MB/s.
+# The check reads the whole file. Measured: 1 GB of results takes 0.5 s from the page cache, 1.6 s from a disk of 700
+# MB/s; so 2 GB from a disk of 100 MB/s take about 20 s.
 CHECK_MAX_S = 60.0
 _CHECK_STEPS = 100_000  # virtual machine instructions between two looks at the clock
 SET_ASIDE_MAX = 3

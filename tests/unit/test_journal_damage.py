@@ -28,6 +28,8 @@ from tests.support.waiting import wait_until
 PAGE_BYTES = 4096
 ALL = 1 << 40
 JOB_ID = 7
+TASKS_PER_PAGE = 30  # at most: a task takes about 150 bytes
+ROOTS = 2  # the schema, and the root of the tasks: without them there is no way to the others
 HASTY = LockPatience(wait_s=0.02, fault_s=0.2, end_s=0.4)
 
 
@@ -42,7 +44,7 @@ def body_of(image_id: str) -> bytes:
     return b'{"image":"%s","filler":"%s"}' % (image_id.encode(), filler.encode())
 
 
-def fill(path: Path, tasks: int = 30, kept: int = 4, accepted: int = 2) -> list[Task]:
+def fill(path: Path, tasks: int = 100, kept: int = 4, accepted: int = 2) -> list[Task]:
     """Make a journal as an orderly end leaves it; return its tasks, of which the first have a result."""
     journal = Journal(path)
     before = journal.record(JOB_ID, [task(number) for number in range(1001, 1001 + accepted)])
@@ -152,6 +154,7 @@ def sweep(folder: Path, sound: tuple[bytes, list[Task]], kind: Damage, ended: Ca
     """Damage each page in turn; return of how many the damage was noticed."""
     content, tasks = sound
     noticed = 0
+    costly = 0  # pages that cost more tasks than are on a page
     for number in range(len(content) // PAGE_BYTES):
         path = folder / str(number) / "adc_journal.db"
         path.parent.mkdir()
@@ -160,7 +163,9 @@ def sweep(folder: Path, sound: tuple[bytes, list[Task]], kind: Damage, ended: Ca
         path.write_bytes(content[:start] + kind(page, content) + content[start + PAGE_BYTES :])
         ended(path)
         with capture_logs() as said, closing(Journal(path)) as journal:
-            assert_nothing_is_wrong(journal, tasks)
+            found = assert_nothing_is_wrong(journal, tasks)
+            if found < len(tasks) - TASKS_PER_PAGE:
+                costly += 1
             (held,) = journal.record(8, [task(9999)])
             journal.keep([(held.id, [b"new"])])
         set_aside = damaged_files(path)
@@ -170,15 +175,15 @@ def sweep(folder: Path, sound: tuple[bytes, list[Task]], kind: Damage, ended: Ca
             assert [b"".join(journal.parts(one.id)) for one in journal.unposted([], 1000, ALL)][-1] == b"new"
         assert damaged_files(path) == set_aside, "a second start finds nothing"
         noticed += len(set_aside)
+    assert costly <= ROOTS, "of all other pages what is readable was read"
     return noticed
 
 
-@pytest.mark.parametrize("kind", [_zeros, _torn])
 def test_whatever_page_is_damaged_the_journal_works_and_no_row_is_wrong(
-    folder: Path, sound: tuple[bytes, list[Task]], kind: Damage
+    folder: Path, sound: tuple[bytes, list[Task]]
 ) -> None:
     """Each page in turn, though the last end was orderly: at most one file is set aside, and only once."""
-    assert sweep(folder, sound, kind, left_orderly) >= 8
+    assert sweep(folder, sound, _zeros, left_orderly) >= 8
 
 
 @pytest.mark.soak
@@ -187,7 +192,7 @@ def test_whatever_page_is_damaged_the_journal_works_and_no_row_is_wrong(
 def test_whatever_the_damage_no_row_is_wrong(folder: Path, kind: Damage, ended: Callable[[Path], None]) -> None:
     """The same with more kinds of damage, in a journal of more pages."""
     path = folder / "sound" / "adc_journal.db"
-    tasks = fill(path, tasks=60, kept=20)
+    tasks = fill(path, tasks=200, kept=20)
     assert sweep(folder, (path.read_bytes(), tasks), kind, ended) >= 8
 
 
@@ -288,10 +293,11 @@ def test_a_file_that_is_no_journal_any_more_is_set_aside_at_the_start(
     left_open(path)
     content = path.read_bytes()
     with capture_logs() as said, closing(Journal(path)) as journal:
-        assert_nothing_is_wrong(journal, tasks)
+        found = assert_nothing_is_wrong(journal, tasks)
         (line,) = [one for one in said if one["event"] == "journal_damaged"]
         (aside,) = damaged_files(path)
         assert line["log_level"] == "error"
+        assert line["tasks_read"] == found
         assert line["set_aside"] == str(aside)
         assert f"sqlite3 {aside} .recover" in line["do"]
         (new,) = journal.record(8, [task(5)])
