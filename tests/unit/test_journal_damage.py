@@ -196,10 +196,11 @@ def test_whatever_the_damage_no_row_is_wrong(folder: Path, kind: Damage, ended: 
     assert sweep(folder, (path.read_bytes(), tasks), kind, ended) >= 8
 
 
-def damage_table(path: Path, table: str) -> None:
+def damage_table(path: Path, table: str, *, checkpoint: bool = True) -> None:
     """Overwrite the page that a table begins with, as a disk does, behind the back of whoever has it open."""
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if checkpoint:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
     with path.open("r+b") as file:
         file.seek((root - 1) * PAGE_BYTES)
@@ -246,6 +247,37 @@ def test_a_result_that_is_lost_with_its_page_is_computed_again(path: Path) -> No
         assert [(one.id, b"".join(journal.parts(one.id))) for one in journal.unposted([], 9, ALL)] == [
             (whole.id, b"whole")
         ]
+
+
+def test_what_was_forgotten_does_not_come_back_from_a_damaged_file(path: Path) -> None:
+    """A lost log brings back rows that were removed: their subjects may acknowledge other images by now."""
+    with closing(Journal(path)) as journal:
+        forgotten, here = journal.record(JOB_ID, [task(1), task(2)])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        journal.forget([forgotten.id])
+        damage_table(path, "adc_task_image", checkpoint=False)
+        os.truncate(f"{path}-wal", 0)
+        journal.keep([(here.id, [noise(1, 9_000_000)])])
+        assert [one.id for one in journal.unposted([], 9, ALL)] == [here.id]
+        assert journal.unfinished(JOB_ID) == []
+    assert len(damaged_files(path)) == 1
+
+
+@pytest.mark.parametrize(("ended", "files"), [(left_open, 1), (left_orderly, 0)])
+def test_after_an_unclean_end_all_of_the_file_is_checked(path: Path, ended: Callable[[Path], None], files: int) -> None:
+    """Before anything is fetched; after an orderly one only what takes no time, and the rest when it is read."""
+    fill(path)
+    with closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_adc_part_1'").fetchone()
+    with path.open("r+b") as file:
+        file.seek((root - 1) * PAGE_BYTES)
+        file.write(noise(2, PAGE_BYTES))
+    ended(path)
+    journal = Journal(path)
+    set_aside = len(damaged_files(path))
+    journal.close()
+    assert set_aside == files
 
 
 def _empty(path: Path) -> None:
