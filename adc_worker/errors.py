@@ -25,7 +25,30 @@ AdcError
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
+
+# What the operating system says about a path that stays so until somebody changes a setting, a name or the rights on
+# it. Everything else may pass by itself or with the machine's repair: a full disk or quota, a network file system that
+# is away (ESTALE), a disk that fails or was mounted read-only for that (EIO, EROFS), files or memory that ran out.
+_LASTING_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }
+)
+
+
+def os_error_may_pass(error: OSError) -> bool:
+    """Whether waiting may help, so that no exit code may be used which keeps a supervisor from restarting."""
+    return error.errno is not None and error.errno not in _LASTING_ERRNOS
 
 
 class ExitCode(IntEnum):
@@ -35,9 +58,9 @@ class ExitCode(IntEnum):
     FAILED = 1  # an unexpected error; restart
     CONFIGURATION = 2  # a setting is missing or wrong; a restart does not help
     MODEL_UNAVAILABLE = 3  # a pipeline named on the command line could not be loaded
-    JOURNAL_UNUSABLE = 4  # the journal is from a newer version, or cannot be opened
+    JOURNAL_UNUSABLE = 4  # the journal is from a newer version, may not be opened or set aside, or breaks repeatedly
     BACKGROUND_TASK_DIED = 5  # a thread that must live died; restart
-    MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; put it right first
+    MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; restart, best once it is put right
     GPU_FAULT = 7  # CUDA failed, and with it this process; restart
     HUNG = 8  # it held tasks and gave no sign of life; its parent ended and restarts it
     RECYCLE = 9  # AMI_WORKER_MAX_JOBS or AMI_WORKER_MAX_RSS_MB is reached; its parent starts another at once

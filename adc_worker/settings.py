@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from adc_worker.errors import ConfigurationError
+from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault, os_error_may_pass
 from adc_worker.redaction import redact
 
 ENV_PREFIX = "AMI_"
@@ -219,6 +219,9 @@ class Settings(BaseSettings):
                 path = Path(file.get_secret_value()).expanduser()
                 token = path.read_text(encoding="utf-8", errors="replace").strip()
             except OSError as error:
+                if os_error_may_pass(error):  # no errors that name the file: it may be the token by mistake
+                    problem = f"{name}: the file it names cannot be read now: {error.strerror}"
+                    raise WorkerFault(problem, ExitCode.MACHINE_FAULT) from None
                 problem = f"{name}: cannot read the file it names: {error.strerror}; it takes a path, not the token"
                 raise ConfigurationError(problem) from None
             if not token:
@@ -282,6 +285,8 @@ def load(env_file: Path | None = None) -> Settings:
         raise ConfigurationError(f"{name}: {first['msg']}{shown}") from None
     except (OSError, UnicodeError) as error:
         read = " or ".join(str(file) for file in _env_files(env_file) if file.exists())
+        if isinstance(error, OSError) and os_error_may_pass(error):
+            raise WorkerFault(f"{read} cannot be read now: {error}", ExitCode.MACHINE_FAULT) from None
         raise ConfigurationError(f"{read} cannot be read: {error}") from None
 
 

@@ -41,11 +41,16 @@ def report_command(config: settings.Settings, output: Path) -> None:
     if not kept.is_file():
         problem = f"no job has ended yet with AMI_USER_DATA_PATH={config.user_data_path}"
         raise click.ClickException(problem)
-    status = json.loads(kept.read_bytes())
+    try:
+        status = json.loads(kept.read_bytes())
+        job_id = status["jobs"][0]["id"]
+    except (ValueError, LookupError, TypeError) as error:
+        problem = f"{kept} is damaged: remove it; the next job's end writes it anew"
+        raise click.ClickException(problem) from error
     status["saved"] = True  # tells the page that nothing will change
     page = rendered_page(json.dumps(status).encode())
     try:
         output.write_bytes(page)
     except OSError as error:
         raise click.ClickException(f"cannot write {output}: {error.strerror}") from error
-    click.echo(f"job {status['jobs'][0]['id']}: {output}")
+    click.echo(f"job {job_id}: {output}")

@@ -51,8 +51,7 @@ class MemoryShare:
             if _locks(self._fd, fcntl.LOCK_EX):
                 break
             os.close(self._fd)
-        left = os.pread(self._fd, _SLOT_BYTES, 0).split()
-        caution, kills = (float(left[2]), int(left[3])) if len(left) == _SLOT_FIELDS else (1.0, _ENDED)
+        caution, kills = _left_by_predecessor(os.pread(self._fd, _SLOT_BYTES, 0))
         self.after_kill = kills != _ENDED and self._oom_kills() > kills
         self.caution = max(CAUTION_MIN, caution * CAUTION_STEP) if self.after_kill else caution
         self.claim(0, busy=False)
@@ -62,7 +61,7 @@ class MemoryShare:
         self._write(size_bytes, busy, self._oom_kills())
 
     def _write(self, size_bytes: int, busy: bool, kills: int) -> None:
-        os.pwrite(self._fd, b"%20d %d %.4f %20d" % (size_bytes, busy, self.caution, kills), 0)
+        os.pwrite(self._fd, b"%20d %d %.4f %20d\n" % (size_bytes, busy, self.caution, kills), 0)
 
     def others(self) -> list[Claim]:
         """Return the claims of all other workers that are alive."""
@@ -70,8 +69,7 @@ class MemoryShare:
         for slot in self._slots.iterdir():
             with slot.open("rb") as file:
                 if slot != self._own and not _locks(file.fileno(), fcntl.LOCK_SH):
-                    size, busy = file.read().split()[:2] or (0, 0)
-                    claims.append(Claim(int(size), bool(int(busy))))
+                    claims.append(_claim_in(file.read(_SLOT_BYTES)))
         return claims
 
     def recover(self) -> None:
@@ -81,6 +79,28 @@ class MemoryShare:
     def close(self) -> None:
         self._write(0, False, _ENDED)
         os.close(self._fd)
+
+
+def _left_by_predecessor(content: bytes) -> tuple[float, int]:
+    """Return the caution and the count of kills in a slot; those of a first start where the slot is damaged."""
+    fields = content.partition(b"\n")[0].split()  # behind the line may stand what a damaged slot held
+    try:
+        caution, kills = float(fields[2]), int(fields[3])
+    except (IndexError, ValueError):
+        return 1.0, _ENDED
+    if len(fields) != _SLOT_FIELDS or not CAUTION_MIN <= caution <= 1.0:
+        return 1.0, _ENDED
+    return caution, kills
+
+
+def _claim_in(content: bytes) -> Claim:
+    """Return what a worker claims; nothing where its slot is damaged, until it claims anew."""
+    fields = content.split()
+    try:
+        size_bytes, busy = int(fields[0]), bool(int(fields[1]))
+    except (IndexError, ValueError):
+        return Claim(0, busy=False)
+    return Claim(max(0, size_bytes), busy)
 
 
 def _locks(fd: int, kind: int) -> bool:

@@ -22,6 +22,7 @@ from adc_worker.errors import (
     NotAnImage,
     StagedFileLost,
     StagingFull,
+    os_error_may_pass,
 )
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
@@ -111,6 +112,8 @@ class StagingArea:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             anybody_writes = folder.stat().st_mode & stat.S_IWOTH
         except OSError as error:
+            if os_error_may_pass(error):
+                raise
             raise ConfigurationError(
                 f"AMI_STAGING_PATH (or AMI_USER_DATA_PATH): cannot use {folder}: {error.strerror}"
             ) from error

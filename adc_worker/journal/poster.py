@@ -237,7 +237,7 @@ class Poster:
             with self._changed:
                 self._endings[job_id] = _Ending(0.0)
             raise AntennaUnavailable(f"job {job_id} is {status}: nothing is posted to it")
-        if self._draining or self._journal.fault:
+        if self._draining or not self._journal.check_writable():
             return True  # nothing is fetched
         self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
         return False

@@ -57,10 +57,10 @@ class WeightStore:
     def record(self, url: str) -> dict[str, Any]:
         """Return what was noted of a fetch: url, version (ETag), and of a complete one size_bytes and sha256."""
         try:
-            noted: dict[str, Any] = json.loads(self._note(url).read_bytes())
-        except (FileNotFoundError, json.JSONDecodeError):  # never fetched by us, or cut short by a crash
+            noted = json.loads(self._note(url).read_bytes())
+        except (FileNotFoundError, ValueError):  # never fetched by us, cut short by a crash, or damaged
             return {}
-        return noted
+        return noted if isinstance(noted, dict) else {}
 
     def ensure(self, url: str) -> Path:
         """Return the file of a URL, and fetch it first if it is not here; raises WorkerFault naming both."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from adc_worker.log import get_logger
 _log = get_logger(__name__)
 
 MACHINE_FAULT_S = 300.0
+# Whoever finds a part of the machine at fault tries it again within 20 s; what was not seen for longer than this was
+# over in between, also where nobody was there to say so.
+MACHINE_FAULT_SEEN_AGAIN_S = 60.0
 
 
 class Affected(Enum):
@@ -71,6 +75,11 @@ RULES = (  # the first that matches counts
         Affected.MACHINE,
         "free some space, or set AMI_STAGING_PATH or AMI_USER_DATA_PATH to another disk",
     ),
+    Rule(
+        _is(sqlite3.OperationalError),
+        Affected.MACHINE,
+        "check the disk of the journal, and end whatever program holds the file (`fuser` names it)",
+    ),
     Rule(_is(MemoryError), Affected.MACHINE, "find out what else takes the memory of this machine"),
     Rule(_is(OSError), Affected.MACHINE, "check the disks of this machine, and the rights on its folders"),
 )
@@ -100,12 +109,13 @@ class Faults:
         self._now = now
         self._lock = threading.Lock()
         self._machine_since: dict[str, float] = {}
+        self._machine_seen_at: dict[str, float] = {}
 
     def watch(self, part: str, error: BaseException | None) -> None:
         """Say how a part of the machine is.
 
         Raises:
-            WorkerFault: it has been at fault for five minutes.
+            WorkerFault: it has been at fault for five minutes, and was seen to be all the time.
         """
         with self._lock:
             if error is None:
@@ -113,6 +123,10 @@ class Faults:
                     _log.info("machine_fault_over", part=part)
                 return
             now = self._now()
+            seen_at = self._machine_seen_at.get(part, now)
+            if now - seen_at > MACHINE_FAULT_SEEN_AGAIN_S:
+                self._machine_since.pop(part, None)
+            self._machine_seen_at[part] = now
             new = part not in self._machine_since
             lasted_s = now - self._machine_since.setdefault(part, now)
         if new:

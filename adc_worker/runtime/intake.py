@@ -291,8 +291,7 @@ class Intake:
         try:
             self._fetch.begin_turn(self.wake)
             while not self._finished():
-                journal_fault = self._journal.fault
-                self._faults.watch("journal", OSError(journal_fault) if journal_fault else None)
+                self._watch_journal()
                 self._heed_turn()
                 due_in_s = self._take_due()
                 self._start_downloads()
@@ -303,6 +302,14 @@ class Intake:
         finally:
             self.staged.end()
             self._fetch.end_turn(FETCH_GRACE_S)
+
+    def _watch_journal(self) -> None:
+        """Say how the journal is; a disk that is low is no fault while work in hand may free it."""
+        fault = self._journal.fault
+        self._faults.watch("journal", OSError(fault) if fault else None)
+        shortage = self._journal.shortage
+        idle_for_want_of_space = shortage is not None and self._in_hand == 0
+        self._faults.watch("disk of the journal", StagingFull(shortage) if idle_for_want_of_space else None)
 
     def _heed_turn(self) -> None:
         over_s = time.monotonic() - self._over_since if self._over_since is not None else 0.0

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
 import json
 import os
 import socket
+import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -28,17 +33,20 @@ from adc_worker.errors import (
     ConfigurationError,
     ExitCode,
     WorkerFault,
+    os_error_may_pass,
 )
 from adc_worker.host.memory import anonymous_bytes, memory_limit, oom_kills
 from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
+from adc_worker.journal.condition import may_pass
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.planning.policy import IngestPolicy
+from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
@@ -52,6 +60,9 @@ _log = log.get_logger(__name__)
 
 _COMMAND_BYTES = 4096
 IDLE_CHECK_S = 0.5
+START_RETRY_FIRST_S, START_RETRY_MAX_S = 0.5, 20.0
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -74,6 +85,33 @@ class Stop:
                 self.flushing.set()
         # The parent is gone. Usually the kernel has ended us by now; the journal has everything.
         os._exit(ExitCode.FAILED)
+
+
+class StoppedWhileWaiting(Exception):
+    """The parent asked to stop while the machine was not ready for a start."""
+
+
+def wait_for_machine(part: str, action: Callable[[], T], stopping: threading.Event, faults: Faults) -> T:
+    """Return what an action of the start returns; where this machine does not allow it now, try again and again.
+
+    Raises:
+        WorkerFault: it did not for five minutes, or what is wrong does not pass by itself.
+        StoppedWhileWaiting: that was asked for meanwhile.
+    """
+    pause_s = START_RETRY_FIRST_S
+    while True:
+        try:
+            result = action()
+        except (OSError, sqlite3.Error, WorkerFault) as error:
+            if not may_pass(error):
+                raise
+            faults.watch(part, error)
+        else:
+            faults.watch(part, None)
+            return result
+        if stopping.wait(pause_s):
+            raise StoppedWhileWaiting(part)
+        pause_s = min(2 * pause_s, START_RETRY_MAX_S)
 
 
 class WorkerLoop:
@@ -240,13 +278,23 @@ class WorkerLoop:
 
 
 def make_data_folder(config: Settings) -> None:
-    """Make AMI_USER_DATA_PATH unless it is there; raises ConfigurationError where nothing can be kept in it."""
+    """Make AMI_USER_DATA_PATH unless it is there.
+
+    Raises:
+        ConfigurationError: a setting or the rights on the folder have to be changed.
+        OSError: nothing can be kept there now, and that may pass.
+    """
     folder = config.user_data_path
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
+        if os_error_may_pass(error):
+            raise
         raise ConfigurationError(f"AMI_USER_DATA_PATH: cannot create {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
+        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        if is_read_only and config.journal_path.exists():  # it was written once: the kernel gives a failing disk up so
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
         raise ConfigurationError(
             f"AMI_USER_DATA_PATH: this user cannot write to {folder}: change its owner, or name another"
         )
@@ -271,8 +319,18 @@ def run(
 
     `died` is the process before this one, where its death was of its own making: its pid, and how.
     """
-    make_data_folder(config)
-    journal = Journal(config.journal_path)
+    faults = Faults()
+
+    def open_journal() -> Journal:
+        make_data_folder(config)
+        return Journal(config.journal_path)
+
+    try:
+        journal = wait_for_machine("journal", open_journal, stop.draining, faults)
+        accuse = partial(journal.accuse, died, oom_kills())
+        suspects = wait_for_machine("journal", accuse, stop.draining, faults)
+    except StoppedWhileWaiting:
+        return ExitCode.OK
     with (
         image_client(config) as images,
         AntennaClient(config.antenna_api_base_url, config.token, client_info=_client_info(journal.slot)) as client,
@@ -283,7 +341,6 @@ def run(
         folder = config.effective_staging_path
         owner = journal.owner_in(folder)
         staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
-        suspects = journal.accuse(died, oom_kills())
         swept = staging.sweep(journal.unfinished_ids)
         _log.info(
             "journal_open",
@@ -328,6 +385,7 @@ def run(
             pids=pids,
             reporter=reporter,
             share=share,
+            faults=faults,
         )
         log_it, threading.excepthook = threading.excepthook, context.died.append
         try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adc_worker.errors import ConfigurationError, WorkerFault
+from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault, os_error_may_pass
 from adc_worker.log import get_logger
 from adc_worker.status.hub import StatusHub
 from adc_worker.status.paths import report_path, socket_address, socket_path
@@ -60,6 +60,8 @@ def _bind(path: Path) -> socket.socket:
     except OSError as error:
         server.close()
         problem = f"AMI_USER_DATA_PATH: cannot create {path}: {error.strerror}"
+        if os_error_may_pass(error):
+            raise WorkerFault(problem, ExitCode.MACHINE_FAULT) from error
         raise ConfigurationError(problem) from error
     server.listen()
     return server

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -159,20 +162,101 @@ def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk
     assert set(job.deliveries.values()) == {1}
 
 
-@pytest.mark.soak
-def test_a_worker_on_a_disk_without_space_says_so_and_runs_once_there_is_some(desk: Desk, small_disk: Path) -> None:
-    """At start, too, a full disk is no fault of an image."""
+def test_a_worker_that_starts_on_a_full_disk_says_so_and_goes_on_once_there_is_space(
+    desk: Desk, small_disk: Path
+) -> None:
+    """A full disk passes: neither the first start nor a restart of the child ends the worker for good."""
     (small_disk / "data").mkdir()
     job_id = desk.add_job(4)
     env = desk.environment({"AMI_USER_DATA_PATH": str(small_disk / "data")})
     filler = _fill(small_disk)
-    code, running = run_to_end(env, "--exit-when-idle")
-    assert code == ExitCode.JOURNAL_UNUSABLE
-    assert "adc_journal.db cannot be opened" in running.events("worker_fault")[0]["error"]
-    filler.unlink()
-    code, _log = run_to_end(env, "--exit-when-idle")
-    assert code == ExitCode.OK
+    with worker(env, "--exit-when-idle") as running:
+        line = running.wait_for("machine_fault")
+        assert "cannot be opened" in line["error"]
+        assert line["do"]
+        filler.unlink()
+        assert running.wait() == ExitCode.OK
+    assert not running.events("child_ended")
     desk.done(job_id)
+
+
+def test_a_program_that_holds_the_journal_for_a_while_costs_nothing(desk: Desk) -> None:
+    """A backup or an SQLite shell: the worker waits and says so, and may also start meanwhile."""
+    first = desk.add_job(60)
+    env = desk.environment({"COUNTING_SECONDS": "0.05"})
+    journal = Path(env["AMI_USER_DATA_PATH"]) / "adc_journal.db"
+    with ExitStack() as held, worker(env) as running:
+        wait_until(lambda: desk.inferred.total() >= 5, timeout_s=90)
+        other = held.enter_context(closing(sqlite3.connect(journal, isolation_level=None)))
+        other.execute("BEGIN IMMEDIATE")
+        assert "end the program" in running.wait_for("journal_locked")["do"]
+        other.execute("ROLLBACK")
+        running.wait_for("journal_unlocked")
+        job = desk.done(first)
+        other.execute("BEGIN IMMEDIATE")
+        os.kill(running.child_pid(), signal.SIGKILL)
+        running.wait_for("journal_open", count=2)
+        other.execute("ROLLBACK")
+    assert not running.events("machine_fault")
+    assert set(job.deliveries.values()) == {1}
+    assert set(desk.inferred.values()) == {1}
+
+
+def test_a_journal_that_is_damaged_while_the_worker_runs_costs_no_task(desk: Desk) -> None:
+    """It is set aside and made anew beside the running job: one line, no restart, no second delivery or inference."""
+    job_id = desk.add_job(60)
+    env = desk.environment({"COUNTING_SECONDS": "0.05"})
+    journal = Path(env["AMI_USER_DATA_PATH"]) / "adc_journal.db"
+    with worker(env) as running:
+        wait_until(lambda: desk.inferred.total() >= 5, timeout_s=90)
+        os.truncate(journal, 0)
+        for side_file in (f"{journal}-wal", f"{journal}-shm"):
+            Path(side_file).unlink(missing_ok=True)
+        journal.unlink()
+        journal.write_bytes(b"holiday photographs " * 1000)
+        line = running.wait_for("journal_damaged")
+        assert Path(line["set_aside"]).is_file()
+        job = desk.done(job_id)
+    assert not running.events("child_ended")
+    assert set(job.deliveries.values()) == {1}
+    assert set(desk.inferred.values()) == {1}
+
+
+def test_a_damaged_journal_is_set_aside_at_the_start(desk: Desk) -> None:
+    """Once, and no delivery is spent on it."""
+    env = desk.environment()
+    journal = Path(env["AMI_USER_DATA_PATH"]) / "adc_journal.db"
+    journal.parent.mkdir()
+    journal.write_bytes(b"holiday photographs " * 1000)
+    job_id = desk.add_job(10)
+    with worker(env) as running:
+        job = desk.done(job_id)
+    assert len(running.events("journal_damaged")) == 1
+    assert not running.events("child_ended")
+    assert set(job.deliveries.values()) == {1}
+
+
+def test_below_the_reserve_for_fetching_what_is_staged_is_worked_off(desk: Desk, small_disk: Path) -> None:
+    """Which frees the disk: results are kept and posted, and only fetching waits."""
+    data = small_disk / "data"
+    desk.switch("hold", on=True)
+    job_id = desk.add_job(30, size_px=64)
+    env = desk.environment({"AMI_USER_DATA_PATH": str(data), "AMI_ANTENNA_API_BATCH_SIZE": "8"})
+    with worker(env) as running:
+        wait_until(lambda: len(list((data / "staging").glob("*.img"))) >= 4, timeout_s=90)
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 5_000_000))
+        running.wait_for("journal_disk_low")
+        fetches = desk.gate.requests["POST tasks"]
+        staged = len(list((data / "staging").glob("*.img")))
+        desk.switch("hold", on=False)
+        wait_until(lambda: desk.antenna.job(job_id).processed >= staged, timeout_s=60)
+        assert desk.gate.requests["POST tasks"] <= fetches + 1, "one may have been under way"
+        assert running.wait_for("machine_fault")["part"] == "disk of the journal", "nothing is left that could free it"
+        filler.unlink()
+        job = desk.done(job_id)
+    assert not running.events("child_ended")
+    assert set(job.deliveries.values()) == {1}
 
 
 @pytest.mark.soak

@@ -190,3 +190,13 @@ def test_labels_are_in_the_order_of_their_indices(tmp_path: Path) -> None:
     path = tmp_path / "labels.json"
     path.write_text('{"b": 1, "a": 2, "c": 0}')
     assert read_labels(path) == ("c", "b", "a")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"version": ', b"\xff\xfe\x00", b"[]", b"7", bytes(100)])
+def test_a_damaged_note_of_a_fetch_counts_as_none(store: WeightStore, content: bytes) -> None:
+    """The file is fetched from its start then."""
+    url = "http://store.test/weights.pth"
+    store.folder.mkdir(exist_ok=True)
+    note = store.destination(url).with_name("weights.pth.fetched.json")
+    note.write_bytes(content)
+    assert store.record(url) == {}

@@ -58,6 +58,16 @@ def test_a_report_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyP
     assert "folder.html: No such file or directory" in done.output
 
 
+@pytest.mark.parametrize("content", ["", '{"jobs": [', "[]", '{"jobs": []}', '{"jobs": 7}'])
+def test_a_damaged_report_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str) -> None:
+    """With what to do about it."""
+    monkeypatch.setenv("AMI_USER_DATA_PATH", str(tmp_path))
+    (tmp_path / "last-job.json").write_text(content)
+    done = ami("worker", "report", str(tmp_path / "report.html"))
+    assert done.exit_code == ExitCode.FAILED
+    assert "last-job.json is damaged: remove it" in done.output
+
+
 def test_an_env_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     """With `run` or without: an option is never ignored."""
     missing = str(tmp_path / "none.env")

@@ -8,6 +8,7 @@ import sqlite3
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError, SSLError
 
@@ -64,6 +65,8 @@ UNKNOWN_NAME = socket.gaierror(-2, "Name or service not known")
         (StagingFull("no space"), Affected.MACHINE, "free some space"),
         (OSError(errno.ENOSPC, "No space left on device"), Affected.MACHINE, "free some space"),
         (OSError(errno.EIO, "Input/output error"), Affected.MACHINE, "check the disks"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Affected.MACHINE, "free some space"),
+        (sqlite3.OperationalError("database is locked"), Affected.MACHINE, "end whatever program holds the file"),
         (RuntimeError("CUDA error: unspecified launch failure"), Affected.MACHINE, "nvidia-smi"),
         (AntennaRefused("answered 403"), Affected.ANTENNA, "superuser"),
         (ImageMissing("404"), Affected.IMAGE, ""),
@@ -83,18 +86,39 @@ def test_what_is_nobodys_fault_but_ours_has_no_row(error: BaseException) -> None
     assert rule_for(error) is None
 
 
+def see_for(faults: Faults, clock: Clock, seconds: float, error: OSError | StagingFull) -> None:
+    """See a fault of the machine as whoever tries again sees it."""
+    end_s = clock.now_s + seconds
+    faults.watch("staging", error)
+    while clock.now_s < end_s:
+        clock.now_s = min(end_s, clock.now_s + 20)
+        faults.watch("staging", error)
+
+
+def test_two_moments_of_a_full_disk_are_no_lasting_fault() -> None:
+    """What nobody saw in between was over, also where nobody was there to say so; it is logged anew."""
+    clock = Clock()
+    faults = Faults(clock)
+    full = StagingFull("no space left")
+    with capture_logs() as said:
+        for _time in range(3):
+            see_for(faults, clock, 100, full)
+            clock.now_s += 2 * 3600
+        see_for(faults, clock, 100, full)
+    assert [one["event"] for one in said] == ["machine_fault"] * 4
+
+
 def test_a_fault_of_the_machine_ends_the_process_after_five_minutes_unless_it_ends_before() -> None:
     """By a named code."""
     clock = Clock()
     faults = Faults(clock)
     full = StagingFull("no space left")
     faults.watch("staging", full)
-    clock.now_s += MACHINE_FAULT_S - 1
-    faults.watch("staging", full)
+    see_for(faults, clock, MACHINE_FAULT_S - 1, full)
     faults.watch("staging", None)
     clock.now_s += 2
-    faults.watch("staging", full)
-    clock.now_s += MACHINE_FAULT_S
+    see_for(faults, clock, MACHINE_FAULT_S - 1, full)
+    clock.now_s += 1
     with pytest.raises(WorkerFault, match="staging at fault for 300 s: no space left") as caught:
         faults.watch("staging", full)
     assert caught.value.exit_code is ExitCode.MACHINE_FAULT

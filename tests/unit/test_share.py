@@ -121,3 +121,37 @@ def test_a_worker_that_ended_otherwise_leaves_no_caution(tmp_path: Path, stack: 
         assert not share.after_kill
     share = stack.enter_context(closing(MemoryShare(tmp_path, lambda: machine_oom_kills() + 1)))
     assert (share.after_kill, share.caution) == (False, 1.0)
+
+
+DAMAGED = [
+    b"",
+    bytes(80),
+    b"\xff\xfe holiday photographs",
+    b"12 1",
+    b"a b c d",
+    b"12 1 nan 0",
+    b"12 1 -3.0 0",
+    b"1 1 0.7 x",
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_slot_counts_as_a_first_start(tmp_path: Path, content: bytes) -> None:
+    """It must not end every start of the worker."""
+    with closing(MemoryShare(tmp_path)):
+        (slot,) = tmp_path.glob("memory-*/0")
+    slot.write_bytes(content)
+    with closing(MemoryShare(tmp_path)) as share:
+        assert share.caution == 1.0
+        assert not share.after_kill
+
+
+@pytest.mark.parametrize("content", [b"", bytes(80), b"\xff\xfe holiday photographs", b"x 1 1.0 0", b"-5 0 1.0 0"])
+def test_a_damaged_slot_of_another_claims_nothing(tmp_path: Path, content: bytes, stack: ExitStack) -> None:
+    """Until its worker writes it anew, with the next batch."""
+    mine, other = (stack.enter_context(closing(MemoryShare(tmp_path))) for _ in range(2))
+    (slot,) = tmp_path.glob("memory-*/1")
+    slot.write_bytes(content)
+    assert mine.others() == [Claim(0, busy=False)]
+    other.claim(5, busy=True)
+    assert mine.others() == [Claim(5, busy=True)]
