@@ -12,13 +12,13 @@ import shutil
 import socket
 import sqlite3
 import threading
-import time
+import uuid
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from adc_worker.antenna.leases import lease_clock, parse_reply_subject, same_mes
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host.budget import file_system
+from adc_worker.host.process_name import new_process_name, process_name, process_scope
 from adc_worker.log import get_logger
 from adc_worker.redaction import public_url
 
@@ -42,6 +43,9 @@ FILE_MAX_BYTES, FILE_DISK_SHARE = 2_000_000_000, 0.1  # of what is free at start
 RESERVE_BYTES = 10_000_000  # free on the disk, or no more tasks: a fetch that cannot be recorded spends its leases
 UNPOSTED_RESULTS_MAX = 5000
 RETAINED_RESULT_BYTES = 16_000_000  # accepted results above this are computed again when their image comes again
+
+# An operator needs longer than this to cancel and retry a job. What was seen of a job's stream counts for so long.
+CONTACT_S = 60.0
 
 # One entry per version; a file of an older one gets those that it lacks.
 _SCHEMA = (
@@ -81,7 +85,23 @@ CREATE TABLE adc_finished (  -- results that need no post any more, compressed, 
     UNIQUE (job_id, image_id)
 )
 """,
+    """
+CREATE TABLE adc_meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- who this journal is, and where it lay
+ALTER TABLE adc_task ADD COLUMN incarnation TEXT;  -- the run of the job that Antenna told of before the fetch, or NULL
+ALTER TABLE adc_finished ADD COLUMN incarnation TEXT;
+ALTER TABLE adc_finished ADD COLUMN image_url TEXT;  -- without what opens it. Only the same one is answered from here
+""",
 )
+# Subjects that may still be posted, with the time at which their tasks were asked for. An accepted one may be repeated.
+_SUBJECTS_IN_USE = (
+    "SELECT reply_subject, seq, published_ns, incarnation, fetched_at AS sent_at FROM adc_task WHERE job_id = :job"
+    " UNION ALL SELECT reply_subject, seq, published_ns, incarnation, 0.0 FROM adc_finished"
+    " WHERE job_id = :job AND reply_subject NOT NULL"
+)
+_VERSION_OF_NUMBERED_FILES = 1
+_DATABASE_MAGIC = b"SQLite format 3\0"
+_IDENTITY = "identity"  # names in adc_meta
+_LAY_AT = "lay at"
 _PART_BYTES = 1_000_000
 STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
 
@@ -108,17 +128,61 @@ class HeldTask:
         return len(self.strikes or ()) >= STRIKES_MAX
 
 
+@dataclass(slots=True)
+class _Stream:
+    """What this process has seen of a job's present stream; times are those of the journal's clock.
+
+    Attributes:
+        contact_at: when the newest request was sent whose answer showed the stream.
+        answered_at: when tasks of it were last put on record.
+        live_from_ns: a message published then was seen in the stream. Streams follow one another, so whatever is on
+            record and was published no earlier is in the same one.
+        opaque: subjects in unknown forms that were seen in the stream.
+        incarnation: the run of the job that Antenna told of last.
+        told_at: when Antenna had told of it.
+    """
+
+    contact_at: float = float("-inf")
+    answered_at: float = float("-inf")
+    live_from_ns: int | None = None
+    opaque: set[str] = field(default_factory=set)
+    incarnation: str | None = None
+    told_at: float = float("-inf")
+
+    def doubt(self) -> None:
+        """Another stream may have taken the place of this one: nothing on record is known to be in the present one."""
+        self.live_from_ns = None
+        self.opaque.clear()
+
+    def show(self, subject: str, published_ns: int | None) -> None:
+        """Take in that a message is in the present stream."""
+        if published_ns is None:
+            self.opaque.add(subject)
+        elif self.live_from_ns is None or published_ns < self.live_from_ns:
+            self.live_from_ns = published_ns
+
+    def holds(self, subject: str, published_ns: int | None) -> bool:
+        """Whether a message on record is in the stream, as far as was seen at the last contact."""
+        if published_ns is None:
+            return subject in self.opaque
+        return self.live_from_ns is not None and published_ns >= self.live_from_ns
+
+
 class Journal:
     """The journal of one worker process; safe to use from several threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, now: Callable[[], float] = lease_clock) -> None:
         self._path = path
+        self._now = now
+        self._name = new_process_name()  # of this process, in the marks of what it works on
         self._lock = threading.RLock()
         self.fault: str | None = None  # why the file cannot be written
         # What the file did not take meanwhile: size and parts of results; None where a task is to be forgotten.
         self._unwritten: dict[int, tuple[int, Iterable[bytes]] | None] = {}
-        self._contacts: dict[int, float] = {}
+        self._contacts: dict[int, _Stream] = {}
         try:
+            # Locks lie beside the file: whoever names it by another way must find the same ones.
+            path = self._path = path.resolve()
             path.parent.mkdir(parents=True, exist_ok=True)
             self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * shutil.disk_usage(path.parent).free))
             self._shared = file_system(path.parent) in NETWORK_FILE_SYSTEMS
@@ -127,6 +191,7 @@ class Journal:
             self.slot, self._slot_fd = self._take_slot()
             try:
                 self._db = self._open()
+                self._refuse_second_name()
                 self._adopt_orphans()
             except BaseException:
                 os.close(self._slot_fd)
@@ -138,7 +203,7 @@ class Journal:
         with self._lock:
             try:
                 with self._db:  # an orderly end accuses nobody
-                    self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (os.getpid(),))
+                    self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (self._name,))
             except sqlite3.Error as error:
                 _log.warning("marks_left", error=str(error), effect="the images in hand run one by one at first")
             self._db.close()
@@ -150,14 +215,14 @@ class Journal:
         An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
         the file takes nothing, the tasks are left to their leases. `fetched_at`: Unix time, now by default.
         """
-        now = fetched_at or lease_clock()
-        self._contacts[job_id] = time.monotonic()
+        sent_at = fetched_at or self._now()
         try:
             with self._writing():
-                self._bury_earlier_streams(job_id, tasks)
-                for task in tasks:
-                    if not self._rejoin(job_id, task, now):
-                        self._insert(job_id, task, now)
+                current = self._of_present_stream(job_id, tasks, sent_at)
+                self._show_stream(job_id, current, sent_at)
+                for task in current:
+                    if not self._rejoin(job_id, task, sent_at):
+                        self._insert(job_id, task, sent_at)
         except sqlite3.OperationalError as error:
             _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=f"journal: {error}")
             return []
@@ -167,30 +232,65 @@ class Journal:
     def find(self, job_id: int, task: Task) -> HeldTask | None:
         """Return the task that this is another delivery of; None when we do not hold it."""
         rows = self._rows("job_id = ? AND image_id = ?", job_id, task.image_id)
-        return next((held for held in rows if same_message(held.task.reply_subject, task.reply_subject)), None)
+        return next((held for held in rows if _is_same_delivery(held.task, task)), None)
+
+    def held(self, task_id: int) -> HeldTask | None:
+        """Return a task that is on record here, as its newest delivery brought it."""
+        return next(iter(self._rows("id = ?", task_id)), None)
 
     def _rejoin(self, job_id: int, task: Task, now: float) -> bool:
+        """Let the row that has this image already go on under the new subject; False when there is none."""
         held = self.find(job_id, task)
+        event = "delivery_joined"
+        if held is None:
+            held = self._left_by_earlier_run(job_id, task)
+            event = "task_moved_to_new_run"
         if held is None:
             return False
+        seq, published_ns = _message(task.reply_subject)
+        # A URL that may still open the image replaces one of which only the public part is left.
         self._db.execute(
-            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, image_url = iif(url_erased, image_url, ?)"
-            " WHERE id = ?",
-            (task.reply_subject, now, task.image_url, held.id),
+            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, seq = ?, published_ns = ?, incarnation = ?,"
+            " image_url = ?, url_erased = 0 WHERE id = ?",
+            (task.reply_subject, now, seq, published_ns, self._incarnation(job_id, now), task.image_url, held.id),
         )
-        _log.info("delivery_joined", job_id=job_id, image_id=task.image_id)
+        _log.info(event, job_id=job_id, image_id=task.image_id)
         return True
 
+    def _left_by_earlier_run(self, job_id: int, task: Task) -> HeldTask | None:
+        """Return the task of the same image under another message, unless that is known to be in the present stream.
+
+        A run of a job gives each image one message. What was staged or computed for the image is as good for this one.
+        A kept error is not: what was wrong with the image may have been put right.
+        """
+        for held in self._rows("job_id = ? AND image_id = ?", job_id, task.image_id):
+            if public_url(held.task.image_url) != public_url(task.image_url) or self.is_live(held):
+                continue
+            if held.result_bytes is not None and is_error_result(next(iter(self.parts(held.id)), b"")):
+                continue
+            return held
+        return None
+
     def _insert(self, job_id: int, task: Task, now: float) -> None:
-        delivery = parse_reply_subject(task.reply_subject)
-        message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
+        seq, published_ns = _message(task.reply_subject)
         cursor = self._db.execute(
-            "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
+            "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns,"
+            " incarnation) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                self.slot,
+                job_id,
+                task.image_id,
+                task.image_url,
+                task.reply_subject,
+                now,
+                seq,
+                published_ns,
+                self._incarnation(job_id, now),
+            ),
         )
-        query = "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ?"
-        for body in map(zlib.decompress, self._column(query, job_id, task.image_id)):
+        # The number of an image means another photograph once Antenna's database was set up anew.
+        query = "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ? AND image_url = ?"
+        for body in map(zlib.decompress, self._column(query, job_id, task.image_id, public_url(task.image_url))):
             if not is_error_result(body):  # what was wrong with the image may have been put right
                 _log.info("answered_from_journal", job_id=job_id, image_id=task.image_id)
                 self._keep(int(cursor.lastrowid or 0), [body])
@@ -201,40 +301,133 @@ class Journal:
         if url == held.task.image_url:
             return
         with self._writing_loosely():
-            self._db.execute("UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ?", (url, held.id))
+            self._db.execute(
+                "UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ? AND image_url = ?",
+                (url, held.id, held.task.image_url),
+            )
 
-    def _bury_earlier_streams(self, job_id: int, tasks: Sequence[Task]) -> None:
-        """Within one stream sequence and time rise together: a lower sequence published later proves another stream."""
-        found = [delivery for task in tasks if (delivery := parse_reply_subject(task.reply_subject))]
-        if not found:
+    def _of_present_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> list[Task]:
+        """Return the tasks whose messages are in the job's present stream, and retire the subjects of earlier streams.
+
+        Within one stream sequence and time rise together. Two messages that contradict this are of two streams.
+        """
+        present: list[Task] = []
+        for task in tasks:
+            seq, published_ns = _message(task.reply_subject)
+            if seq is not None and self._is_of_earlier_stream(job_id, seq, published_ns, sent_at):
+                _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=1, reason="their stream is gone")
+                continue
+            present.append(task)
+            retired_until = self._column(
+                f"SELECT max(published_ns) FROM ({_SUBJECTS_IN_USE}) WHERE seq >= :seq AND published_ns < :ns",  # noqa: S608 (a literal)
+                {"job": job_id, "seq": seq, "ns": published_ns},
+            )[0]
+            if retired_until is not None:
+                self._retire(job_id, "coalesce(published_ns, 0) <= ?", retired_until)
+        return present
+
+    def _is_of_earlier_stream(self, job_id: int, seq: int, published_ns: int | None, sent_at: float) -> bool:
+        """Whether a fetched task is of a stream before the one that is on record: its answer came late.
+
+        When it was asked for after everything on record had come, the clock of NATS was set back instead, and what is
+        on record is retired: the order of what is on record tells nothing any more.
+        """
+        contradicting = self._column(
+            f"SELECT sent_at FROM ({_SUBJECTS_IN_USE}) WHERE seq <= :seq AND published_ns > :ns",  # noqa: S608 (a literal)
+            {"job": job_id, "seq": seq, "ns": published_ns},
+        )
+        if not contradicting:
+            return False
+        answered_at = self._contacts.get(job_id, _Stream()).answered_at
+        if sent_at < max(answered_at, *contradicting):
+            return True
+        self._retire(job_id, "true")
+        return False
+
+    def _show_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> None:
+        """Take in that these tasks were in the job's stream when they were asked for; no task shows nothing."""
+        if not tasks:
             return
-        first = min(found, key=lambda delivery: delivery.stream_seq)
-        (dead_until,) = self._db.execute(
-            "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job"
-            " UNION ALL SELECT seq, published_ns FROM adc_finished WHERE job_id = :job AND reply_subject NOT NULL)"
-            " WHERE seq >= :seq AND published_ns < :ns",
-            {"job": job_id, "seq": first.stream_seq, "ns": first.timestamp_ns},
-        ).fetchone()
-        if dead_until is not None:
-            self._bury(job_id, dead_until)
+        stream = self._contact(job_id, sent_at)
+        stream.answered_at = self._now()
+        for task in tasks:
+            _seq, published_ns = _message(task.reply_subject)
+            stream.show(task.reply_subject, published_ns)
 
-    def _bury(self, job_id: int, published_until_ns: int) -> None:
-        where = "job_id = ? AND coalesce(published_ns, 0) <= ?"
-        arguments = (job_id, published_until_ns)
+    def _contact(self, job_id: int, asked_at: float) -> _Stream:
+        stream = self._contacts.setdefault(job_id, _Stream())
+        if asked_at - stream.contact_at > CONTACT_S:
+            stream.doubt()
+        stream.contact_at = max(stream.contact_at, asked_at)
+        return stream
+
+    def note_served(self, job_id: int, incarnation: str | None, asked_at: float) -> None:
+        """Take in that Antenna serves the job, as it answered to a request sent at `asked_at`, and in which run.
+
+        What was fetched in the same run is in the present stream, however long ago that was and whatever the clocks
+        say. Nothing is taken in where Antenna names no run.
+        """
+        if incarnation is None:
+            return
+        with self._lock:
+            stream = self._contact(job_id, asked_at)
+            if stream.incarnation not in {None, incarnation}:
+                stream.doubt()
+            stream.incarnation = incarnation
+            stream.told_at = self._now()
+            query = f"SELECT reply_subject, published_ns FROM ({_SUBJECTS_IN_USE}) WHERE incarnation = :run"  # noqa: S608 (a literal)
+            for subject, published_ns in self._db.execute(query, {"job": job_id, "run": incarnation}):
+                stream.show(subject, published_ns)
+
+    def incarnation_age_s(self, job_id: int) -> float:
+        """Return how long ago Antenna told in which run the job is; infinite when that is not known."""
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            known = stream is not None and stream.incarnation is not None
+            return self._now() - stream.told_at if stream is not None and known else float("inf")
+
+    def _incarnation(self, job_id: int, sent_at: float) -> str | None:
+        """Return the run of what is fetched by a request sent at `sent_at`, if it was told before that.
+
+        A run that was told later might be the one after it.
+        """
+        stream = self._contacts.get(job_id)
+        return stream.incarnation if stream is not None and stream.told_at <= sent_at else None
+
+    def is_live(self, held: HeldTask, within_s: float = CONTACT_S) -> bool:
+        """Whether a task's subject is known to acknowledge its own image now.
+
+        After a restart of its job the same subject acknowledges another image. The proof is what was seen of the stream
+        within the last `within_s` seconds.
+        """
+        with self._lock:
+            stream = self._contacts.get(held.job_id)
+            if stream is None or self._now() - stream.contact_at > within_s:
+                return False
+            return stream.holds(held.task.reply_subject, _message(held.task.reply_subject)[1])
+
+    def _retire(self, job_id: int, where: str, *arguments: object) -> None:
+        """Never use these subjects of a job again; results stay for images that come again, tasks are dropped."""
+        where = f"job_id = ? AND {where}"
+        arguments = (job_id, *arguments)
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
         self._finish({task_id: self._compressed(task_id) for task_id in dead})
-        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
+        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
+        stream = self._contacts.get(job_id)
+        if stream is not None:
+            stream.doubt()
+            stream.incarnation = None  # to be asked for again
         if dead:  # of a job that came to its end nothing is left
             _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
     def bury(self, job_id: int) -> list[int]:
-        """The job is served no more: no subject of it may be used; results stay for images that come again.
+        """The job is served no more: no subject on record may be used; results stay for images that come again.
 
         Return the tasks whose staged files nobody needs.
         """
         unfinished = [held.id for held in self.unfinished(job_id)]
         with self._writing_loosely():
-            self._bury(job_id, time.time_ns())
+            self._retire(job_id, "true")
         return unfinished
 
     def begin(self, task_ids: Iterable[int], oom_kills: int, *, alone: bool) -> None:
@@ -242,29 +435,33 @@ class Journal:
 
         The marks need not survive a power cut. `alone` says that nothing else is in work any more.
         """
-        pid = os.getpid()
         with self._writing_loosely():
             if alone:
-                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (pid,))
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (self._name,))
             self._db.executemany(
                 "UPDATE adc_task SET runner = ?, oom_kills = ? WHERE id = ?",
-                [(pid, oom_kills, task_id) for task_id in task_ids],
+                [(self._name, oom_kills, task_id) for task_id in task_ids],
             )
 
     def accuse(self, died: tuple[int, str] | None, oom_kills: int) -> int:
         """Make suspects of what dead processes were working on, and return how many tasks that are.
 
         `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
-        a process that ended while the kernel killed for want of memory, gets a strike.
+        a process that ended while the kernel killed for want of memory, gets a strike. Process ids and the kernel's
+        count are compared within one container only: another one has the same ids, and a count of its own.
         """
+        dead = None if died is None else process_name(died[0])
+        scope = process_scope()
         with self._writing():
             where = "slot = ? AND runner NOT NULL AND result_bytes IS NULL"
             query = f"SELECT id, runner, oom_kills FROM adc_task WHERE {where}"  # noqa: S608 (a literal)
             in_work = self._db.execute(query, (self.slot,)).fetchall()
             together = Counter(runner for _task_id, runner, _oom_kills in in_work)
             for task_id, runner, oom_kills_before in in_work:
-                cause = "out of memory" if oom_kills > oom_kills_before else ""
-                if died is not None and died[0] == runner:
+                name = str(runner)  # of an earlier version: a bare process id, which proves nothing
+                counted_here = name.startswith(scope)
+                cause = "out of memory" if counted_here and oom_kills > oom_kills_before else ""
+                if died is not None and dead is not None and name.startswith(dead):
                     cause = died[1]
                 self._db.execute(
                     "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?",
@@ -294,14 +491,18 @@ class Journal:
             return sum(size_bytes for size_bytes, _parts in sized.values())
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
-        if not self._column("SELECT id FROM adc_task WHERE id = ?", task_id):
+        urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)
+        if not urls:
             return 0  # its job was cancelled meanwhile
         self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
         for number, part in enumerate(_coalesced(parts)):
             self._db.execute("INSERT INTO adc_part VALUES (?, ?, ?)", (task_id, number, part))
             size_bytes += len(part)
-        self._db.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
+        self._db.execute(
+            "UPDATE adc_task SET result_bytes = ?, image_url = ? WHERE id = ?",
+            (size_bytes, public_url(urls[0]), task_id),  # nothing is to be downloaded for it any more
+        )
         return size_bytes
 
     def settle(self, task_ids: Collection[int]) -> None:
@@ -318,12 +519,13 @@ class Journal:
 
     def _finish(self, bodies: dict[int, bytes | None]) -> None:
         for task_id, body in bodies.items():
-            if body is not None:
+            urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)
+            if body is not None and urls:
                 self._db.execute(
-                    "INSERT OR REPLACE INTO adc_finished (job_id, image_id, reply_subject, seq, published_ns, body)"
-                    " SELECT job_id, image_id, reply_subject, seq, published_ns, ?"
-                    " FROM adc_task WHERE id = ?",
-                    (body, task_id),
+                    "INSERT OR REPLACE INTO adc_finished (job_id, image_id, reply_subject, seq, published_ns,"
+                    " incarnation, image_url, body) SELECT job_id, image_id, reply_subject, seq, published_ns,"
+                    " incarnation, ?, ? FROM adc_task WHERE id = ?",
+                    (public_url(urls[0]), body, task_id),
                 )
             self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
         while self._used_bytes() > self.most_bytes:
@@ -341,28 +543,32 @@ class Journal:
         return self._column("SELECT DISTINCT job_id FROM adc_finished")
 
     def newest_accepted(self, job_id: int) -> PostEntry | None:
-        """Return an accepted result of the job, to be posted again."""
-        query = "SELECT reply_subject, body FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
-        with self._lock:
-            row = self._db.execute(f"{query} ORDER BY id DESC LIMIT 1", (job_id,)).fetchone()
-        if row is None:
+        """Return an accepted result of the job whose subject is known to be good, to be posted again."""
+        subjects = self._accepted_live(job_id, 1, CONTACT_S)
+        if not subjects:
             return None
-        body = zlib.decompress(row[1])
-        return PostEntry(row[0], len(body), lambda: [body])
+        query = "SELECT body FROM adc_finished WHERE job_id = ? AND reply_subject = ?"
+        body = zlib.decompress(self._column(query, job_id, subjects[0])[0])
+        return PostEntry(subjects[0], len(body), lambda: [body])
 
     def accepted_subjects(self, job_id: int, count: int) -> list[str]:
-        """Return the leases of the job's results that were accepted last, up to `count`."""
-        query = "SELECT reply_subject FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
-        return self._column(f"{query} ORDER BY id DESC LIMIT ?", job_id, count)
+        """Return the leases of the job's results that were accepted last, up to `count`, in the stream seen last."""
+        return self._accepted_live(job_id, count, float("inf"))
+
+    def _accepted_live(self, job_id: int, count: int, within_s: float) -> list[str]:
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            if stream is None or self._now() - stream.contact_at > within_s:
+                return []
+            query = "SELECT reply_subject, published_ns FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
+            newest_first = self._db.execute(f"{query} ORDER BY id DESC", (job_id,))
+            live = (subject for subject, published_ns in newest_first if stream.holds(subject, published_ns))
+            return list(islice(live, count))
 
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
         with self._writing_loosely():
             self._db.execute("DELETE FROM adc_finished WHERE job_id = ?", (job_id,))
-
-    def contact_age_s(self, job_id: int) -> float:
-        """Return how long ago Antenna last answered a fetch of this job's tasks."""
-        return time.monotonic() - self._contacts.get(job_id, float("-inf"))
 
     def parts(self, task_id: int) -> Iterator[bytes]:
         """Return a kept result piece by piece; another may be kept or forgotten meanwhile."""
@@ -450,19 +656,34 @@ class Journal:
         """Return the jobs that other slots hold tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot != ?", self.slot))
 
-    def owner_in(self, folder: Path) -> str:
-        """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
-        path = self._path.resolve()
-        beside = folder.resolve().parent == path.parent
-        return "" if beside else f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+    @property
+    def staging_name(self) -> str:
+        """The name of this journal's folder of staged files, wherever it lies: no other journal has the same."""
+        return f"journal-{self._identity}"
+
+    def own_earlier_staging(self, folder: Path) -> Path | None:
+        """Return where the version before staged for this journal, if it was upgraded just now; `folder` is configured.
+
+        That version named files by numbers alone, and journals in one directory shared a folder beside them. None where
+        another journal may have done so: what is in a file is not known then.
+        """
+        if self._upgraded_from != _VERSION_OF_NUMBERED_FILES:
+            return None
+        beside = folder.resolve().parent == self._path.parent
+        if beside and any(_is_database(file) for file in self._path.parent.iterdir() if file != self._path):
+            return None
+        name = f"journal-{zlib.crc32(bytes(self._path)):08x}-{self._path.stat().st_ino:x}"
+        earlier = folder if beside else folder / name
+        return earlier if earlier.is_dir() else None
 
     def was_used(self) -> bool:
         """Whether a task was ever on record here, by whatever worker."""
         return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))
 
     def subjects(self) -> list[str]:
-        """Return the leases this slot holds."""
-        return self._column("SELECT reply_subject FROM adc_task WHERE slot = ?", self.slot)
+        """Return the leases this slot holds in the streams that were seen last; another one would be a stranger's."""
+        held = self._rows("true")
+        return [one.task.reply_subject for one in held if self.is_live(one, float("inf"))]
 
     def held_count(self, job_id: int) -> int:
         """Count a job's tasks that Antenna may still be waiting for."""
@@ -473,6 +694,16 @@ class Journal:
         """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
         waiting = [held for held in self._rows("job_id = ?", job_id) if held.result_bytes is None]
         return sorted(waiting, key=lambda held: len(held.strikes or ()))
+
+    def unfinished_tasks(self) -> dict[int, Task]:
+        """Return the tasks of every slot without a result, by number."""
+        query = "SELECT id, image_id, image_url, reply_subject FROM adc_task WHERE result_bytes IS NULL"
+        with self._lock:
+            rows = self._db.execute(query).fetchall()
+        return {
+            task_id: Task(image_id=image_id, image_url=image_url, reply_subject=reply_subject)
+            for task_id, image_id, image_url, reply_subject in rows
+        }
 
     def unfinished_ids(self) -> set[int]:
         """Return the tasks of every slot without a result: a kill may come between a result and its file's removal."""
@@ -500,17 +731,19 @@ class Journal:
                 chosen.append(held)
         return chosen
 
-    def unposted_count(self) -> int:
+    def unposted_count(self, excluding: Collection[int] = ()) -> int:
+        """Count the kept results that Antenna has not accepted, without those in `excluding`."""
         with self._lock:
             kept = set(self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot))
             for task_id, result in self._unwritten.items():
                 (kept.discard if result is None else kept.add)(task_id)
-            return len(kept)
+            return len(kept.difference(excluding))
 
     def _column(self, query: str, *arguments: object) -> list[Any]:
-        """Return the first column of what is asked for."""
+        """Return the first column of what is asked for; a mapping gives the arguments by name."""
+        by_name = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], Mapping) else None
         with self._lock:
-            return [row[0] for row in self._db.execute(query, arguments)]
+            return [row[0] for row in self._db.execute(query, arguments if by_name is None else dict(by_name))]
 
     def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
         """Return this slot's tasks; results and removals that the file did not take are seen, too."""
@@ -558,9 +791,39 @@ class Journal:
                     f" {len(_SCHEMA)}): install that version again, or move the file away once its results are posted",
                     ExitCode.JOURNAL_UNUSABLE,
                 )
+            self._upgraded_from = version
             for statement in chain.from_iterable(script.split(";") for script in _SCHEMA[version:]):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version={len(_SCHEMA)}")
+            self._identity = self._identify(db)
+
+    def _identify(self, db: sqlite3.Connection) -> str:
+        """Return what tells this journal from every other one, whatever their paths; a copy gets one of its own.
+
+        The file that a journal lay in when it was opened last is looked at: where that is still there and is not this
+        one, this one is a copy of it. One that was moved, or put back from a backup, stays who it is.
+        """
+        known = dict(db.execute("SELECT name, value FROM adc_meta"))
+        identity = known.get(_IDENTITY)
+        lay_at = Path(known.get(_LAY_AT, self._path))
+        if identity is None or (lay_at.exists() and not lay_at.samefile(self._path)):
+            if identity is not None:
+                _log.warning("journal_copied", path=str(self._path), copy_of=str(lay_at), effect="it stages by itself")
+            identity = uuid.uuid4().hex
+        told = {_IDENTITY: identity, _LAY_AT: str(self._path)}
+        if told != known:
+            db.executemany("INSERT OR REPLACE INTO adc_meta VALUES (?, ?)", told.items())
+        return identity
+
+    def _refuse_second_name(self) -> None:
+        """Raise a WorkerFault where the file has several names: the locks of each lie beside that name."""
+        if self._path.stat().st_nlink > 1:
+            self._db.close()
+            raise WorkerFault(
+                f"the journal {self._path} has another name (a hard link), and workers that use different names of one"
+                " file destroy it: remove the other name, or make a copy in its place",
+                ExitCode.JOURNAL_UNUSABLE,
+            )
 
     def _try_lock(self, slot: int) -> int | None:
         fd = os.open(self._path.with_name(f"{self._path.stem}.{slot}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
@@ -590,6 +853,32 @@ class Journal:
                     self._db.execute("UPDATE adc_task SET slot = ? WHERE slot = ?", (self.slot, slot))
             finally:
                 os.close(fd)
+
+
+def _is_database(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_DATABASE_MAGIC)) == _DATABASE_MAGIC
+
+
+def _message(subject: str) -> tuple[int, int] | tuple[None, None]:
+    """Return sequence and publication time of a subject's message; None in a form that we cannot read."""
+    delivery = parse_reply_subject(subject)
+    return (delivery.stream_seq, delivery.timestamp_ns) if delivery is not None else (None, None)
+
+
+def _is_same_delivery(held: Task, fetched: Task) -> bool:
+    """Whether two tasks of one job's image are deliveries of one message.
+
+    Where a subject cannot be read the image decides. Its number alone does not: after Antenna's database was set up
+    anew it is that of another photograph.
+    """
+    if held.reply_subject == fetched.reply_subject:
+        return True
+    readable = None not in {_message(held.reply_subject)[0], _message(fetched.reply_subject)[0]}
+    same_image = readable or public_url(held.image_url) == public_url(fetched.image_url)
+    return same_image and same_message(held.reply_subject, fetched.reply_subject)
 
 
 def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:

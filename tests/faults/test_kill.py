@@ -65,7 +65,7 @@ def _no_fetch_is_open(desk: Desk) -> bool:
 
 def _cut_off(desk: Desk) -> set[str]:
     """Return the images whose downloads the kill broke off: held, without a staged file and without a result."""
-    staged = {int(file.stem) for file in (desk.folder / "data" / "staging").glob("*.img")}
+    staged = {int(file.stem.partition("-")[0]) for file in (desk.folder / "data" / "staging").rglob("*.img")}
     tasks = _journal(desk, "SELECT id, image_url FROM adc_task WHERE result_bytes IS NULL")
     return {urlsplit(url).path for task_id, url in tasks if task_id not in staged}
 
@@ -80,7 +80,7 @@ def _hold_fetches(desk: Desk) -> None:
 
 
 def _staged(desk: Desk) -> int:
-    return len(list((desk.folder / "data" / "staging").glob("*.img")))
+    return len(list((desk.folder / "data" / "staging").rglob("*.img")))
 
 
 def _hold_images(desk: Desk) -> None:

@@ -190,7 +190,7 @@ def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
         assert first.wait() == ExitCode.OK
     done_first = sum(event["done"] for event in first.events("job_summary"))
     assert 0 < done_first < DRAINED
-    staged, asked = len(list((tmp_path / "data" / "staging").glob("*.img"))), server.requests["GET images"]
+    staged, asked = len(list((tmp_path / "data" / "staging").rglob("*.img"))), server.requests["GET images"]
     code, _log = run_to_end(env | {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}, *SIMULATED, "--exit-when-idle")
     assert code == ExitCode.OK
     wait_until(lambda: server.job(job_id).status == "SUCCESS")
