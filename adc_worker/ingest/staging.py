@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import stat
 import threading
 import time
@@ -28,7 +29,8 @@ _DIGEST_CHARACTERS = 32
 ABANDONED_AFTER_S = 7 * 86_400.0  # chosen; tasks live for 24 h in their stream
 ADOPTION_S = 3600.0
 # Number of the task, then a digest of its image. Versions before named files by the number alone.
-_FILE_NAME = re.compile(rf"(?P<task>[0-9]+)-[0-9a-f]{{{_DIGEST_CHARACTERS}}}\.(img|part)", re.ASCII)
+# A partial file also has the name of the area that writes it, and so of its process.
+_FILE_NAME = re.compile(rf"(?P<task>[0-9]+)-[0-9a-f]{{{_DIGEST_CHARACTERS}}}(\.img|\.[0-9a-f]{{16}}\.part)", re.ASCII)
 _FILE_NAME_BY_NUMBER = re.compile(r"[0-9]+\.(img|part)", re.ASCII)
 # Staged files up to this total stay in the page cache, for the decoder that reads them next; the rest waits on disk.
 CACHED_AHEAD_BYTES = 128_000_000
@@ -121,6 +123,7 @@ class StagingArea:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._now = now
         self._files: dict[int, Path] = {}  # staged by this process
+        self._partial = f".{secrets.token_hex(8)}{_PARTIAL}"  # two that write one file would mix their bytes
         self.disk = DiskBudget(self._folder, most_bytes, now)
 
     def stage(
@@ -224,7 +227,7 @@ class StagingArea:
         return abandoned
 
     def _fetch(self, path: Path, task: Task, cancelled: Callable[[], bool]) -> DownloadStats:
-        partial = path.with_suffix(_PARTIAL)
+        partial = path.with_suffix(self._partial)
         fd = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             stats = self._client.download(task.image_url, fd, cancelled)

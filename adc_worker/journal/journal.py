@@ -149,6 +149,10 @@ class _Stream:
     incarnation: str | None = None
     told_at: float = float("-inf")
 
+    def has_newer_news(self, asked_at: float) -> bool:
+        """Whether so much later requests were answered that the job may have been started anew since this one."""
+        return self.contact_at - asked_at > CONTACT_S
+
     def doubt(self) -> None:
         """Another stream may have taken the place of this one: nothing on record is known to be in the present one."""
         self.live_from_ns = None
@@ -266,6 +270,8 @@ class Journal:
         for held in self._rows("job_id = ? AND image_id = ?", job_id, task.image_id):
             if public_url(held.task.image_url) != public_url(task.image_url) or self.is_live(held):
                 continue
+            if self._is_of_another_job(job_id, self._column("SELECT incarnation FROM adc_task WHERE id = ?", held.id)):
+                continue
             if held.result_bytes is not None and is_error_result(next(iter(self.parts(held.id)), b"")):
                 continue
             return held
@@ -288,12 +294,31 @@ class Journal:
                 self._incarnation(job_id, now),
             ),
         )
-        # The number of an image means another photograph once Antenna's database was set up anew.
-        query = "SELECT body FROM adc_finished WHERE job_id = ? AND image_id = ? AND image_url = ?"
-        for body in map(zlib.decompress, self._column(query, job_id, task.image_id, public_url(task.image_url))):
+        self._answer_from_finished(int(cursor.lastrowid or 0), job_id, task)
+
+    def _answer_from_finished(self, task_id: int, job_id: int, task: Task) -> None:
+        """Keep for a task what was computed for the same image of the same job before.
+
+        Numbers alone prove neither: once Antenna's database was set up anew they are those of others.
+        """
+        same_image = "job_id = ? AND image_id = ? AND image_url = ?"
+        arguments = (job_id, task.image_id, public_url(task.image_url))
+        told = self._column(f"SELECT incarnation FROM adc_finished WHERE {same_image}", *arguments)  # noqa: S608 (a literal)
+        if self._is_of_another_job(job_id, told):
+            return
+        bodies = self._column(f"SELECT body FROM adc_finished WHERE {same_image}", *arguments)  # noqa: S608 (a literal)
+        for body in map(zlib.decompress, bodies):
             if not is_error_result(body):  # what was wrong with the image may have been put right
                 _log.info("answered_from_journal", job_id=job_id, image_id=task.image_id)
-                self._keep(int(cursor.lastrowid or 0), [body])
+                self._keep(task_id, [body])
+
+    def _is_of_another_job(self, job_id: int, incarnations: Sequence[str | None]) -> bool:
+        """Whether what was recorded in these runs was of an earlier job of the same number, as far as Antenna told."""
+        stream = self._contacts.get(job_id)
+        if stream is None or stream.incarnation is None:
+            return False
+        created_at = stream.incarnation.partition("/")[0]
+        return any(told is not None and told.partition("/")[0] != created_at for told in incarnations)
 
     def erase_url(self, held: HeldTask) -> None:
         """Forget what opens a staged image's URL; a power cut may bring it back, so nothing waits for the disk."""
@@ -350,6 +375,8 @@ class Journal:
             return
         stream = self._contact(job_id, sent_at)
         stream.answered_at = self._now()
+        if stream.has_newer_news(sent_at):
+            return
         for task in tasks:
             _seq, published_ns = _message(task.reply_subject)
             stream.show(task.reply_subject, published_ns)
@@ -371,6 +398,8 @@ class Journal:
             return
         with self._lock:
             stream = self._contact(job_id, asked_at)
+            if stream.has_newer_news(asked_at):
+                return
             if stream.incarnation not in {None, incarnation}:
                 stream.doubt()
             stream.incarnation = incarnation
@@ -411,20 +440,25 @@ class Journal:
         where = f"job_id = ? AND {where}"
         arguments = (job_id, *arguments)
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
+        runs = set(self._column(f"SELECT incarnation FROM adc_task WHERE {where}", *arguments))  # noqa: S608 (literals)
         self._finish({task_id: self._compressed(task_id) for task_id in dead})
         self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608 (literals)
         stream = self._contacts.get(job_id)
         if stream is not None:
             stream.doubt()
-            stream.incarnation = None  # to be asked for again
+            if stream.incarnation in runs:  # it is over, and the present one is to be asked for
+                stream.incarnation = None
         if dead:  # of a job that came to its end nothing is left
             _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
-    def bury(self, job_id: int) -> list[int]:
+    def bury(self, job_id: int, asked_at: float = float("inf")) -> list[int]:
         """The job is served no more: no subject on record may be used; results stay for images that come again.
 
-        Return the tasks whose staged files nobody needs.
+        That is what Antenna answered to a request sent at `asked_at`. Tasks that came since are newer, and of a new
+        stream perhaps: nothing is retired then. Return the tasks whose staged files nobody needs.
         """
+        if self._contacts.get(job_id, _Stream()).answered_at > asked_at:
+            return []
         unfinished = [held.id for held in self.unfinished(job_id)]
         with self._writing_loosely():
             self._retire(job_id, "true")
@@ -475,20 +509,34 @@ class Journal:
         with self._writing():
             self._db.executemany("UPDATE adc_task SET strikes = '' WHERE id = ?", [(number,) for number in task_ids])
 
-    def keep(self, results: Collection[tuple[int, Iterable[bytes]]]) -> int:
+    def keep(self, results: Collection[tuple[int, Iterable[bytes]]], images: Mapping[int, str] | None = None) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
 
         On return they survive a power cut, unless `fault` is set: then they are in memory. Parts are taken one by one,
-        so that they may be made on the way, and must give the same again when they are asked again.
+        so that they may be made on the way, and must give the same again when they are asked again. `images` says by
+        task of which image the results are.
+
+        Raises:
+            WorkerFault: a task is one of another image.
         """
         try:
             with self._writing():
+                self._check_images(images or {})
                 return sum(self._keep(task_id, parts) for task_id, parts in results)
         except sqlite3.OperationalError:
             sized = {task_id: (sum(map(len, parts)), parts) for task_id, parts in results}
             with self._lock:
                 self._unwritten.update(sized)
             return sum(size_bytes for size_bytes, _parts in sized.values())
+
+    def _check_images(self, images: Mapping[int, str]) -> None:
+        for task_id, image_id in images.items():
+            for recorded in self._column("SELECT image_id FROM adc_task WHERE id = ?", task_id):
+                if recorded != image_id:
+                    raise WorkerFault(
+                        f"task {task_id} is of image {recorded}, and the result for it of image {image_id}: nothing of"
+                        f" this batch is kept; {self._path} was replaced while this worker ran, or this is a bug"
+                    )
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
         urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)

@@ -262,9 +262,10 @@ class Poster:
         The run that Antenna names proves it at no cost. Where that is not the run that was on record, one task is
         fetched: its place in the stream may prove it, or that the subjects are dead.
         """
+        asked_at = lease_clock()
         status = self._look(job_id).status
         if status not in SERVED_STATES:
-            self._journal.bury(job_id)
+            self._journal.bury(job_id, asked_at)
             with self._changed:
                 self._endings[job_id] = _Ending(0.0)
             raise AntennaUnavailable(f"job {job_id} is {status}: nothing is posted to it")

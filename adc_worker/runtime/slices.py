@@ -276,7 +276,7 @@ class JobPoller:
         self._journal.note_served(job_id, state.incarnation, asked_at)
         if state.is_lost:
             self._board.drop(job_id)
-            task_ids = self._journal.bury(job_id)
+            task_ids = self._journal.bury(job_id, asked_at)
             self._lost.append((job_id, task_ids))
             _log.info("job_over", job_id=job_id, status=state.status, dropped=len(task_ids))
         elif state.pipeline_slug in self._slugs:

@@ -127,7 +127,7 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
 @given(
     st.lists(
         st.text(string.printable, min_size=1, max_size=30)
-        | st.from_regex(r"\d{1,30}(-[0-9a-f]{32})?\.(img|part)", fullmatch=True)
+        | st.from_regex(r"\d{1,30}(-[0-9a-f]{32})?(\.img|\.[0-9a-f]{16}\.part)", fullmatch=True)
     )
 )
 def test_any_file_name_in_the_staging_folder_is_left_or_swept(names: list[str]) -> None:
@@ -139,7 +139,7 @@ def test_any_file_name_in_the_staging_folder_is_left_or_swept(names: list[str]) 
         with ImageClient(1000, AddressPolicy("8.8.8.8")) as client:
             StagingArea(Path(folder), client, 1000).sweep(set)
         for file in files:
-            ours = re.fullmatch(r"[0-9]+-[0-9a-f]{32}\.(img|part)", file.name) is not None
+            ours = re.fullmatch(r"[0-9]+-[0-9a-f]{32}(\.img|\.[0-9a-f]{16}\.part)", file.name) is not None
             assert file.exists() != ours
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,9 @@ def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> Non
     """It is written under another name and renamed."""
     client = FakeClient(tmp_path, jpeg())
     _stage(tmp_path, client)
-    assert client.names_meanwhile == [_file(tmp_path).with_suffix(".part").name]
+    (partial,) = client.names_meanwhile
+    assert partial.startswith(_file(tmp_path).stem)
+    assert partial.endswith(".part")
     assert _names(tmp_path) == [_file(tmp_path).name]
 
 
@@ -181,11 +184,29 @@ def test_a_staged_file_that_a_power_cut_emptied_is_downloaded_again(tmp_path: Pa
     assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
 
 
-def test_a_partial_file_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
+def test_a_partial_file_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
     """None of its bytes remain."""
-    written(_file(tmp_path).with_suffix(".part"), bytes(1_000_000))
+    written(_file(tmp_path).with_suffix(".0123456789abcdef.part"), bytes(1_000_000))
     data = jpeg()
-    assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
+    image = _stage(tmp_path, FakeClient(tmp_path, data))
+    assert image.path.read_bytes() == data
+    assert _names(tmp_path) == [image.path.name]
+
+
+def test_two_that_stage_one_image_at_once_never_write_into_one_file(tmp_path: Path) -> None:
+    """A whole file would hold what the other one has not written yet. Copied journals may meet in one folder."""
+    data = jpeg()
+    second = StagingArea(tmp_path, FakeClient(tmp_path, data), MAX_PIXELS)
+
+    class WhileAnotherDoes(FakeClient):
+        def download(self, _url: str, fd: int, _cancelled: Callable[[], bool]) -> DownloadStats:
+            os.write(fd, data[:100])
+            assert second.stage(7, task(7), bool).path.read_bytes() == data
+            return DownloadStats(0.1, 0.2, os.write(fd, data[100:]))
+
+    with suppress(FileNotFoundError):  # the other one may have cleared the way for its own
+        StagingArea(tmp_path, WhileAnotherDoes(tmp_path), MAX_PIXELS).stage(7, task(7), bool)
+    assert _file(tmp_path).read_bytes() == data
 
 
 @pytest.mark.parametrize(
@@ -205,7 +226,7 @@ def test_sweeping_keeps_what_the_journal_knows(tmp_path: Path) -> None:
     """And what is not the staging area's own."""
     names = [_file(tmp_path, number).name for number in (1, 2)]
     strangers = ["notes.txt", "x.img", "2-x.img", "\N{SUPERSCRIPT TWO}.img"]
-    for name in (*names, names[1].replace(".img", ".part"), *strangers):
+    for name in (*names, names[1].replace(".img", ".0123456789abcdef.part"), *strangers):
         written(tmp_path / name, b"x")
     assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(lambda: {1}) == 2
     assert _names(tmp_path) == sorted([names[0], *strangers])

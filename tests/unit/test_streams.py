@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adc_worker.antenna.wire import JobState, PostEntry, Task
+from adc_worker.errors import WorkerFault
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from tests.support.fakes import result
@@ -48,6 +48,7 @@ class Antenna:
     """
 
     images: int = 6
+    created_at: str = "at first"
     pipeline: str = "moths"
     status: str = "STARTED"
     run: int = 1
@@ -90,8 +91,10 @@ class Antenna:
         self.before_look()
         self.looks += 1
         started_at = f"run {self.run}" if self.tells_run else None
-        told = {"id": job_id, "status": self.status, "pipeline": {"slug": self.pipeline}, "started_at": started_at}
-        return JobState.model_validate(told)
+        times = {"created_at": self.created_at, "started_at": started_at}
+        return JobState.model_validate(
+            {"id": job_id, "status": self.status, "pipeline": {"slug": self.pipeline}, **times}
+        )
 
     def fetch_tasks(self, _job_id: int, count: int) -> list[Task]:
         self.fetches += 1
@@ -316,6 +319,49 @@ def test_an_image_of_another_url_is_not_answered_with_a_result_of_the_same_numbe
     assert journal.unposted_count() == 0
 
 
+def test_the_job_of_a_database_that_was_set_up_anew_is_another_one(
+    journals: Callable[[], Journal], clock: Clock
+) -> None:
+    """It has the number and the images of one that was done before, and perhaps another pipeline."""
+    antenna = Antenna()
+    journal = journals()
+    numbers = fetch(journal, antenna, 2, clock)
+    keep(journal, numbers)
+    journal.settle(numbers[:1])
+    clock.now_s += HOUR_S
+    journal = journals()
+    antenna.created_at = "after a new set-up"
+    antenna.restart()
+    journal.note_served(JOB, antenna.incarnation, clock())
+    again = [antenna.task(seq) for seq in range(1, 7)]
+    held = journal.record(JOB, again, clock())
+    assert [one.task for one in held] == again, "each is worked on, and none answered by what was kept"
+
+
+def test_news_of_a_jobs_end_does_not_retire_what_came_after_it(journals: Callable[[], Journal], clock: Clock) -> None:
+    """The answer took its time; the job was started anew and its tasks are on record by now."""
+    antenna = Antenna()
+    journal = journals()
+    asked_at = clock()
+    clock.now_s += OPERATOR_S
+    numbers = fetch(journal, antenna, 2, clock)
+    assert journal.bury(JOB, asked_at) == []
+    assert [held.id for held in journal.unfinished(JOB)] == numbers
+    clock.now_s += 1
+    assert journal.bury(JOB, clock()) == numbers
+
+
+def test_a_result_is_not_kept_for_a_task_of_another_image(journals: Callable[[], Journal]) -> None:
+    """A number alone does not say whose result it is; nothing of the batch is kept."""
+    antenna = Antenna()
+    journal = journals()
+    first, second = journal.record(JOB, [antenna.task(1), antenna.task(2)])
+    images = {first.id: first.task.image_id, second.id: first.task.image_id}
+    with pytest.raises(WorkerFault, match=f"is of image {second.task.image_id}"):
+        journal.keep([(first.id, [b"one"]), (second.id, [b"two"])], images)
+    assert journal.unposted_count() == 0
+
+
 def test_opaque_subjects_are_one_task_only_where_they_name_one_image(journals: Callable[[], Journal]) -> None:
     """A form that cannot be read proves nothing: the number of an image alone does not either."""
     journal = journals()
@@ -407,7 +453,7 @@ def test_without_a_proof_nothing_of_another_pipelines_job_is_posted_or_waited_fo
     assert (antenna.fetches, antenna.posts, journal.unposted_count()) == (0, [], 3)
 
 
-@settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 class Restarts(RuleBasedStateMachine):
     """A worker, its restarts, its peers, late answers, a job that starts anew: no dead subject counts as live."""
 
@@ -419,7 +465,6 @@ class Restarts(RuleBasedStateMachine):
         self.journal = Journal(self.folder / "journal.db", self.clock)
         self.withheld: list[tuple[list[Task], float]] = []
         self.looks: list[tuple[str | None, float]] = []
-        self.numbers = itertools.count(1)
 
     @rule(seconds=st.sampled_from([0.1, 5.0, 59.0, 61.0, 600.0]))
     def time_passes(self, seconds: float) -> None:
@@ -459,9 +504,17 @@ class Restarts(RuleBasedStateMachine):
         incarnation = self.antenna.incarnation
         self.clock.now_s += 0.1
         self.journal.note_served(JOB, incarnation, asked_at)
-        for held in self.journal.unfinished(JOB):
-            known = self.antenna.holds(held.task.reply_subject)
-            assert known or not self.journal.is_live(held)
+
+    @rule()
+    def a_look_is_withheld(self) -> None:
+        self.looks.append((self.antenna.incarnation, self.clock()))
+
+    @precondition(lambda self: self.looks)
+    @rule()
+    def a_withheld_look_comes(self) -> None:
+        incarnation, asked_at = self.looks.pop(0)
+        self.clock.now_s += 0.1
+        self.journal.note_served(JOB, incarnation, asked_at)
 
     @rule()
     def keep_one(self) -> None:
@@ -479,6 +532,7 @@ class Restarts(RuleBasedStateMachine):
         """The process after it may find another time on this host's clock; its own answers are lost."""
         self.journal.close()
         self.withheld.clear()
+        self.looks.clear()
         self.clock.now_s += offset_s
         self.journal = Journal(self.folder / "journal.db", self.clock)
 
