@@ -90,12 +90,14 @@ CREATE TABLE adc_meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);  -- who this
 ALTER TABLE adc_task ADD COLUMN incarnation TEXT;  -- the run of the job that Antenna told of before the fetch, or NULL
 ALTER TABLE adc_finished ADD COLUMN incarnation TEXT;
 ALTER TABLE adc_finished ADD COLUMN image_url TEXT;  -- without what opens it. Only the same one is answered from here
+-- All that is asked about streams, without a look at the bodies
+CREATE INDEX adc_finished_stream ON adc_finished (job_id, incarnation, published_ns, seq, reply_subject)
 """,
 )
 # Subjects that may still be posted, with the time at which their tasks were asked for. An accepted one may be repeated.
 _SUBJECTS_IN_USE = (
-    "SELECT reply_subject, seq, published_ns, incarnation, fetched_at AS sent_at FROM adc_task WHERE job_id = :job"
-    " UNION ALL SELECT reply_subject, seq, published_ns, incarnation, 0.0 FROM adc_finished"
+    "SELECT seq, published_ns, fetched_at AS sent_at FROM adc_task WHERE job_id = :job"
+    " UNION ALL SELECT seq, published_ns, 0.0 FROM adc_finished"
     " WHERE job_id = :job AND reply_subject NOT NULL"
 )
 _VERSION_OF_NUMBERED_FILES = 1
@@ -331,32 +333,35 @@ class Journal:
                 (url, held.id, held.task.image_url),
             )
 
-    def _of_present_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> list[Task]:
-        """Return the tasks whose messages are in the job's present stream, and retire the subjects of earlier streams.
+    def _of_present_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> Sequence[Task]:
+        """Return the tasks if they are of the job's present stream, and retire the subjects of earlier streams.
 
-        Within one stream sequence and time rise together. Two messages that contradict this are of two streams.
+        Within one stream sequence and time rise together. Two messages that contradict this are of two streams. The
+        tasks of one answer are of one stream, so its first and its last message show as much as all of them.
         """
-        present: list[Task] = []
-        for task in tasks:
-            seq, published_ns = _message(task.reply_subject)
-            if seq is not None and self._is_of_earlier_stream(job_id, seq, published_ns, sent_at):
-                _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=1, reason="their stream is gone")
-                continue
-            present.append(task)
-            retired_until = self._column(
-                f"SELECT max(published_ns) FROM ({_SUBJECTS_IN_USE}) WHERE seq >= :seq AND published_ns < :ns",  # noqa: S608 (a literal)
-                {"job": job_id, "seq": seq, "ns": published_ns},
-            )[0]
-            if retired_until is not None:
-                self._retire(job_id, "coalesce(published_ns, 0) <= ?", retired_until)
-        return present
+        messages = [message for task in tasks if (message := _message(task.reply_subject)) != (None, None)]
+        if not messages:
+            return tasks
+        if self._is_of_earlier_stream(job_id, max(messages), sent_at):
+            reason = "their stream is gone: the job was started anew since they were asked for"
+            _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=reason)
+            return []
+        seq, published_ns = min(messages)
+        retired_until = self._column(
+            f"SELECT max(published_ns) FROM ({_SUBJECTS_IN_USE}) WHERE seq >= :seq AND published_ns < :ns",  # noqa: S608 (a literal)
+            {"job": job_id, "seq": seq, "ns": published_ns},
+        )[0]
+        if retired_until is not None:
+            self._retire(job_id, "coalesce(published_ns, 0) <= ?", retired_until)
+        return tasks
 
-    def _is_of_earlier_stream(self, job_id: int, seq: int, published_ns: int | None, sent_at: float) -> bool:
-        """Whether a fetched task is of a stream before the one that is on record: its answer came late.
+    def _is_of_earlier_stream(self, job_id: int, message: tuple[int | None, int | None], sent_at: float) -> bool:
+        """Whether a fetched message is of a stream before the one that is on record: its answer came late.
 
         When it was asked for after everything on record had come, the clock of NATS was set back instead, and what is
         on record is retired: the order of what is on record tells nothing any more.
         """
+        seq, published_ns = message
         contradicting = self._column(
             f"SELECT sent_at FROM ({_SUBJECTS_IN_USE}) WHERE seq <= :seq AND published_ns > :ns",  # noqa: S608 (a literal)
             {"job": job_id, "seq": seq, "ns": published_ns},
@@ -404,9 +409,16 @@ class Journal:
                 stream.doubt()
             stream.incarnation = incarnation
             stream.told_at = self._now()
-            query = f"SELECT reply_subject, published_ns FROM ({_SUBJECTS_IN_USE}) WHERE incarnation = :run"  # noqa: S608 (a literal)
-            for subject, published_ns in self._db.execute(query, {"job": job_id, "run": incarnation}):
-                stream.show(subject, published_ns)
+            for table in ("adc_task", "adc_finished"):
+                of_this_run = f"FROM {table} WHERE job_id = ? AND incarnation = ? AND reply_subject NOT NULL"
+                # The first one published shows all of them, where its subject can be read.
+                query = f"SELECT reply_subject, min(published_ns) {of_this_run} GROUP BY published_ns IS NULL"
+                for subject, published_ns in self._db.execute(query, (job_id, incarnation)):
+                    stream.show(subject, published_ns)
+                opaque = self._column(
+                    f"SELECT reply_subject {of_this_run} AND published_ns IS NULL", job_id, incarnation
+                )
+                stream.opaque.update(opaque)
 
     def incarnation_age_s(self, job_id: int) -> float:
         """Return how long ago Antenna told in which run the job is; infinite when that is not known."""

@@ -266,7 +266,9 @@ class JobPoller:
         self._news.set()
         self.jobs_of_other_pipelines &= held
         unlisted = (self._board.job_ids() | held) - {job.id for job in listed}
-        for job_id in [*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]]:
+        # Of an earlier process: whether their subjects are still good shows in which run their jobs are.
+        unknown = {job_id for job_id in held - unlisted if self._journal.incarnation_age_s(job_id) == float("inf")}
+        for job_id in [*unlisted, *unknown, *self._board.to_describe()[:LOOKS_PER_POLL]]:
             self._look(job_id)
 
     def _look(self, job_id: int) -> None:

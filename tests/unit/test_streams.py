@@ -362,6 +362,54 @@ def test_a_result_is_not_kept_for_a_task_of_another_image(journals: Callable[[],
     assert journal.unposted_count() == 0
 
 
+def test_an_answer_without_a_task_shows_nothing_of_the_stream(journals: Callable[[], Journal], clock: Clock) -> None:
+    """A job that was cancelled, or whose tasks all are with others, answers alike."""
+    antenna = Antenna()
+    journal = journals()
+    fetch(journal, antenna, 1, clock)
+    clock.now_s += OPERATOR_S / 2
+    journal.record(JOB, [], clock())
+    (held,) = journal.unfinished(JOB)
+    assert journal.is_live(held)
+    clock.now_s += OPERATOR_S / 2
+    assert not journal.is_live(held)
+
+
+def test_what_was_fetched_in_another_run_than_the_one_told_is_not_live(
+    journals: Callable[[], Journal], clock: Clock
+) -> None:
+    """However little time has passed: a program cancels and retries faster than an operator."""
+    antenna = Antenna()
+    journal = journals()
+    fetch(journal, antenna, 1, clock)
+    clock.now_s += 1
+    antenna.restart()
+    journal.note_served(JOB, antenna.incarnation, clock())
+    (held,) = journal.unfinished(JOB)
+    assert not journal.is_live(held)
+
+
+def test_a_late_answer_about_an_earlier_run_proves_nothing(journals: Callable[[], Journal], clock: Clock) -> None:
+    """Tasks and a look that were asked for before the job was started anew, and came after that was seen."""
+    antenna = Antenna()
+    journal = journals()
+    fetch(journal, antenna, 1, clock)
+    asked_at = clock()
+    said = antenna.incarnation
+    withheld = antenna.take(2)
+    clock.now_s += OPERATOR_S
+    antenna.restart()
+    journal.note_served(JOB, antenna.incarnation, clock())
+    clock.now_s += 1
+    journal.note_served(JOB, said, asked_at)
+    journal.record(JOB, withheld, asked_at)
+    assert len(journal.unfinished(JOB)) == 3
+    assert not any(journal.is_live(held) for held in journal.unfinished(JOB))
+    journal = journals()
+    journal.note_served(JOB, antenna.incarnation, clock())
+    assert not any(journal.is_live(held) for held in journal.unfinished(JOB)), "they are not of the run told later"
+
+
 def test_opaque_subjects_are_one_task_only_where_they_name_one_image(journals: Callable[[], Journal]) -> None:
     """A form that cannot be read proves nothing: the number of an image alone does not either."""
     journal = journals()
