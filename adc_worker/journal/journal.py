@@ -412,9 +412,9 @@ class Journal:
             for table in ("adc_task", "adc_finished"):
                 of_this_run = f"FROM {table} WHERE job_id = ? AND incarnation = ? AND reply_subject NOT NULL"
                 # The first one published shows all of them, where its subject can be read.
-                query = f"SELECT reply_subject, min(published_ns) {of_this_run} GROUP BY published_ns IS NULL"
-                for subject, published_ns in self._db.execute(query, (job_id, incarnation)):
-                    stream.show(subject, published_ns)
+                (first_ns,) = self._column(f"SELECT min(published_ns) {of_this_run}", job_id, incarnation)
+                if first_ns is not None:
+                    stream.show("", first_ns)
                 opaque = self._column(
                     f"SELECT reply_subject {of_this_run} AND published_ns IS NULL", job_id, incarnation
                 )
