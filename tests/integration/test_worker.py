@@ -53,7 +53,7 @@ def test_every_task_of_a_job_is_acknowledged_exactly_once(
     assert set(job.posts.values()) == {1}
     assert log.events("plan"), "the job was planned"
     assert log.events("job_summary")[0]["done"] == 200
-    assert not list((tmp_path / "data" / "staging").iterdir()), "staged files go when their result is kept"
+    assert not list((tmp_path / "data" / "staging").rglob("*.*")), "staged files go when their result is kept"
 
 
 def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
