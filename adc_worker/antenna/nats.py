@@ -70,8 +70,12 @@ class LeaseKeeper:
         try:
             while not closing.done():
                 pause_s, started = self._lease.ack_wait_s / RENEWALS_PER_LEASE, lease_clock()
-                if await self._publish(await asyncio.to_thread(self._held), IN_PROGRESS):
-                    self._lease.renewed_at = started
+                held = await asyncio.to_thread(self._held)
+                if not held:  # leases from before a restart are named once it is known that they are good
+                    pause_s = min(RECONNECT_S, pause_s)
+                if await self._publish(held, IN_PROGRESS):
+                    if held:
+                        self._lease.renewed_at = started
                     await self._publish(await asyncio.to_thread(self._unsaved), IN_PROGRESS)
                 else:
                     pause_s = min(RECONNECT_S, pause_s)

@@ -34,6 +34,13 @@ def _url(value: Any) -> str:
     return value if isinstance(value, str) and value == value.encode(errors="ignore").decode() else ""
 
 
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+_Moment = Annotated[str | None, BeforeValidator(_text_or_none)]
+
+
 class _Wire(BaseModel):
     # An error must not quote what it refuses: a shortened quotation of a URL no longer looks like one to redaction.
     model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True, hide_input_in_errors=True)
@@ -78,6 +85,20 @@ class JobState(_Wire):
     project_id: int | None = _inside("project", "id")
     collection_id: int | None = _inside("source_image_collection", "id")
     stages: list[_Stage] | None = _inside("progress", "stages")
+    created_at: _Moment = None
+    started_at: _Moment = None
+
+    @property
+    def incarnation(self) -> str | None:
+        """What tells this run of the job from every other one; None unless it runs and Antenna says since when.
+
+        A retry sets `started_at` anew before it publishes tasks, so the same value proves the same stream. It is only
+        ever compared for equality: it has no time zone, and its clock is not the one of NATS. While the state is RETRY
+        the value may still be that of the run before. A database that was set up anew gives another `created_at`.
+        """
+        if self.status != "STARTED" or not self.started_at:
+            return None
+        return f"{self.created_at or ''}/{self.started_at}"
 
     @property
     def is_served(self) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
+import secrets
 import stat
 import threading
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +30,21 @@ from adc_worker.errors import (
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
+from adc_worker.redaction import public_url
 
+_WHOLE = ".img"
 _PARTIAL = ".part"
 _SNIFF_BYTES = 512
 # What no camera writes at the start of a file: pages and documents, and streams that something on the way compressed.
 _PAGE_STARTS = (b"<", b"{", b"[", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_DIGEST_CHARACTERS = 32
+ABANDONED_AFTER_S = 7 * 86_400.0  # chosen; tasks live for 24 h in their stream
+ADOPTION_S = 3600.0
+# Number of the task, then a digest of its image. Versions before named files by the number alone.
+# A partial file also has the name of the area that writes it, and so of its process.
+_FILE_NAME = re.compile(rf"(?P<task>[0-9]+)-[0-9a-f]{{{_DIGEST_CHARACTERS}}}(\.img|\.[0-9a-f]{{16}}\.part)", re.ASCII)
+_FILE_NAME_BY_NUMBER = re.compile(r"[0-9]+\.(img|part)", re.ASCII)
 # Staged files up to this total stay in the page cache, for the decoder that reads them next; the rest waits on disk.
 CACHED_AHEAD_BYTES = 128_000_000
 
@@ -90,10 +102,11 @@ class StagedQueue:
 
 
 class StagingArea:
-    """A private folder of compressed images, one file per held task, named by the task's number alone.
+    """A private folder of compressed images, one file per held task.
 
-    Workers whose journals are different files number their tasks alike: in a folder that they share each has its own,
-    named by `owner`.
+    A file's name is the number of its task and a digest of the image that the task names. Numbers come again where a
+    journal was put back from a backup or copied; with the digest a file is only ever taken for its own image. Journals
+    that are different files have different folders, named by `owner`, wherever they lie and however they are named.
     """
 
     def __init__(
@@ -105,6 +118,7 @@ class StagingArea:
         now: Callable[[], float] = time.monotonic,
         owner: str = "",
     ) -> None:
+        self._shared_folder = folder
         self._folder = folder / owner
         self._client = client
         self._max_pixels = max_pixels
@@ -123,6 +137,8 @@ class StagingArea:
             )
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._now = now
+        self._files: dict[int, Path] = {}  # staged by this process
+        self._partial = f".{secrets.token_hex(8)}{_PARTIAL}"  # two that write one file would mix their bytes
         self.disk = DiskBudget(self._folder, most_bytes, now)
 
     def stage(
@@ -138,7 +154,7 @@ class StagingArea:
             StagedFileLost: a power cut took the file.
             StagingFull: the disk is full; no fault of the image's, and a pause is on.
         """
-        path = self._path(task_id)
+        path = self._path(task_id, task)
         if path.exists():
             # A power cut may have taken bytes that were not on the disk yet: what cannot be read is asked for again.
             with suppress(ImageError):
@@ -147,6 +163,7 @@ class StagingArea:
             raise StagedFileLost(
                 "a power cut took its staged file, and its URL opens no more: what signed it was erased"
             )
+        self._remove(task_id)  # of another image, that the task of this number had
         with self.disk.reserving(task_id):
             try:
                 return self._staged(task_id, task, path, self._fetch(path, task, cancelled))
@@ -164,7 +181,7 @@ class StagingArea:
         Raises:
             LinkError: no answer came that says so; nor from a full or broken disk, which raises OSError.
         """
-        path = self._path(task_id).with_suffix(_PARTIAL)
+        path = (self._folder / _file_name(task_id, "", url)).with_suffix(self._partial)
         try:
             with path.open("wb") as file:
                 path.chmod(0o600)
@@ -176,12 +193,12 @@ class StagingArea:
             path.unlink(missing_ok=True)
         return True
 
-    def is_staged(self, task_id: int) -> bool:
+    def is_staged(self, task_id: int, task: Task) -> bool:
         """Whether a task's file is there: to take it up again takes no room on the disk."""
-        return self._path(task_id).exists()
+        return self._path(task_id, task).exists()
 
-    def _path(self, task_id: int) -> Path:
-        return self._folder / f"{task_id}.img"
+    def _path(self, task_id: int, task: Task) -> Path:
+        return self._folder / _file_name(task_id, task.image_id, task.image_url)
 
     def _staged(self, task_id: int, task: Task, path: Path, stats: DownloadStats) -> StagedImage:
         try:
@@ -193,28 +210,69 @@ class StagingArea:
             if is_page:
                 raise NotAnImage(str(error)) from error
             raise
+        self._files[task_id] = path
         self.disk.charge(task_id, header.compressed_bytes)
         return StagedImage(task_id, task, path, header, stats, self._now())
 
     def discard(self, task_id: int) -> None:
-        self._path(task_id).unlink(missing_ok=True)
+        """Remove a task's file and end what it is charged for."""
+        known = self._files.pop(task_id, None)
+        if known is not None:
+            known.unlink(missing_ok=True)
+        else:
+            self._remove(task_id)
         self.disk.release(task_id)
 
+    def _remove(self, task_id: int) -> None:
+        for file in self._folder.glob(f"{task_id}-*"):
+            if _FILE_NAME.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+
+    def adopt(self, folder: Path, tasks: Mapping[int, Task]) -> int:
+        """Take the files over that a version before named by the numbers of these tasks alone; return how many.
+
+        The caller knows that nobody else's numbers are in that folder.
+        """
+        adopted = 0
+        for task_id, task in tasks.items():
+            file = folder / f"{task_id}{_WHOLE}"
+            if file.exists():
+                file.rename(self._path(task_id, task))
+                adopted += 1
+        return adopted
+
     def sweep(self, known_ids: Callable[[], set[int]]) -> int:
-        """Remove the files of tasks the journal does not know (any more); return how many.
+        """Remove the files of tasks the journal does not know (any more), and what nobody needs beside it.
 
         The folder is listed first: a task is on record before its file exists, so what appears later is not touched.
+        Return how many files were removed.
         """
-        files = [file for file in self._folder.iterdir() if _is_ours(file)]
+        ours = [(file, match) for file in self._folder.iterdir() if (match := _FILE_NAME.fullmatch(file.name))]
         known = known_ids()
-        leftovers = [file for file in files if int(file.stem) not in known]
+        unknown = [(file, int(match["task"])) for file, match in ours if int(match["task"]) not in known]
+        leftovers = [file for file, _task_id in unknown]
+        if self._folder != self._shared_folder:
+            leftovers += _named_by_number(self._shared_folder)
+            leftovers += self._abandoned()
         for file in leftovers:
             file.unlink(missing_ok=True)
-            self.disk.release(int(file.stem))
+        for _file, task_id in unknown:
+            self.disk.release(task_id)
         return len(leftovers)
 
+    def _abandoned(self) -> list[Path]:
+        """Return the files of other journals in which nothing happened for days: Antenna forgets tasks after a day."""
+        oldest_s = time.time() - ABANDONED_AFTER_S
+        abandoned: list[Path] = []
+        for folder in self._shared_folder.glob("journal-*"):
+            if folder == self._folder or not folder.is_dir() or folder.stat().st_mtime > oldest_s:
+                continue
+            abandoned += [file for file in folder.iterdir() if _FILE_NAME.fullmatch(file.name)]
+            abandoned += _named_by_number(folder)
+        return abandoned
+
     def _fetch(self, path: Path, task: Task, cancelled: Callable[[], bool]) -> DownloadStats:
-        partial = path.with_suffix(_PARTIAL)
+        partial = path.with_suffix(self._partial)
         fd = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             stats = self._client.download(task.image_url, fd, cancelled)
@@ -249,5 +307,18 @@ def _is_utf8(start: bytes) -> bool:
     return True
 
 
-def _is_ours(file: Path) -> bool:
-    return file.suffix in {".img", _PARTIAL} and file.stem.isdecimal()
+def _named_by_number(folder: Path) -> list[Path]:
+    """Return the files that a version before left there: which images they are of is not known.
+
+    Those of the last hour are left: another worker of the same journal may be about to adopt them.
+    """
+    newest_s = time.time() - ADOPTION_S
+    files = [file for file in folder.iterdir() if _FILE_NAME_BY_NUMBER.fullmatch(file.name)]
+    return [file for file in files if file.stat().st_mtime < newest_s]
+
+
+def _file_name(task_id: int, image_id: str, url: str) -> str:
+    """Return the name of a task's file: it says which image is in it, by what tells images apart and never changes."""
+    image = f"{image_id}\n{public_url(url)}".encode(errors="surrogatepass")
+    digest = hashlib.sha256(image).hexdigest()[:_DIGEST_CHARACTERS]
+    return f"{task_id}-{digest}{_WHOLE}"

@@ -15,13 +15,14 @@ import socket
 import sqlite3
 import threading
 import time
+import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,6 +30,7 @@ from adc_worker.antenna.leases import lease_clock, parse_reply_subject, same_mes
 from adc_worker.antenna.wire import PostEntry, Task, is_error_result
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.host.budget import file_system
+from adc_worker.host.process_name import new_process_name, process_name, process_scope
 from adc_worker.journal import recovery
 from adc_worker.journal.condition import Condition, DamageFound, condition_after, may_pass
 from adc_worker.journal.recovery import SEALED_COLUMNS, checksum_of, finished_checksum, part_checksum
@@ -51,6 +53,9 @@ RETAINED_RESULT_BYTES = 16_000_000  # accepted results above this are computed a
 UNWRITTEN_MAX_BYTES = 64_000_000
 _KNOWN_LOCKED_TIMEOUT_S = 0.1  # for a lock that was waited for before: others need this journal, too
 _RETRY_S = 1.0
+
+# An operator needs longer than this to cancel and retry a job. What was seen of a job's stream counts for so long.
+CONTACT_S = 60.0
 
 # One entry per version; a file of an older one gets those that it lacks.
 _SCHEMA = (
@@ -96,7 +101,36 @@ ALTER TABLE adc_task ADD COLUMN checksum INTEGER;
 ALTER TABLE adc_part ADD COLUMN checksum INTEGER;
 ALTER TABLE adc_finished ADD COLUMN checksum INTEGER
 """,
+    """
+CREATE TABLE adc_meta (  -- who this journal is, and where it lay
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL,
+    checksum INTEGER NOT NULL
+);
+ALTER TABLE adc_task ADD COLUMN incarnation TEXT;  -- the run of the job that Antenna told of before the fetch, or NULL
+ALTER TABLE adc_finished ADD COLUMN incarnation TEXT;
+ALTER TABLE adc_finished ADD COLUMN image_url TEXT;  -- without what opens it. Only the same one is answered from here
+-- All that is asked about streams, without a look at the bodies
+CREATE INDEX adc_finished_stream ON adc_finished (job_id, incarnation, published_ns, seq, reply_subject)
+""",
 )
+# Subjects that may still be posted, with the time at which their tasks were asked for. An accepted one may be repeated.
+_SUBJECTS_IN_USE = (
+    "SELECT seq, published_ns, fetched_at AS sent_at FROM adc_task WHERE job_id = :job"
+    " UNION ALL SELECT seq, published_ns, 0.0 FROM adc_finished"
+    " WHERE job_id = :job AND reply_subject NOT NULL"
+)
+# A checksum that was wrong stays wrong: the row is found to be damaged when it is read.
+_RETIRE_FINISHED = (
+    "UPDATE adc_finished SET reply_subject = NULL, checksum = iif(checksum ="
+    " adc_finished_checksum(body, job_id, image_id, image_url, incarnation, reply_subject, seq, published_ns),"
+    " adc_finished_checksum(body, job_id, image_id, image_url, incarnation, NULL, seq, published_ns), checksum)"
+    " WHERE reply_subject NOT NULL"
+)
+_VERSION_OF_NUMBERED_FILES = 1
+_DATABASE_MAGIC = b"SQLite format 3\0"
+_IDENTITY = "identity"  # names in adc_meta
+_LAY_AT = "lay at"
 _PART_BYTES = 1_000_000
 _PART_START_BYTES = 64  # enough to tell an error result
 _SUCCESSES_LOOKED_AT = 100
@@ -165,6 +199,53 @@ class HeldTask:
         return len(self.strikes or ()) >= STRIKES_MAX
 
 
+@dataclass(slots=True)
+class _Stream:
+    """What this process has seen of a job's present stream; times are those of the journal's clock.
+
+    Attributes:
+        contact_at: when the newest request was sent whose answer showed the stream.
+        answered_at: when tasks of it were last put on record.
+        live_from_ns: a message published then was seen in the stream. Streams follow one another, so whatever is on
+            record and was published no earlier is in the same one.
+        opaque: subjects in unknown forms that were seen in the stream.
+        incarnation: the run of the job that Antenna told of last.
+        told_at: when Antenna had told of it.
+    """
+
+    contact_at: float = float("-inf")
+    answered_at: float = float("-inf")
+    live_from_ns: int | None = None
+    opaque: set[str] = field(default_factory=set)
+    incarnation: str | None = None
+    told_at: float = float("-inf")
+
+    def copied(self) -> _Stream:
+        return replace(self, opaque=set(self.opaque))
+
+    def has_newer_news(self, asked_at: float) -> bool:
+        """Whether so much later requests were answered that the job may have been started anew since this one."""
+        return self.contact_at - asked_at > CONTACT_S
+
+    def doubt(self) -> None:
+        """Another stream may have taken the place of this one: nothing on record is known to be in the present one."""
+        self.live_from_ns = None
+        self.opaque.clear()
+
+    def show(self, subject: str, published_ns: int | None) -> None:
+        """Take in that a message is in the present stream."""
+        if published_ns is None:
+            self.opaque.add(subject)
+        elif self.live_from_ns is None or published_ns < self.live_from_ns:
+            self.live_from_ns = published_ns
+
+    def holds(self, subject: str, published_ns: int | None) -> bool:
+        """Whether a message on record is in the stream, as far as was seen at the last contact."""
+        if published_ns is None:
+            return subject in self.opaque
+        return self.live_from_ns is not None and published_ns >= self.live_from_ns
+
+
 class Journal:
     """The journal of one worker process; safe to use from several threads."""
 
@@ -173,10 +254,13 @@ class Journal:
         path: Path,
         patience: LockPatience | None = None,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+        now: Callable[[], float] = lease_clock,
     ) -> None:
         self._path = path
         self._free_bytes = free_bytes
         self._patience = patience or LockPatience()
+        self._now = now
+        self._name = new_process_name()  # of this process, in the marks of what it works on
         self._lock = threading.RLock()
         self._calls = threading.local()  # whether this thread is in a method that is repeated
         self.fault: str | None = None  # why the file cannot be written
@@ -184,13 +268,19 @@ class Journal:
         self._locked_since: float | None = None  # monotonic seconds; another program holds the file
         # What the file did not take meanwhile: size and parts of results; None where a task is to be forgotten.
         self._unwritten: dict[int, tuple[int, Iterable[bytes]] | None] = {}
-        self._contacts: dict[int, float] = {}
+        self._contacts: dict[int, _Stream] = {}
         self._remembered: dict[int, dict[str, Any]] = {}  # this slot's tasks as they were last written
         self._remembers = False  # not before they were read once
         self._changed: set[int] = set()  # tasks that the transaction under way inserts, changes or removes
         self._file_id = (0, 0)  # device and inode of the file that is open
+        self._identity: str | None = None  # None until the file was read once
+        # As the file was found: the version it was of, and its inode. An exchange of a damaged file changes neither.
+        self._found_version: int | None = None
+        self._found_inode: int | None = None
         self._connection: sqlite3.Connection | None = None
         try:
+            # Locks lie beside the file: whoever names it by another way must find the same ones.
+            path = self._path = path.resolve()
             path.parent.mkdir(parents=True, exist_ok=True)
             self.most_bytes = min(FILE_MAX_BYTES, int(FILE_DISK_SHARE * free_bytes(path.parent)))
             self._shared = file_system(path.parent) in NETWORK_FILE_SYSTEMS
@@ -216,7 +306,7 @@ class Journal:
             clean = self._connection is not None
             try:
                 # An orderly end accuses nobody.
-                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (os.getpid(),))
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (self._name,))
             except (sqlite3.Error, WorkerFault) as error:
                 clean = clean and condition_after(error) in {Condition.LOCKED, Condition.UNWRITABLE}
                 _log.warning("marks_left", error=str(error), effect="the images in hand run one by one at first")
@@ -233,12 +323,11 @@ class Journal:
         An image that is held already keeps its row under the new subject; a finished one is answered from here. Where
         the file takes nothing, the tasks are left to their leases. `fetched_at`: Unix time, now by default.
         """
-        now = fetched_at or lease_clock()
-        self._contacts[job_id] = time.monotonic()
+        sent_at = fetched_at or self._now()
         wait_until = time.monotonic() + self._patience.fault_s
         while True:
             try:
-                self._write_fetched(job_id, tasks, now)
+                self._write_fetched(job_id, tasks, sent_at)
                 break
             except _NotTaken as error:
                 if condition_after(error) is Condition.LOCKED and time.monotonic() < wait_until:
@@ -249,46 +338,114 @@ class Journal:
         subjects = {task.reply_subject for task in tasks}
         return [held for held in self.unfinished(job_id) if held.task.reply_subject in subjects]
 
-    def _write_fetched(self, job_id: int, tasks: Sequence[Task], now: float) -> None:
-        with self._writing():
-            self._bury_earlier_streams(job_id, tasks)
-            for task in tasks:
-                if not self._rejoin(job_id, task, now):
-                    self._insert(job_id, task, now)
+    def _write_fetched(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> None:
+        with self._lock:
+            known = self._contacts.get(job_id)
+            before = None if known is None else known.copied()
+            try:
+                with self._writing():
+                    current = self._of_present_stream(job_id, tasks, sent_at)
+                    self._show_stream(job_id, current, sent_at)
+                    for task in current:
+                        if not self._rejoin(job_id, task, sent_at):
+                            self._insert(job_id, task, sent_at)
+            except BaseException:
+                self._restore_contact(job_id, before)
+                raise
+
+    def _restore_contact(self, job_id: int, before: _Stream | None) -> None:
+        """Forget what an undone transaction showed of a job's stream: the same tasks may be recorded once more."""
+        if before is None:
+            self._contacts.pop(job_id, None)
+        else:
+            self._contacts[job_id] = before
 
     def find(self, job_id: int, task: Task) -> HeldTask | None:
         """Return the task that this is another delivery of; None when we do not hold it."""
         rows = self._rows("job_id = ? AND image_id = ?", job_id, task.image_id)
-        return next((held for held in rows if same_message(held.task.reply_subject, task.reply_subject)), None)
+        return next((held for held in rows if _is_same_delivery(held.task, task)), None)
+
+    def held(self, task_id: int) -> HeldTask | None:
+        """Return a task that is on record here, as its newest delivery brought it."""
+        return next(iter(self._rows("id = ?", task_id)), None)
 
     def _rejoin(self, job_id: int, task: Task, now: float) -> bool:
+        """Let the row that has this image already go on under the new subject; False when there is none."""
         held = self.find(job_id, task)
+        event = "delivery_joined"
+        if held is None:
+            held = self._left_by_earlier_run(job_id, task)
+            event = "task_moved_to_new_run"
         if held is None:
             return False
+        seq, published_ns = _message(task.reply_subject)
+        # A URL that may still open the image replaces one of which only the public part is left.
         self._db.execute(
-            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, image_url = iif(url_erased, image_url, ?)"
-            " WHERE id = ?",
-            (task.reply_subject, now, task.image_url, held.id),
+            "UPDATE adc_task SET reply_subject = ?, fetched_at = ?, seq = ?, published_ns = ?, incarnation = ?,"
+            " image_url = ?, url_erased = 0 WHERE id = ?",
+            (task.reply_subject, now, seq, published_ns, self._incarnation(job_id, now), task.image_url, held.id),
         )
-        _log.info("delivery_joined", job_id=job_id, image_id=task.image_id)
+        _log.info(event, job_id=job_id, image_id=task.image_id)
         return True
 
+    def _left_by_earlier_run(self, job_id: int, task: Task) -> HeldTask | None:
+        """Return the task of the same image under another message, unless that is known to be in the present stream.
+
+        A run of a job gives each image one message. What was staged or computed for the image is as good for this one.
+        A kept error is not: what was wrong with the image may have been put right.
+        """
+        for held in self._rows("job_id = ? AND image_id = ?", job_id, task.image_id):
+            if public_url(held.task.image_url) != public_url(task.image_url) or self.is_live(held):
+                continue
+            if self._is_of_another_job(job_id, self._column("SELECT incarnation FROM adc_task WHERE id = ?", held.id)):
+                continue
+            if held.result_bytes is not None and is_error_result(next(iter(self.parts(held.id)), b"")):
+                continue
+            return held
+        return None
+
     def _insert(self, job_id: int, task: Task, now: float) -> None:
-        delivery = parse_reply_subject(task.reply_subject)
-        message = (delivery.stream_seq, delivery.timestamp_ns) if delivery else (None, None)
+        seq, published_ns = _message(task.reply_subject)
         cursor = self._db.execute(
-            "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.slot, job_id, task.image_id, task.image_url, task.reply_subject, now, *message),
+            "INSERT INTO adc_task (slot, job_id, image_id, image_url, reply_subject, fetched_at, seq, published_ns,"
+            " incarnation) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                self.slot,
+                job_id,
+                task.image_id,
+                task.image_url,
+                task.reply_subject,
+                now,
+                seq,
+                published_ns,
+                self._incarnation(job_id, now),
+            ),
         )
-        query = "SELECT body, checksum FROM adc_finished WHERE job_id = ? AND image_id = ?"
-        for packed, checksum in self._db.execute(query, (job_id, task.image_id)).fetchall():
-            if checksum not in {None, finished_checksum(job_id, task.image_id, packed)}:
-                raise DamageFound(f"the accepted result of image {task.image_id} is not what was written")
-            body = zlib.decompress(packed)
+        self._answer_from_finished(int(cursor.lastrowid or 0), job_id, task)
+
+    def _answer_from_finished(self, task_id: int, job_id: int, task: Task) -> None:
+        """Keep for a task what was computed for the same image of the same job before.
+
+        Numbers alone prove neither: once Antenna's database was set up anew they are those of others.
+        """
+        same_image = "job_id = ? AND image_id = ? AND image_url = ?"
+        query = f"SELECT * FROM adc_finished WHERE {same_image}"  # noqa: S608 (a literal)
+        found = self._selected(query, job_id, task.image_id, public_url(task.image_url))
+        bodies = [_checked_body(row) for row in found]
+        if self._is_of_another_job(job_id, [row["incarnation"] for row in found]):
+            return
+        for body in bodies:
             if not is_error_result(body):  # what was wrong with the image may have been put right
                 _log.info("answered_from_journal", job_id=job_id, image_id=task.image_id)
-                self._keep(int(cursor.lastrowid or 0), [body])
+                self._keep(task_id, [body])
+
+    def _is_of_another_job(self, job_id: int, incarnations: Sequence[str | None]) -> bool:
+        """Whether what was recorded in these runs was of an earlier job of the same number, as far as Antenna told."""
+        stream = self._contacts.get(job_id)
+        if stream is None or stream.incarnation is None:
+            return False
+        created_at = stream.incarnation.partition("/")[0]
+        return any(told is not None and told.partition("/")[0] != created_at for told in incarnations)
 
     @_resilient
     def erase_url(self, held: HeldTask) -> None:
@@ -296,42 +453,162 @@ class Journal:
         url = public_url(held.task.image_url)
         if url == held.task.image_url:
             return
-        erase = "UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ?"
-        self._write_loosely(lambda: self._db.execute(erase, (url, held.id)))
+        erase = "UPDATE adc_task SET image_url = ?, url_erased = 1 WHERE id = ? AND image_url = ?"
+        self._write_loosely(lambda: self._db.execute(erase, (url, held.id, held.task.image_url)))
 
-    def _bury_earlier_streams(self, job_id: int, tasks: Sequence[Task]) -> None:
-        """Within one stream sequence and time rise together: a lower sequence published later proves another stream."""
-        found = [delivery for task in tasks if (delivery := parse_reply_subject(task.reply_subject))]
-        if not found:
+    def _of_present_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> Sequence[Task]:
+        """Return the tasks if they are of the job's present stream, and retire the subjects of earlier streams.
+
+        Within one stream sequence and time rise together. Two messages that contradict this are of two streams. The
+        tasks of one answer are of one stream, so its first and its last message show as much as all of them.
+        """
+        messages = [message for task in tasks if (message := _message(task.reply_subject)) != (None, None)]
+        if not messages:
+            return tasks
+        if self._is_of_earlier_stream(job_id, max(messages), sent_at):
+            reason = "their stream is gone: the job was started anew since they were asked for"
+            _log.warning("tasks_left_to_their_lease", job_id=job_id, tasks=len(tasks), reason=reason)
+            return []
+        seq, published_ns = min(messages)
+        retired_until = self._column(
+            f"SELECT max(published_ns) FROM ({_SUBJECTS_IN_USE}) WHERE seq >= :seq AND published_ns < :ns",  # noqa: S608 (a literal)
+            {"job": job_id, "seq": seq, "ns": published_ns},
+        )[0]
+        if retired_until is not None:
+            self._retire(job_id, "coalesce(published_ns, 0) <= ?", retired_until)
+        return tasks
+
+    def _is_of_earlier_stream(self, job_id: int, message: tuple[int | None, int | None], sent_at: float) -> bool:
+        """Whether a fetched message is of a stream before the one that is on record: its answer came late.
+
+        When it was asked for after everything on record had come, the clock of NATS was set back instead, and what is
+        on record is retired: the order of what is on record tells nothing any more.
+        """
+        seq, published_ns = message
+        contradicting = self._column(
+            f"SELECT sent_at FROM ({_SUBJECTS_IN_USE}) WHERE seq <= :seq AND published_ns > :ns",  # noqa: S608 (a literal)
+            {"job": job_id, "seq": seq, "ns": published_ns},
+        )
+        if not contradicting:
+            return False
+        answered_at = self._contacts.get(job_id, _Stream()).answered_at
+        if sent_at < max(answered_at, *contradicting):
+            return True
+        self._retire(job_id, "true")
+        return False
+
+    def _show_stream(self, job_id: int, tasks: Sequence[Task], sent_at: float) -> None:
+        """Take in that these tasks were in the job's stream when they were asked for; no task shows nothing."""
+        if not tasks:
             return
-        first = min(found, key=lambda delivery: delivery.stream_seq)
-        (dead_until,) = self._db.execute(
-            "SELECT max(published_ns) FROM (SELECT seq, published_ns FROM adc_task WHERE job_id = :job"
-            " UNION ALL SELECT seq, published_ns FROM adc_finished WHERE job_id = :job AND reply_subject NOT NULL)"
-            " WHERE seq >= :seq AND published_ns < :ns",
-            {"job": job_id, "seq": first.stream_seq, "ns": first.timestamp_ns},
-        ).fetchone()
-        if dead_until is not None:
-            self._bury(job_id, dead_until)
+        stream = self._contact(job_id, sent_at)
+        stream.answered_at = self._now()
+        if stream.has_newer_news(sent_at):
+            return
+        for task in tasks:
+            _seq, published_ns = _message(task.reply_subject)
+            stream.show(task.reply_subject, published_ns)
 
-    def _bury(self, job_id: int, published_until_ns: int) -> None:
-        where = "job_id = ? AND coalesce(published_ns, 0) <= ?"
-        arguments = (job_id, published_until_ns)
+    def _contact(self, job_id: int, asked_at: float) -> _Stream:
+        stream = self._contacts.setdefault(job_id, _Stream())
+        if asked_at - stream.contact_at > CONTACT_S:
+            stream.doubt()
+        stream.contact_at = max(stream.contact_at, asked_at)
+        return stream
+
+    @_resilient
+    def note_served(self, job_id: int, incarnation: str | None, asked_at: float) -> None:
+        """Take in that Antenna serves the job, as it answered to a request sent at `asked_at`, and in which run.
+
+        What was fetched in the same run is in the present stream, however long ago that was and whatever the clocks
+        say. Nothing is taken in where Antenna names no run.
+        """
+        if incarnation is None:
+            return
+        with self._lock:
+            stream = self._contact(job_id, asked_at)
+            if stream.has_newer_news(asked_at):
+                return
+            if stream.incarnation not in {None, incarnation}:
+                stream.doubt()
+            stream.incarnation = incarnation
+            stream.told_at = self._now()
+            for table in ("adc_task", "adc_finished"):
+                for subject, published_ns in self._first_of_run(table, job_id, incarnation):
+                    stream.show(subject, published_ns)
+
+    def _first_of_run(self, table: str, job_id: int, incarnation: str) -> list[tuple[str, int | None]]:
+        """Return the subjects in a table, with their time, that show every one of a run to be in the stream.
+
+        That is the first one published, and each whose subject cannot be read. They prove what may be posted, so their
+        rows are compared with their checksums.
+        """
+        of_this_run = f"SELECT * FROM {table} WHERE job_id = ? AND incarnation = ? AND reply_subject NOT NULL"  # noqa: S608 (our own names)
+        first = f"{of_this_run} AND published_ns NOT NULL ORDER BY published_ns LIMIT 1"
+        rows = self._selected(first, job_id, incarnation)
+        rows += self._selected(f"{of_this_run} AND published_ns IS NULL", job_id, incarnation)
+        for row in rows:
+            if table == "adc_task":
+                _check_task(row)
+            else:
+                _check_finished(row)
+        return [(row["reply_subject"], row["published_ns"]) for row in rows]
+
+    def incarnation_age_s(self, job_id: int) -> float:
+        """Return how long ago Antenna told in which run the job is; infinite when that is not known."""
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            known = stream is not None and stream.incarnation is not None
+            return self._now() - stream.told_at if stream is not None and known else float("inf")
+
+    def _incarnation(self, job_id: int, sent_at: float) -> str | None:
+        """Return the run of what is fetched by a request sent at `sent_at`, if it was told before that.
+
+        A run that was told later might be the one after it.
+        """
+        stream = self._contacts.get(job_id)
+        return stream.incarnation if stream is not None and stream.told_at <= sent_at else None
+
+    def is_live(self, held: HeldTask, within_s: float = CONTACT_S) -> bool:
+        """Whether a task's subject is known to acknowledge its own image now.
+
+        After a restart of its job the same subject acknowledges another image. The proof is what was seen of the stream
+        within the last `within_s` seconds.
+        """
+        with self._lock:
+            stream = self._contacts.get(held.job_id)
+            if stream is None or self._now() - stream.contact_at > within_s:
+                return False
+            return stream.holds(held.task.reply_subject, _message(held.task.reply_subject)[1])
+
+    def _retire(self, job_id: int, where: str, *arguments: object) -> None:
+        """Never use these subjects of a job again; results stay for images that come again, tasks are dropped."""
+        where = f"job_id = ? AND {where}"
+        arguments = (job_id, *arguments)
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
+        runs = set(self._column(f"SELECT incarnation FROM adc_task WHERE {where}", *arguments))  # noqa: S608 (literals)
         self._finish({task_id: self._compressed(task_id) for task_id in dead})
-        self._db.execute(f"UPDATE adc_finished SET reply_subject = NULL WHERE {where}", arguments)  # noqa: S608
+        self._db.execute(f"{_RETIRE_FINISHED} AND {where}", arguments)
+        stream = self._contacts.get(job_id)
+        if stream is not None:
+            stream.doubt()
+            if stream.incarnation in runs:  # it is over, and the present one is to be asked for
+                stream.incarnation = None
         if dead:  # of a job that came to its end nothing is left
             _log.warning("subjects_dead", job_id=job_id, tasks=len(dead), reason="the job was stopped or restarted")
 
     @_resilient
-    def bury(self, job_id: int) -> list[int]:
-        """The job is served no more: no subject of it may be used; results stay for images that come again.
+    def bury(self, job_id: int, asked_at: float = float("inf")) -> list[int]:
+        """The job is served no more: no subject on record may be used; results stay for images that come again.
 
-        Return the tasks whose staged files nobody needs.
+        That is what Antenna answered to a request sent at `asked_at`. Tasks that came since are newer, and of a new
+        stream perhaps: nothing is retired then. Return the tasks whose staged files nobody needs.
         """
+        if self._contacts.get(job_id, _Stream()).answered_at > asked_at:
+            return []
         unfinished = [held.id for held in self.unfinished(job_id)]
         of_the_job = self._column("SELECT id FROM adc_task WHERE slot = ? AND job_id = ?", self.slot, job_id)
-        self._write_loosely(lambda: self._bury(job_id, time.time_ns()), of_the_job)
+        self._write_loosely(lambda: self._retire(job_id, "true"), of_the_job)
         return unfinished
 
     @_resilient
@@ -340,12 +617,11 @@ class Journal:
 
         The marks need not survive a power cut. `alone` says that nothing else is in work any more.
         """
-        pid = os.getpid()
-        marks = [(pid, oom_kills, task_id) for task_id in task_ids]
+        marks = [(self._name, oom_kills, task_id) for task_id in task_ids]
 
         def mark() -> None:
             if alone:
-                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (pid,))
+                self._db.execute("UPDATE adc_task SET runner = NULL WHERE runner = ?", (self._name,))
             self._db.executemany("UPDATE adc_task SET runner = ?, oom_kills = ? WHERE id = ?", marks)
 
         self._write_loosely(mark)
@@ -355,18 +631,23 @@ class Journal:
         """Make suspects of what dead processes were working on, and return how many tasks that are.
 
         `died` is the pid and the cause of a death that was the process's own making. A task that was alone in it, or in
-        a process that ended while the kernel killed for want of memory, gets a strike.
+        a process that ended while the kernel killed for want of memory, gets a strike. Process ids and the kernel's
+        count are compared within one container only: another one has the same ids, and a count of its own.
         """
         if not self._column("SELECT 1 FROM adc_task WHERE slot = ? AND runner NOT NULL LIMIT 1", self.slot):
             return 0  # nothing to write, so that a program that holds the file does not hold up the start
+        dead = None if died is None else process_name(died[0])
+        scope = process_scope()
         with self._writing():
             where = "slot = ? AND runner NOT NULL AND result_bytes IS NULL"
             query = f"SELECT id, runner, oom_kills FROM adc_task WHERE {where}"  # noqa: S608 (a literal)
             in_work = self._db.execute(query, (self.slot,)).fetchall()
             together = Counter(runner for _task_id, runner, _oom_kills in in_work)
             for task_id, runner, oom_kills_before in in_work:
-                cause = "out of memory" if oom_kills > oom_kills_before else ""
-                if died is not None and died[0] == runner:
+                name = str(runner)  # of an earlier version: a bare process id, which proves nothing
+                counted_here = name.startswith(scope)
+                cause = "out of memory" if counted_here and oom_kills > oom_kills_before else ""
+                if died is not None and dead is not None and name.startswith(dead):
                     cause = died[1]
                 self._db.execute(
                     "UPDATE adc_task SET strikes = coalesce(strikes || ',', '') || ? WHERE id = ?",
@@ -382,24 +663,51 @@ class Journal:
             self._db.executemany("UPDATE adc_task SET strikes = '' WHERE id = ?", [(number,) for number in task_ids])
 
     @_resilient
-    def keep(self, results: Collection[tuple[int, Iterable[bytes]]]) -> int:
+    def keep(self, results: Collection[tuple[int, Iterable[bytes]]], images: Mapping[int, str] | None = None) -> int:
         """Keep (task id, parts of a serialised result) pairs in one transaction; return the bytes kept.
 
         On return they survive a power cut, unless `fault` is set: then they are in memory. Parts are taken one by one,
-        so that they may be made on the way, and must give the same again when they are asked again.
+        so that they may be made on the way, and must give the same again when they are asked again. `images` says by
+        task of which image the results are.
+
+        Raises:
+            WorkerFault: a task is one of another image.
         """
         try:
             with self._writing():
+                self._check_images(images or {})
                 return sum(self._keep(task_id, parts) for task_id, parts in results)
         except _NotTaken:
+            self._check_remembered_images(images or {})
             sized = {task_id: (sum(map(len, parts)), parts) for task_id, parts in results}
             with self._lock:
                 self._unwritten.update(sized)
             return sum(size_bytes for size_bytes, _parts in sized.values())
 
+    def _check_images(self, images: Mapping[int, str]) -> None:
+        for task_id, image_id in images.items():
+            for recorded in self._column("SELECT image_id FROM adc_task WHERE id = ?", task_id):
+                self._check_image(task_id, image_id, recorded)
+
+    def _check_remembered_images(self, images: Mapping[int, str]) -> None:
+        """Check the same without the file, which takes nothing and perhaps cannot be read."""
+        for task_id, image_id in images.items():
+            row = self._remembered.get(task_id)
+            if row is not None:
+                self._check_image(task_id, image_id, row["image_id"])
+
+    def _check_image(self, task_id: int, image_id: str, recorded: str) -> None:
+        if recorded != image_id:
+            raise WorkerFault(
+                f"task {task_id} is of image {recorded}, and the result for it of image {image_id}: nothing of this"
+                f" batch is kept; {self._path} was replaced while this worker ran, or this is a bug"
+            )
+
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
-        if not self._column("SELECT id FROM adc_task WHERE id = ?", task_id):
+        urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)
+        if not urls:
             return 0  # its job was cancelled meanwhile
+        url = public_url(urls[0])
         self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
         for number, part in enumerate(_coalesced(parts)):
@@ -408,7 +716,12 @@ class Journal:
                 (task_id, number, part, part_checksum(task_id, number, part)),
             )
             size_bytes += len(part)
-        self._db.execute("UPDATE adc_task SET result_bytes = ? WHERE id = ?", (size_bytes, task_id))
+        self._db.execute(
+            # Nothing is to be downloaded for it any more. Should the result be lost to damage, a URL without what opens
+            # it must not be asked for: the answer would count against the image.
+            "UPDATE adc_task SET result_bytes = ?, image_url = ?, url_erased = url_erased OR ? WHERE id = ?",
+            (size_bytes, url, url != urls[0], task_id),
+        )
         return size_bytes
 
     @_resilient
@@ -425,13 +738,15 @@ class Journal:
 
     def _finish(self, bodies: dict[int, bytes | None]) -> None:
         for task_id, body in bodies.items():
-            if body is not None:
+            urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)
+            if body is not None and urls:
                 self._db.execute(
-                    "INSERT OR REPLACE INTO adc_finished"
-                    " (job_id, image_id, reply_subject, seq, published_ns, body, checksum)"
-                    " SELECT job_id, image_id, reply_subject, seq, published_ns, ?1,"
-                    " adc_finished_checksum(job_id, image_id, ?1) FROM adc_task WHERE id = ?2",
-                    (body, task_id),
+                    "INSERT OR REPLACE INTO adc_finished (job_id, image_id, reply_subject, seq, published_ns,"
+                    " incarnation, image_url, body, checksum)"
+                    " SELECT job_id, image_id, reply_subject, seq, published_ns, incarnation, ?1, ?2,"
+                    " adc_finished_checksum(?2, job_id, image_id, ?1, incarnation, reply_subject, seq, published_ns)"
+                    " FROM adc_task WHERE id = ?3",
+                    (public_url(urls[0]), body, task_id),
                 )
             self._db.execute("DELETE FROM adc_task WHERE id = ?", (task_id,))
         while self._used_bytes() > self.most_bytes:
@@ -450,19 +765,17 @@ class Journal:
 
     @_resilient
     def newest_accepted(self, job_id: int) -> PostEntry | None:
-        """Return an accepted result of the job, to be posted again."""
-        columns = "image_id, reply_subject, body, checksum"
-        query = f"SELECT {columns} FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"  # noqa: S608 (a literal)
-        with self._lock:
-            row = self._db.execute(f"{query} ORDER BY id DESC LIMIT 1", (job_id,)).fetchone()
-        if row is None:
+        """Return an accepted result of the job whose subject is known to be good, to be posted again."""
+        query = "SELECT * FROM adc_finished WHERE job_id = ? AND reply_subject = ?"
+        subjects = self._accepted_live(job_id, 1, CONTACT_S)
+        found = [row for subject in subjects for row in self._selected(query, job_id, subject)]
+        if not found:
             return None
-        image_id, reply_subject, packed, checksum = row
-        if checksum not in {None, finished_checksum(job_id, image_id, packed)}:
-            raise DamageFound(f"the accepted result of image {image_id} is not what was written")
-        body = zlib.decompress(packed)
-        return PostEntry(reply_subject, len(body), lambda: [body])
+        row = found[0]
+        body = _checked_body(row)
+        return PostEntry(row["reply_subject"], len(body), lambda: [body])
 
+    @_resilient
     def has_success(self, job_id: int) -> bool:
         """Whether an image of the job has a result on record, kept or accepted, that is no error."""
         kept = self._column(
@@ -477,19 +790,25 @@ class Journal:
         return any(not is_error_result(start) for start in starts)
 
     def accepted_subjects(self, job_id: int, count: int) -> list[str]:
-        """Return the leases of the job's results that were accepted last, up to `count`."""
-        query = "SELECT reply_subject FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
-        return self._column(f"{query} ORDER BY id DESC LIMIT ?", job_id, count)
+        """Return the leases of the job's results that were accepted last, up to `count`, in the stream seen last."""
+        return self._accepted_live(job_id, count, float("inf"))
+
+    @_resilient
+    def _accepted_live(self, job_id: int, count: int, within_s: float) -> list[str]:
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            if stream is None or self._now() - stream.contact_at > within_s:
+                return []
+            query = "SELECT reply_subject, published_ns FROM adc_finished WHERE job_id = ? AND reply_subject NOT NULL"
+            newest_first = self._db.execute(f"{query} ORDER BY id DESC", (job_id,))
+            live = (subject for subject, published_ns in newest_first if stream.holds(subject, published_ns))
+            return list(islice(live, count))
 
     @_resilient
     def close_job(self, job_id: int) -> None:
         """The job is final: none of its images comes again."""
         delete = "DELETE FROM adc_finished WHERE job_id = ?"
         self._write_loosely(lambda: self._db.execute(delete, (job_id,)))
-
-    def contact_age_s(self, job_id: int) -> float:
-        """Return how long ago Antenna last answered a fetch of this job's tasks."""
-        return time.monotonic() - self._contacts.get(job_id, float("-inf"))
 
     def parts(self, task_id: int) -> Iterator[bytes]:
         """Return a kept result piece by piece; another may be kept or forgotten meanwhile."""
@@ -694,19 +1013,35 @@ class Journal:
         """Return the jobs that other slots hold tasks or results of."""
         return set(self._column("SELECT DISTINCT job_id FROM adc_task WHERE slot != ?", self.slot))
 
-    def owner_in(self, folder: Path) -> str:
-        """Return the name of this journal's part of a folder; none where that lies beside the file, and is its own."""
-        path = self._path.resolve()
-        beside = folder.resolve().parent == path.parent
-        return "" if beside else f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+    @property
+    def staging_name(self) -> str:
+        """The name of this journal's folder of staged files, wherever it lies: no other journal has the same."""
+        return f"journal-{self._identity}"
+
+    def own_earlier_staging(self, folder: Path) -> Path | None:
+        """Return where the version before staged for this journal, if it was upgraded just now; `folder` is configured.
+
+        That version named files by numbers alone, and journals in one directory shared a folder beside them. None where
+        another journal may have done so: what is in a file is not known then.
+        """
+        if self._found_version != _VERSION_OF_NUMBERED_FILES:
+            return None
+        beside = folder.resolve().parent == self._path.parent
+        own_files = {self._path, *recovery.damaged_files(self._path)}
+        if beside and any(_is_database(file) for file in self._path.parent.iterdir() if file not in own_files):
+            return None
+        name = f"journal-{zlib.crc32(bytes(self._path)):08x}-{self._found_inode or 0:x}"
+        earlier = folder if beside else folder / name
+        return earlier if earlier.is_dir() else None
 
     def was_used(self) -> bool:
         """Whether a task was ever on record here, by whatever worker."""
         return bool(self._column("SELECT 1 FROM sqlite_sequence WHERE name = 'adc_task'"))
 
     def subjects(self) -> list[str]:
-        """Return the leases this slot holds."""
-        return self._column("SELECT reply_subject FROM adc_task WHERE slot = ?", self.slot)
+        """Return the leases this slot holds in the streams that were seen last; another one would be a stranger's."""
+        held = self._rows("true")
+        return [one.task.reply_subject for one in held if self.is_live(one, float("inf"))]
 
     def held_count(self, job_id: int) -> int:
         """Count a job's tasks that Antenna may still be waiting for."""
@@ -717,6 +1052,17 @@ class Journal:
         """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
         waiting = [held for held in self._rows("job_id = ?", job_id) if held.result_bytes is None]
         return sorted(waiting, key=lambda held: len(held.strikes or ()))
+
+    @_resilient
+    def unfinished_tasks(self) -> dict[int, Task]:
+        """Return the tasks of every slot without a result, by number."""
+        query = "SELECT id, image_id, image_url, reply_subject FROM adc_task WHERE result_bytes IS NULL"
+        with self._lock:
+            rows = self._db.execute(query).fetchall()
+        return {
+            task_id: Task(image_id=image_id, image_url=image_url, reply_subject=reply_subject)
+            for task_id, image_id, image_url, reply_subject in rows
+        }
 
     def unfinished_ids(self) -> set[int]:
         """Return the tasks of every slot without a result: a kill may come between a result and its file's removal."""
@@ -744,18 +1090,20 @@ class Journal:
                 chosen.append(held)
         return chosen
 
-    def unposted_count(self) -> int:
+    def unposted_count(self, excluding: Collection[int] = ()) -> int:
+        """Count the kept results that Antenna has not accepted, without those in `excluding`."""
         with self._lock:
             kept = set(self._column("SELECT id FROM adc_task WHERE slot = ? AND result_bytes NOT NULL", self.slot))
             for task_id, result in self._unwritten.items():
                 (kept.discard if result is None else kept.add)(task_id)
-            return len(kept)
+            return len(kept.difference(excluding))
 
     @_resilient
     def _column(self, query: str, *arguments: object) -> list[Any]:
-        """Return the first column of what is asked for."""
+        """Return the first column of what is asked for; a mapping gives the arguments by name."""
+        by_name = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], Mapping) else None
         with self._lock:
-            return [row[0] for row in self._db.execute(query, arguments)]
+            return [row[0] for row in self._db.execute(query, arguments if by_name is None else dict(by_name))]
 
     @_resilient
     def _rows(self, where: str, *arguments: object, limit: int = -1) -> list[HeldTask]:
@@ -768,8 +1116,7 @@ class Journal:
             return [self._held(row) for row in rows if self._unwritten.get(row["id"], row) is not None]
 
     def _held(self, row: sqlite3.Row) -> HeldTask:
-        if row["checksum"] != checksum_of(*(row[name] for name in SEALED_COLUMNS)):
-            raise DamageFound(f"the row of task {row['id']} is not what was written")
+        _check_task(row)
         result_bytes, _parts = self._unwritten.get(row["id"]) or (row["result_bytes"], ())
         return HeldTask(
             id=row["id"],
@@ -808,6 +1155,7 @@ class Journal:
         """
         with self._guard.alone():
             recovery.finish_exchange(self._path)
+            self._refuse_second_name()
         ended_orderly, left_open = self._how_the_last_ones_ended()
         self._calls.inside = True  # no repeating here: whoever opens a journal decides how long to wait
         try:
@@ -828,7 +1176,7 @@ class Journal:
         with self._guard.alone():  # nor is another worker about to make it
             is_new = not self._path.exists()
             if not is_new and self._was_written_before():
-                self._file_id = _identity(self._path)
+                self._file_id = _device_and_inode(self._path)
                 if recovery.version_of(self._path) == 0:
                     raise DamageFound("what was written to it is gone")
             self._open_own()
@@ -894,7 +1242,7 @@ class Journal:
             # What is erased or forgotten must not stay readable; FAST leaves copies of rows in pages that were freed.
             db.execute("PRAGMA secure_delete=ON")
             db.create_function("adc_checksum", -1, checksum_of, deterministic=True)
-            db.create_function("adc_finished_checksum", 3, finished_checksum, deterministic=True)
+            db.create_function("adc_finished_checksum", -1, finished_checksum, deterministic=True)
             db.create_function("adc_note", 1, self._changed.add)
             self._upgrade(db)
             self._seal_rows(db)
@@ -905,6 +1253,8 @@ class Journal:
 
     def _upgrade(self, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        if self._found_version is None:
+            self._found_version = version
         if version > len(_SCHEMA):
             raise WorkerFault(
                 f"the journal {self._path} was written by a newer worker (version {version}, this one knows"
@@ -1014,7 +1364,7 @@ class Journal:
     def _is_replaced(self) -> bool:
         """Whether the file's name leads to another file than the one that is open, or to none."""
         try:
-            return _identity(self._path) != self._file_id
+            return _device_and_inode(self._path) != self._file_id
         except FileNotFoundError:
             return True
 
@@ -1035,8 +1385,11 @@ class Journal:
 
     def _open_own(self) -> None:
         _create(self._path)
-        self._file_id = _identity(self._path)  # before it is read: what fails then is to be exchanged
+        self._file_id = _device_and_inode(self._path)  # before it is read: what fails then is to be exchanged
+        if self._found_inode is None:
+            self._found_inode = self._path.stat().st_ino
         self._connection = self._open(self._path)
+        self._identity = self._identify(self._db)
 
     def _close_file(self) -> None:
         if self._connection is not None:
@@ -1070,7 +1423,7 @@ class Journal:
                 ExitCode.JOURNAL_UNUSABLE,
             ) from error
         try:
-            aside, salvaged = recovery.exchange(self._path, self._open, list(self._remembered.values()))
+            aside, salvaged = recovery.exchange(self._path, self._open, list(self._remembered.values()), self._meta())
         except PermissionError as refused:
             raise WorkerFault(
                 f"the journal {self._path} is damaged ({error}), and cannot be set aside: {refused}; let this user"
@@ -1092,6 +1445,10 @@ class Journal:
             " the file",
         )
 
+    def _meta(self) -> dict[str, str]:
+        """Return who this journal is, as far as that is known: staged files lie in a folder of that name."""
+        return {} if self._identity is None else {_IDENTITY: self._identity, _LAY_AT: str(self._path)}
+
     def _restore_rows(self) -> None:
         """Make this slot's tasks in the file those that are remembered: a damaged file was read as far as possible."""
         restored = 0
@@ -1110,6 +1467,42 @@ class Journal:
                 recovery.put_task(self._db, row if has_result else row | {"result_bytes": None})
         if restored or to_compute_again:
             _log.warning("tasks_restored", from_memory=restored, results_to_compute_again=to_compute_again)
+
+    def _identify(self, db: sqlite3.Connection) -> str:
+        """Return what tells this journal from every other one, whatever their paths; a copy gets one of its own.
+
+        The file that a journal lay in when it was opened last is looked at: where that is still there and is not this
+        one, this one is a copy of it. One that was moved, or put back from a backup, stays who it is. A damaged file
+        that was set aside is a copy, too, should somebody open it: the one in its place has its identity.
+        """
+        known = _meta_in(db)
+        if known.get(_LAY_AT) == str(self._path) and _IDENTITY in known:
+            return known[_IDENTITY]
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            known = _meta_in(db)  # another worker may have been faster
+            identity = self._identity_after(known)
+            recovery.put_meta(db, {_IDENTITY: identity, _LAY_AT: str(self._path)})
+        return identity
+
+    def _identity_after(self, known: Mapping[str, str]) -> str:
+        identity = known.get(_IDENTITY)
+        lay_at = Path(known.get(_LAY_AT, self._path))
+        if identity is None:
+            return uuid.uuid4().hex
+        if lay_at.exists() and not lay_at.samefile(self._path):
+            _log.warning("journal_copied", path=str(self._path), copy_of=str(lay_at), effect="it stages by itself")
+            return uuid.uuid4().hex
+        return identity
+
+    def _refuse_second_name(self) -> None:
+        """Raise a WorkerFault where the file has several names: the locks of each lie beside that name."""
+        if self._path.is_file() and self._path.stat().st_nlink > 1:
+            raise WorkerFault(
+                f"the journal {self._path} has another name (a hard link), and workers that use different names of one"
+                " file destroy it: remove the other name, or make a copy in its place",
+                ExitCode.JOURNAL_UNUSABLE,
+            )
 
     def _try_lock(self, slot: int) -> int | None:
         fd = os.open(self._path.with_name(f"{self._path.stem}.{slot}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
@@ -1146,7 +1539,7 @@ def _create(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _device_and_inode(path: Path) -> tuple[int, int]:
     """Return device and inode: a file's name may lead to another one at any time."""
     found = path.stat()
     return found.st_dev, found.st_ino
@@ -1168,6 +1561,56 @@ def _tables_of_the_schema() -> set[str]:
         for statement in chain.from_iterable(script.split(";") for script in _SCHEMA):
             db.execute(statement)
         return _tables_in(db)
+
+
+def _meta_in(db: sqlite3.Connection) -> dict[str, str]:
+    known: dict[str, str] = {}
+    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta"):
+        if checksum != checksum_of(name, value):
+            raise DamageFound("what tells this journal from others is not what was written")
+        known[name] = value
+    return known
+
+
+def _check_task(row: Mapping[str, Any] | sqlite3.Row) -> None:
+    if row["checksum"] != checksum_of(*(row[name] for name in SEALED_COLUMNS)):
+        raise DamageFound(f"the row of task {row['id']} is not what was written")
+
+
+def _check_finished(row: Mapping[str, Any]) -> None:
+    if not recovery.is_as_sealed(row):
+        raise DamageFound(f"the accepted result of image {row['image_id']} is not what was written")
+
+
+def _checked_body(row: Mapping[str, Any]) -> bytes:
+    _check_finished(row)
+    return zlib.decompress(row["body"])
+
+
+def _is_database(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_DATABASE_MAGIC)) == _DATABASE_MAGIC
+
+
+def _message(subject: str) -> tuple[int, int] | tuple[None, None]:
+    """Return sequence and publication time of a subject's message; None in a form that we cannot read."""
+    delivery = parse_reply_subject(subject)
+    return (delivery.stream_seq, delivery.timestamp_ns) if delivery is not None else (None, None)
+
+
+def _is_same_delivery(held: Task, fetched: Task) -> bool:
+    """Whether two tasks of one job's image are deliveries of one message.
+
+    Where a subject cannot be read the image decides. Its number alone does not: after Antenna's database was set up
+    anew it is that of another photograph.
+    """
+    if held.reply_subject == fetched.reply_subject:
+        return True
+    readable = None not in {_message(held.reply_subject)[0], _message(fetched.reply_subject)[0]}
+    same_image = readable or public_url(held.image_url) == public_url(fetched.image_url)
+    return same_image and same_message(held.reply_subject, fetched.reply_subject)
 
 
 def _coalesced(parts: Iterable[bytes]) -> Iterator[bytes]:

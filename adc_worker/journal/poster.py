@@ -9,12 +9,13 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
+from adc_worker.antenna.leases import lease_clock
 from adc_worker.antenna.wire import (
     FINAL_STATES,
     SERVED_STATES,
@@ -33,8 +34,7 @@ _log = get_logger(__name__)
 RESULTS_PER_POST = 50
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
 TICK_S = 1.0
-# A cancel and a retry take an operator longer than this; without news for as long, a job is looked at before a post.
-CONTACT_S = 60.0
+UNPROVEN_PAUSE_S = 30.0  # chosen: until results whose subjects could not be proved are looked at again
 # After its last accepted result a job is looked at, then looked at with a repeat, at ever longer intervals. Antenna
 # takes 0.3-0.9 s to save a result (contract).
 LOOK_FIRST_S, LOOK_FACTOR = 0.5, 10.0
@@ -85,7 +85,9 @@ class Poster:
         receiver: ResultReceiver,
         limits: PosterLimits,
         first_backoff_s: float = BACKOFF_FIRST_S,
+        pipelines: Collection[str] | None = None,
     ) -> None:
+        """Post with `limits`; tasks are fetched as a proof for jobs of `pipelines` only, by default for any job."""
         self._journal = journal
         self._receiver = receiver
         self._limits = limits
@@ -95,6 +97,10 @@ class Poster:
         self._under_way: Counter[int] = Counter()  # by job
         self._retries: dict[int, _Retry] = {}
         self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
+        self._pipelines = pipelines
+        self._jobs_of_other_pipelines: set[int] = set()
+        # Kept results whose subjects may be those of an earlier run of their job, and when they are looked at again.
+        self._held_back: dict[int, float] = {}
         self._draining = False
         self._closing = False
         self.refused = False  # Antenna refused the token at the last post
@@ -118,10 +124,10 @@ class Poster:
             self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
-        """Wait until every kept result is accepted; False on time-out, or when `cut_short` is set."""
+        """Wait until every result that may be posted is accepted; False on time-out, or when `cut_short` is set."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._under_way.total() or self._journal.unposted_count():
+            while self._under_way.total() or self._journal.unposted_count(self._held_back):
                 left = deadline - time.monotonic()
                 if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
@@ -159,7 +165,9 @@ class Poster:
         """Claim one post's worth of one job's results."""
         now = time.monotonic()
         waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
-        results = self._journal.unposted(self._posting, RESULTS_PER_POST, self._limits.post_bytes, waiting)
+        self._held_back = {task_id: until for task_id, until in self._held_back.items() if until > now}
+        excluded = self._posting.union(self._held_back)
+        results = self._journal.unposted(excluded, RESULTS_PER_POST, self._limits.post_bytes, waiting)
         if not results:
             return None
         job_id = results[0].job_id
@@ -173,7 +181,7 @@ class Poster:
         for job_id, ending in list(self._endings.items()):
             retry = self._retries.get(job_id)
             if ending.look_at <= now and not self._under_way[job_id] and not (retry and retry.at > now):
-                if self._journal.held_count(job_id):
+                if self._journal.held_count(job_id) and job_id not in self._jobs_of_other_pipelines:
                     ending.look_at = now + TICK_S
                     continue
                 if job_id in self._journal.jobs_of_others():
@@ -211,8 +219,9 @@ class Poster:
         _log.warning("post_failed", job_id=job_id, error=f"{error}{hint}", retry_in_s=round(backoff_s, 1))
 
     def _post(self, job_id: int, group: Sequence[HeldTask]) -> None:
-        if self._journal.contact_age_s(job_id) > CONTACT_S and not self._is_served(job_id):
-            return  # what is still good comes again
+        group = [kept for kept in group if self._journal.is_live(kept)] or self._prove(job_id, group)
+        if not group:
+            return
         try:
             self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
         except AntennaRejected as error:
@@ -226,28 +235,67 @@ class Poster:
             with self._changed:
                 self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
 
-    def _is_served(self, job_id: int) -> bool:
-        """After a silence: whether the job is served and its kept results may be posted at once.
+    def _look(self, job_id: int) -> JobState:
+        """Ask for the job. In which run it is proves which subjects on record are of that run."""
+        asked_at = lease_clock()
+        state = self._receiver.job(job_id)
+        self._journal.note_served(job_id, state.incarnation, asked_at)
+        if self._pipelines is not None and state.pipeline_slug not in self._pipelines:
+            self._jobs_of_other_pipelines.add(job_id)
+        else:
+            self._jobs_of_other_pipelines.discard(job_id)
+        return state
 
-        One task is fetched, for its subject: it tells whether the job's stream is still the one of what is kept.
+    def _fetch_one(self, job_id: int) -> list[Task]:
+        sent_at = lease_clock()
+        tasks = self._receiver.fetch_tasks(job_id, 1)
+        self._journal.record(job_id, tasks, sent_at)
+        return tasks
+
+    def _may_fetch(self, job_id: int) -> bool:
+        """Whether a task may be taken: while nobody here works on it, its lease would be spent for nothing."""
+        if self._draining or job_id in self._jobs_of_other_pipelines:
+            return False
+        return self._journal.check_writable()
+
+    def _prove(self, job_id: int, group: Sequence[HeldTask]) -> list[HeldTask]:
+        """After a silence: return those results whose subjects are of the job's present run, and hold back the others.
+
+        The run that Antenna names proves it at no cost. Where that is not the run that was on record, one task is
+        fetched: its place in the stream may prove it, or that the subjects are dead.
         """
-        status = self._receiver.job(job_id).status
+        asked_at = lease_clock()
+        status = self._look(job_id).status
         if status not in SERVED_STATES:
-            self._journal.bury(job_id)
+            self._journal.bury(job_id, asked_at)
             with self._changed:
                 self._endings[job_id] = _Ending(0.0)
             raise AntennaUnavailable(f"job {job_id} is {status}: nothing is posted to it")
-        if self._draining or not self._journal.check_writable():
-            return True  # nothing is fetched
-        self._journal.record(job_id, self._receiver.fetch_tasks(job_id, 1))
-        return False
+        if not any(self._journal.is_live(kept) for kept in group) and self._may_fetch(job_id):
+            self._fetch_one(job_id)
+        # A task that came may have retired some of them, or brought them a new subject.
+        still_kept = [kept for one in group if (kept := self._journal.held(one.id)) and kept.result_bytes is not None]
+        live = [kept for kept in still_kept if self._journal.is_live(kept)]
+        doubtful = [kept.id for kept in still_kept if kept not in live]
+        if doubtful:
+            with self._changed:
+                self._held_back.update(dict.fromkeys(doubtful, time.monotonic() + UNPROVEN_PAUSE_S))
+            _log.warning(
+                "results_held_back",
+                job_id=job_id,
+                results=len(doubtful),
+                reason="the job may have been started anew since they were fetched: posted now, they could acknowledge"
+                " other images",
+                next="they are posted when their images come again, or when their run is seen to go on",
+            )
+        return live
 
     def _see_end(self, job_id: int, ending: _Ending) -> None:
         """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
 
         Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
         """
-        status = self._receiver.job(job_id).status
+        status = self._look(job_id).status
         if status in FINAL_STATES:
             if status != "REVOKED":  # a retry asks for the same images
                 self._journal.close_job(job_id)
@@ -255,14 +303,19 @@ class Poster:
                 self._endings.pop(job_id, None)
             return
         if ending.looks and status in SERVED_STATES and not self._draining:
-            tasks = self._receiver.fetch_tasks(job_id, 1)  # also proves whose stream this is
-            self._journal.record(job_id, tasks)
-            entry = self._journal.newest_accepted(job_id)
-            if entry is not None and not tasks:
-                self._receiver.post_results(job_id, [entry])
-                _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
+            self._repeat_result(job_id, status)
         ending.looks += 1
         ending.look_at = time.monotonic() + LOOK_FIRST_S * LOOK_FACTOR**ending.looks
+
+    def _repeat_result(self, job_id: int, status: str) -> None:
+        """Post an accepted result again, if no task of the job is left and its subject is proved to be good."""
+        tasks_left = bool(self._journal.held_count(job_id))
+        if self._may_fetch(job_id):
+            tasks_left = bool(self._fetch_one(job_id))
+        entry = None if tasks_left else self._journal.newest_accepted(job_id)
+        if entry is not None:
+            self._receiver.post_results(job_id, [entry])
+            _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
 
     def _settle_rejected(self, group: Sequence[HeldTask], error: AntennaRejected) -> None:
         """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,10 +41,15 @@ SEALED_COLUMNS = (
     "reply_subject",
     "seq",
     "published_ns",
+    "incarnation",
     "fetched_at",
     "strikes",
     "result_bytes",
 )
+# What is said of an accepted result beside its body; those of its checksum, in this order.
+SEALED_OF_FINISHED = ("job_id", "image_id", "image_url", "incarnation", "reply_subject", "seq", "published_ns")
+# Declared as a number by the first version, when it was a process id; the names of processes since are text.
+_PROCESS_COLUMN = "runner"
 
 
 def checksum_of(*values: object) -> int:
@@ -57,9 +62,15 @@ def part_checksum(task_id: int, number: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(f"{task_id}/{number}".encode()))
 
 
-def finished_checksum(job_id: int, image_id: str, body: bytes) -> int:
-    """Return the checksum of an accepted result, which also says of which image it is."""
-    return zlib.crc32(body, zlib.crc32(f"{job_id}/{image_id}".encode()))
+def finished_checksum(body: bytes, *described: object) -> int:
+    """Return the checksum of an accepted result, with the values of SEALED_OF_FINISHED: of which image it is."""
+    return zlib.crc32(body, checksum_of(*described))
+
+
+def is_as_sealed(row: Mapping[str, Any]) -> bool:
+    """Whether an accepted result is what was written, as far as its checksum tells: a version had none."""
+    described = [row.get(name) for name in SEALED_OF_FINISHED]
+    return row.get("checksum") in {None, finished_checksum(row["body"], *described)}
 
 
 class FileGuard:
@@ -138,6 +149,9 @@ def find_wrong_row(db: sqlite3.Connection) -> str | None:
     for *values, checksum in db.execute(f"SELECT {columns}, checksum FROM adc_task"):  # noqa: S608 (our own names)
         if checksum != checksum_of(*values):
             return f"the row of task {values[0]} is not what was written"
+    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta"):
+        if checksum != checksum_of(name, value):
+            return f"the row {name} of adc_meta is not what was written"
     kinds = {
         "adc_part": {"task_id": "integer", "number": "integer", "body": "blob"},
         "adc_finished": {"job_id": "integer", "image_id": "text", "body": "blob"},
@@ -171,12 +185,16 @@ def set_aside_lately(journal_path: Path) -> int:
 
 
 def exchange(
-    journal_path: Path, create: Callable[[Path], sqlite3.Connection], remembered: Iterable[dict[str, Any]] = ()
+    journal_path: Path,
+    create: Callable[[Path], sqlite3.Connection],
+    remembered: Iterable[dict[str, Any]] = (),
+    meta: Mapping[str, str] | None = None,
 ) -> tuple[Path, Salvaged]:
     """Set a damaged file aside and put one in its place that holds what could be read of it.
 
     The caller holds the `FileGuard` alone and has no connection to the file. `create` makes an empty journal.
-    `remembered` are rows of tasks that the caller knows better than the file. Return where the damaged file is now.
+    `remembered` are rows of tasks, and `meta` those of adc_meta, that the caller knows better than the file. Return
+    where the damaged file is now.
 
     A crash in between loses nothing: the new file gets its final name for the exchange only when it is complete, and
     `finish_exchange` goes on from there.
@@ -185,7 +203,7 @@ def exchange(
     for leftover in (incomplete, *_side_files(incomplete)):
         leftover.unlink(missing_ok=True)
     with closing(create(incomplete)) as fresh:
-        salvaged = _salvage(journal_path, fresh, remembered)
+        salvaged = _salvage(journal_path, fresh, remembered, meta or {})
     incomplete.rename(_complete_path(journal_path))
     aside = finish_exchange(journal_path)
     assert aside is not None
@@ -226,7 +244,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _salvage(damaged: Path, fresh: sqlite3.Connection, remembered: Iterable[dict[str, Any]]) -> Salvaged:
+def _salvage(
+    damaged: Path, fresh: sqlite3.Connection, remembered: Iterable[dict[str, Any]], meta: Mapping[str, str]
+) -> Salvaged:
     salvaged = Salvaged()
     with closing(_open_damaged(damaged)) as old:
         old.text_factory = bytes  # text that is no UTF-8 is to spoil its own row only
@@ -235,9 +255,8 @@ def _salvage(damaged: Path, fresh: sqlite3.Connection, remembered: Iterable[dict
         with fresh:
             fresh.execute("BEGIN IMMEDIATE")
             highest = _highest_number(old)
-            for table in _tables(fresh):
-                if table not in {"adc_task", "adc_part", "adc_finished"}:
-                    _copy(old, fresh, table, lambda _row: True)
+            _copy(old, fresh, "adc_meta", _is_sound_meta)
+            put_meta(fresh, meta)
             highest = max(highest, _copy(old, fresh, "adc_task", _is_sound_task))
             for row in remembered:  # before the results, which are only taken over of tasks that are there
                 put_task(fresh, row)
@@ -294,15 +313,15 @@ def put_task(db: sqlite3.Connection, row: dict[str, Any]) -> None:
     db.execute(statement, tuple(row.values()))
 
 
+def put_meta(db: sqlite3.Connection, values: Mapping[str, str]) -> None:
+    """Write who a journal is, and where it lies."""
+    rows = [(name, value, checksum_of(name, value)) for name, value in values.items()]
+    db.executemany("INSERT OR REPLACE INTO adc_meta (name, value, checksum) VALUES (?, ?, ?)", rows)
+
+
 def _count(db: sqlite3.Connection, query: str) -> int:
     (count,) = db.execute(query).fetchone()
     return int(count)
-
-
-def _tables(fresh: sqlite3.Connection) -> list[str]:
-    return [
-        name for (name,) in fresh.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'adc%'")
-    ]
 
 
 def _highest_number(old: sqlite3.Connection) -> int:
@@ -376,6 +395,8 @@ def _decoded(row: dict[str, Any], types: dict[str, str]) -> dict[str, Any] | Non
     decoded: dict[str, Any] = {}
     for name, value in row.items():
         kind = types[name].upper()
+        if name == _PROCESS_COLUMN and isinstance(value, bytes):
+            kind = "TEXT"
         if value is None:
             decoded[name] = None
         elif kind == "TEXT" and isinstance(value, bytes):
@@ -396,6 +417,10 @@ def _is_sound_task(row: dict[str, Any]) -> bool:
     return True  # the file is of a version that had none
 
 
+def _is_sound_meta(row: dict[str, Any]) -> bool:
+    return bool(row.get("checksum") == checksum_of(row.get("name"), row.get("value")))
+
+
 def _is_sound_part(row: dict[str, Any]) -> bool:
     if None in {row["task_id"], row["number"], row["body"]}:
         return False
@@ -405,7 +430,7 @@ def _is_sound_part(row: dict[str, Any]) -> bool:
 def _is_sound_finished(row: dict[str, Any]) -> bool:
     if None in {row["job_id"], row["image_id"], row["body"]}:
         return False
-    if row.get("checksum") not in {None, finished_checksum(row["job_id"], row["image_id"], row["body"])}:
+    if not is_as_sealed(row):
         return False
     try:
         zlib.decompress(row["body"])

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
-from adc_worker.antenna.wire import Task
+from adc_worker.antenna.wire import JobState, Task
 from adc_worker.errors import AntennaError, ImageError, ImageUrlUnusable, LinkError, StagedFileLost, StagingFull
 from adc_worker.ingest.addresses import image_host
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
-from adc_worker.journal.journal import HeldTask, Journal
+from adc_worker.journal.journal import CONTACT_S, HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
 from adc_worker.planning.ceilings import Ceilings
@@ -129,6 +129,7 @@ class TaskFetch:
             if (count := self._within_saves(count)) < 1:
                 self.next_at = time.monotonic() + SAVES_CHECK_S
                 return
+            self._learn_incarnation()
             sent_at = lease_clock()
             # After an answer that was lost, or none: ask for one, or each attempt would spend deliveries of many.
             tasks = self._client.fetch_tasks(self.job_id, count if self.error is None else 1)
@@ -163,9 +164,25 @@ class TaskFetch:
             room = self._saves.room(self._lease, held, self._poster.accepted[self.job_id])
         return min(count, room)
 
+    def _learn_incarnation(self) -> None:
+        """Ask in which run the job is, unless that was told just now: what is fetched next is of that run."""
+        if self._journal.incarnation_age_s(self.job_id) < CONTACT_S:
+            return
+        try:
+            self._ask_for_job()
+        except AntennaError as error:
+            # The fetch says what is wrong. Without the run, results wait for another proof after a long silence.
+            _log.debug("incarnation_unknown", job_id=self.job_id, error=str(error))
+
+    def _ask_for_job(self) -> JobState:
+        asked_at = lease_clock()
+        state = self._client.job(self.job_id)
+        self._journal.note_served(self.job_id, state.incarnation, asked_at)
+        return state
+
     def _look(self) -> None:
         with self._looking:  # fetching and the extension of leases both come here
-            accepted, saved = self._poster.accepted[self.job_id], self._client.job(self.job_id).saved
+            accepted, saved = self._poster.accepted[self.job_id], self._ask_for_job().saved
             self._saves.look(self._lease, time.monotonic(), accepted, saved)
 
     def _unsaved(self) -> int:
@@ -212,6 +229,7 @@ class Intake:
         self._waiting: list[tuple[float, int, HeldTask]] = []  # a heap: when each is due, on the evidence's clock
         self._parked: dict[int, tuple[str, HeldTask]] = {}  # left on record, with the host each waits for
         self._held: dict[int, HeldTask | None] = {}  # every task taken up, under its newest lease until a batch has it
+        self._staged_ids: set[int] = set()
         self._arrivals = ArrivalWatch(lease)
         self._downloading = 0
         self._probing = True
@@ -345,6 +363,8 @@ class Intake:
                 new.append(held)
             if self._held.get(held.id, held) is not None:
                 self._held[held.id] = held
+            if held.id in self._staged_ids:
+                self._journal.erase_url(held)  # a further delivery brought what opens it again
         new.sort(key=self._tries)
         with self._lock:
             for held in new:
@@ -444,7 +464,7 @@ class Intake:
         """Return the first task that the disk has room for; one whose file is there already needs none."""
         if self._to_download and self._staging.disk.has_room():
             return self._to_download[0]
-        return next((held for held in self._to_download if self._staging.is_staged(held.id)), None)
+        return next((held for held in self._to_download if self._staging.is_staged(held.id, held.task)), None)
 
     def _start_download(self, held: HeldTask) -> None:
         self._downloading += 1
@@ -482,7 +502,7 @@ class Intake:
 
     def _asked(self, held: HeldTask) -> str:
         """Return the host that an image comes from; this worker for one whose file is here."""
-        return self._here if self._staging.is_staged(held.id) else image_host(held.task.image_url)
+        return self._here if self._staging.is_staged(held.id, held.task) else image_host(held.task.image_url)
 
     def _may_try(self, host: str, held: HeldTask) -> bool:
         """Whether to try an image now; one that must wait for its host, or for its own time, waits."""
@@ -516,6 +536,7 @@ class Intake:
             self._faults.watch("staging", error)
             self._wait(held, self._evidence.now() + PAUSE_S)
         else:
+            self._staged_ids.add(held.id)
             self._journal.erase_url(held)
             downloaded_bytes = image.download.size_bytes if image.download.total_s > 0 else 0
             self._arrivals.tried(held.id, time.monotonic(), downloaded_bytes)
@@ -546,7 +567,7 @@ class Intake:
     def _judge(self, image: StagedImage, error: ImageError) -> None:
         """A staged image cannot be decoded or inferred."""
         self._note_success()
-        held = self._journal.find(self._job_id, image.task)
+        held = self._journal.held(image.id)
         if held is not None:
             self._held[held.id] = held  # it may be tried again
             self._decide(self._here, held, verdicts.staged_failure(error))

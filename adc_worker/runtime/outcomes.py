@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adc_worker.antenna.leases import LeaseTerms, lease_clock
-from adc_worker.antenna.wire import Task, error_result
+from adc_worker.antenna.wire import SuccessResult, Task, error_result
 from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
@@ -98,7 +98,10 @@ class JobOutcomes:
 
     def succeed(self, results: Sequence[ImageResult]) -> None:
         """Keep results: they survive a crash from here on, and their staged files are gone."""
-        self._journal.keep([(result.task_id, result.parts) for result in results])
+        images = {
+            result.task_id: result.parts.task.image_id for result in results if isinstance(result.parts, SuccessResult)
+        }
+        self._journal.keep([(result.task_id, result.parts) for result in results], images)
         with self._lock:
             self.done += len(results)
             self.detections += sum(result.detections for result in results)

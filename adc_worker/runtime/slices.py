@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from adc_worker.antenna.client import AntennaClient
+from adc_worker.antenna.leases import lease_clock
 from adc_worker.antenna.wire import JobRef
 from adc_worker.errors import AntennaError
 from adc_worker.journal.journal import Journal
@@ -213,6 +214,8 @@ class JobPoller:
         self._slugs = slugs
         self._project = project
         self._lost: deque[tuple[int, list[int]]] = deque()
+        # Held from an earlier run. Nobody here works on them.
+        self.jobs_of_other_pipelines: frozenset[int] = frozenset()
         self._failures = 0
         self._answered = self._busy = False
         self._due, self._news, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -270,19 +273,26 @@ class JobPoller:
         held = self._journal.job_ids()
         self._board.add(listed, held)
         self._news.set()
+        self.jobs_of_other_pipelines &= held
         unlisted = (self._board.job_ids() | held) - {job.id for job in listed}
-        for job_id in [*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]]:
+        # Of an earlier process: whether their subjects are still good shows in which run their jobs are.
+        unknown = {job_id for job_id in held - unlisted if self._journal.incarnation_age_s(job_id) == float("inf")}
+        for job_id in [*unlisted, *unknown, *self._board.to_describe()[:LOOKS_PER_POLL]]:
             self._look(job_id)
 
     def _look(self, job_id: int) -> None:
         """Ask for a job's detail: it may be over, or served and not listed."""
+        asked_at = lease_clock()
         state = self._client.job(job_id)
+        self._journal.note_served(job_id, state.incarnation, asked_at)
         if state.is_lost:
             self._board.drop(job_id)
-            task_ids = self._journal.bury(job_id)
+            task_ids = self._journal.bury(job_id, asked_at)
             self._lost.append((job_id, task_ids))
             _log.info("job_over", job_id=job_id, status=state.status, dropped=len(task_ids))
         elif state.pipeline_slug in self._slugs:
             if state.is_served:
                 self._board.add([JobRef(id=job_id, pipeline_slug=state.pipeline_slug)])
             self._board.describe(job_id, state.total)
+        elif state.pipeline_slug is not None:
+            self.jobs_of_other_pipelines |= {job_id}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.leases import LeaseTerms
+from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import Capture, JobState, PostEntry, Task
 from adc_worker.errors import AdcError, AntennaError, ConfigurationError, ImageError, ImageMissing
 from adc_worker.host.budget import HostBudget, visible_gpus
@@ -78,7 +78,7 @@ class _Nowhere:
         pass
 
     def job(self, job_id: int) -> JobState:
-        return JobState(id=job_id, status="STARTED")
+        return JobState(id=job_id, status="STARTED", started_at="once")
 
     def fetch_tasks(self, _job_id: int, _count: int) -> list[Task]:
         return []
@@ -209,7 +209,7 @@ class _Sample:
         config, job_id = self.config, self.job_id
         with closing(Journal(path)) as journal:
             folder = config.effective_staging_path
-            owner = owner or journal.owner_in(folder)
+            owner = owner or journal.staging_name
             staging = StagingArea(folder, self.images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
             limits = PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes)
             poster = Poster(journal, receiver, limits)
@@ -217,7 +217,11 @@ class _Sample:
                 outcomes = JobOutcomes(job_id, journal, staging, poster)
                 # What fails stays on record: no tuning ends in an error of an image.
                 outcomes.listen(None, lambda _image, error: self.errors.append(error))
-                held = journal.record(job_id, tasks())
+                asked_at = lease_clock()
+                incarnation = receiver.job(job_id).incarnation
+                journal.note_served(job_id, incarnation, asked_at)  # what is fetched next can be proved to be of it
+                sent_at = lease_clock()
+                held = journal.record(job_id, tasks(), sent_at)
                 self.taken = len(held)
                 return self._probe(held, staging, outcomes)
             finally:

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +45,7 @@ from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
+from adc_worker.models.registry import PipelineSpec
 from adc_worker.planning.policy import IngestPolicy
 from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.intake import TaskFetch
@@ -117,12 +118,11 @@ def wait_for_machine(part: str, action: Callable[[], T], stopping: threading.Eve
 class WorkerLoop:
     """Gives jobs their turns; a thread of its own polls Antenna meanwhile, which is also the heartbeat."""
 
-    def __init__(self, options: WorkerOptions, context: WorkerContext) -> None:
+    def __init__(self, options: WorkerOptions, context: WorkerContext, specs: Sequence[PipelineSpec]) -> None:
         self._options = options
         self._context = context
         config = context.settings
-        specs = registry.available(config, context.stopping.is_set)
-        self._specs = {spec.slug: spec for spec in registry.choose(specs, options.pipelines)}
+        self._specs = {spec.slug: spec for spec in specs}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._contacted = bool(context.journal.job_ids() or context.journal.finished_jobs())
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
@@ -211,7 +211,7 @@ class WorkerLoop:
             and self._board.idle_s() > self._context.lease.ack_wait_s
             and self._context.poster.wait_idle(0)
             and self._context.poster.jobs_ended
-            and not self._context.journal.job_ids()  # some may wait for an image host
+            and self._context.journal.job_ids() <= self._poller.jobs_of_other_pipelines  # some may wait for a host
         )
 
     def _discard_lost(self) -> None:
@@ -230,7 +230,9 @@ class WorkerLoop:
         back = [
             one
             for one in held
-            if parse_reply_subject(one.task.reply_subject) and not self._context.lease.is_last(one.task.reply_subject)
+            if parse_reply_subject(one.task.reply_subject)
+            and not self._context.lease.is_last(one.task.reply_subject)
+            and journal.is_live(one)  # or a stranger's task would be given back
         ]
         if back and keeper.hand_back([one.task.reply_subject for one in back]):
             journal.forget([one.id for one in back])
@@ -326,6 +328,8 @@ def run(
         return Journal(config.journal_path)
 
     try:
+        wait_for_machine("journal", partial(make_data_folder, config), stop.draining, faults)
+        specs = registry.choose(registry.available(config, stop.draining.is_set), options.pipelines)
         journal = wait_for_machine("journal", open_journal, stop.draining, faults)
         accuse = partial(journal.accuse, died, oom_kills())
         suspects = wait_for_machine("journal", accuse, stop.draining, faults)
@@ -339,8 +343,13 @@ def run(
         if share.after_kill:
             _log.warning("predecessor_killed_for_memory", plans_with=share.caution)
         folder = config.effective_staging_path
-        owner = journal.owner_in(folder)
-        staging = StagingArea(folder, images, config.image_max_pixels, config.staging_max_bytes, owner=owner)
+        staging = StagingArea(
+            folder, images, config.image_max_pixels, config.staging_max_bytes, owner=journal.staging_name
+        )
+        earlier = journal.own_earlier_staging(folder)
+        if earlier is not None:
+            adopted = staging.adopt(earlier, journal.unfinished_tasks())
+            _log.info("staged_files_adopted", files=adopted, reason="an earlier version named them otherwise")
         swept = staging.sweep(journal.unfinished_ids)
         _log.info(
             "journal_open",
@@ -369,7 +378,12 @@ def run(
             )
 
         reporter = Reporter(socket_path(config.user_data_path, os.getppid()), measure)
-        poster = Poster(journal, client, PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes))
+        poster = Poster(
+            journal,
+            client,
+            PosterLimits(config.antenna_max_pending_posts, config.antenna_max_post_bytes),
+            pipelines={spec.slug for spec in specs},
+        )
         lease = LeaseTerms(config.antenna_ack_wait_seconds, config.antenna_max_deliver)
         context = WorkerContext(
             settings=config,
@@ -389,7 +403,7 @@ def run(
         )
         log_it, threading.excepthook = threading.excepthook, context.died.append
         try:
-            with closing(WorkerLoop(options, context)) as loop:
+            with closing(WorkerLoop(options, context, specs)) as loop:
                 return loop.run()
         finally:
             threading.excepthook = log_it

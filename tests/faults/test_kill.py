@@ -65,7 +65,7 @@ def _no_fetch_is_open(desk: Desk) -> bool:
 
 def _cut_off(desk: Desk) -> set[str]:
     """Return the images whose downloads the kill broke off: held, without a staged file and without a result."""
-    staged = {int(file.stem) for file in (desk.folder / "data" / "staging").glob("*.img")}
+    staged = {int(file.stem.partition("-")[0]) for file in (desk.folder / "data" / "staging").rglob("*.img")}
     tasks = _journal(desk, "SELECT id, image_url FROM adc_task WHERE result_bytes IS NULL")
     return {urlsplit(url).path for task_id, url in tasks if task_id not in staged}
 
@@ -80,7 +80,7 @@ def _hold_fetches(desk: Desk) -> None:
 
 
 def _staged(desk: Desk) -> int:
-    return len(list((desk.folder / "data" / "staging").glob("*.img")))
+    return len(list((desk.folder / "data" / "staging").rglob("*.img")))
 
 
 def _hold_images(desk: Desk) -> None:
@@ -159,7 +159,7 @@ def test_a_worker_killed_at_any_stage_loses_nothing_and_repeats_at_most_one_batc
     batches = [event["images"] for log in (first, second) for event in log.events("batch")]
     repeated = sum(desk.inferred.values()) - len(desk.inferred)
     assert repeated <= max([2, *batches])
-    assert not any((desk.folder / "data" / "staging").iterdir())
+    assert not list((desk.folder / "data" / "staging").rglob("*.*"))
 
 
 def test_two_workers_on_one_data_folder_share_a_job_and_one_that_dies_leaves_its_part_to_the_next(
@@ -186,4 +186,4 @@ def test_two_workers_on_one_data_folder_share_a_job_and_one_that_dies_leaves_its
     assert set(job.deliveries.values()) == {1}
     assert not _downloaded_twice(desk, cut_off)
     assert set(desk.inferred.values()) == {1}
-    wait_until(lambda: not any((tmp_path / "data" / "staging").iterdir()))
+    wait_until(lambda: not list((tmp_path / "data" / "staging").rglob("*.*")))

@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up_under_journal_and_staging_loses_nothing(desk: Desk
         {"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8", "COUNTING_SECONDS": "0.01"}
     )
     with worker(env) as running:
-        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=90)
+        wait_until(lambda: len(list((small_disk / "data" / "staging").rglob("*.img"))) >= 4, timeout_s=90)
         filler = _fill(small_disk)
         fetches = desk.gate.requests["POST tasks"]
         desk.switch("hold", on=False)
@@ -266,7 +266,7 @@ def test_a_fault_of_the_machine_that_lasts_ends_the_process_by_name(desk: Desk, 
     job_id = desk.add_job(30)
     env = desk.environment({"AMI_USER_DATA_PATH": str(small_disk / "data"), "AMI_ANTENNA_API_BATCH_SIZE": "8"})
     with worker(env | {"COUNTING_MACHINE_FAULT_S": "2"}) as running:
-        wait_until(lambda: len(list((small_disk / "data" / "staging").glob("*.img"))) >= 4, timeout_s=90)
+        wait_until(lambda: len(list((small_disk / "data" / "staging").rglob("*.img"))) >= 4, timeout_s=90)
         filler = _fill(small_disk)
         desk.switch("hold", on=False)
         assert running.wait() == ExitCode.MACHINE_FAULT

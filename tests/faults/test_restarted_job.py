@@ -68,3 +68,28 @@ def test_nothing_is_posted_to_a_job_that_was_cancelled_while_the_worker_was_away
     assert code == ExitCode.OK
     assert desk.gate.requests["POST result"] == before
     assert "REVOKED" in log.wait_for("post_failed")["error"]
+
+
+def test_a_worker_of_another_pipeline_posts_what_was_kept_takes_no_task_and_ends(desk: Desk) -> None:
+    """It holds tasks that nobody here works on: they wait for whoever does, and keep nobody from ending."""
+    desk.gate.fault = lambda route: 503 if route == "POST result" else None
+    desk.switch("hold", on=True)
+    job_id = desk.add_job(40)
+    env = desk.environment({"AMI_SHUTDOWN_GRACE_SECONDS": "3"})
+    with worker(env) as running:
+        wait_until(lambda: desk.gate.requests["POST tasks"] >= 2, timeout_s=90)
+        desk.switch("hold", on=False)
+        running.wait_for("post_failed")
+        os.killpg(running.process.pid, signal.SIGTERM)
+        assert running.wait() == ExitCode.OK
+    desk.gate.open()
+    before = desk.antenna.job(job_id)
+    fetches = desk.gate.requests["POST tasks"]
+    short_lease = {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"}
+    code, _log = run_to_end(env | short_lease, "--pipeline", "simulated", "--exit-when-idle")
+    assert code == ExitCode.OK
+    after = desk.antenna.job(job_id)
+    assert (after.deliveries, desk.gate.requests["POST tasks"]) == (before.deliveries, fetches)
+    assert before.posts.total() == 0
+    assert after.posts.total() > 0
+    assert set(after.posts.values()) == {1}

@@ -75,7 +75,7 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path, when: str)
         if when == "Antenna at":
             next(line for line in demo.stdout if when in line)
         else:
-            wait_until(lambda: list((tmp_path / "tmp").glob("adc-demo-*/data/staging/*.img")), timeout_s=120)
+            wait_until(lambda: list((tmp_path / "tmp").glob("adc-demo-*/data/staging/*/*.img")), timeout_s=120)
         family = psutil.Process(demo.pid).children(recursive=True)
         assert family, "a NATS server and a worker were running"
         demo.send_signal(signal.SIGINT)

@@ -237,7 +237,7 @@ def test_a_cancelled_job_is_dropped_and_nothing_of_it_posted(serve: Serve, sheet
         posted = server.job(job_id).posts.total()
         succeeded(server, server.add_job("simulated", [sheet] * 3))
         assert server.job(job_id).posts.total() <= posted + 4  # one post may have been under way: Antenna drops it
-        wait_until(lambda: not list((data / "staging").iterdir()))
+        wait_until(lambda: not list((data / "staging").rglob("*.img")))
         stop(running)
     assert "Traceback" not in "\n".join(running.lines)
 

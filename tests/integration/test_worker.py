@@ -54,7 +54,7 @@ def test_every_task_of_a_job_is_acknowledged_exactly_once(
     assert set(job.posts.values()) == {1}
     assert log.events("plan"), "the job was planned"
     assert log.events("job_summary")[0]["done"] == 200
-    assert not list((tmp_path / "data" / "staging").iterdir()), "staged files go when their result is kept"
+    assert not list((tmp_path / "data" / "staging").rglob("*.*")), "staged files go when their result is kept"
 
 
 def test_bad_images_become_errors_that_name_the_cause(server: DevServer, sheets: list[Path], tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_sigterm_finishes_what_is_in_hand_and_a_restart_the_rest(
         assert first.wait() == ExitCode.OK
     done_first = sum(event["done"] for event in first.events("job_summary"))
     assert 0 < done_first < DRAINED
-    staged, asked = len(list((tmp_path / "data" / "staging").glob("*.img"))), server.requests["GET images"]
+    staged, asked = len(list((tmp_path / "data" / "staging").rglob("*.img"))), server.requests["GET images"]
     code, _log = run_to_end(env | {"AMI_SIMULATED_SECONDS_PER_IMAGE": "0.01"}, *SIMULATED, "--exit-when-idle")
     assert code == ExitCode.OK
     wait_until(lambda: server.job(job_id).status == "SUCCESS")

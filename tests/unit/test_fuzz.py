@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import string
 import tempfile
@@ -125,11 +126,12 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
 @QUICK
 @given(
     st.lists(
-        st.text(string.printable, min_size=1, max_size=30) | st.from_regex(r"\d{1,30}\.(img|part)", fullmatch=True)
+        st.text(string.printable, min_size=1, max_size=30)
+        | st.from_regex(r"\d{1,30}(-[0-9a-f]{32})?(\.img|\.[0-9a-f]{16}\.part)", fullmatch=True)
     )
 )
 def test_any_file_name_in_the_staging_folder_is_left_or_swept(names: list[str]) -> None:
-    """Only numbers of tasks are ours, however long; a stranger's file is never touched."""
+    """Only numbers of tasks with a digest are ours, however long; a stranger's file is never touched."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in names if "/" not in name and name not in {".", ".."}]
         for file in files:
@@ -137,7 +139,7 @@ def test_any_file_name_in_the_staging_folder_is_left_or_swept(names: list[str]) 
         with ImageClient(1000, AddressPolicy("8.8.8.8")) as client:
             StagingArea(Path(folder), client, 1000).sweep(set)
         for file in files:
-            ours = file.stem.isdecimal() and file.suffix in {".img", ".part"}
+            ours = re.fullmatch(r"[0-9]+-[0-9a-f]{32}(\.img|\.[0-9a-f]{16}\.part)", file.name) is not None
             assert file.exists() != ours
 
 

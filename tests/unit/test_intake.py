@@ -58,7 +58,7 @@ class Queue(AntennaClient):
         return fetched
 
     def job(self, job_id: int) -> JobState:
-        return JobState(id=job_id, status="STARTED")
+        return JobState(id=job_id, status="STARTED", started_at="2026-01-01T00:00:00")
 
 
 class Images(ImageClient):
@@ -193,6 +193,49 @@ def test_an_answer_of_tasks_that_have_their_results_already_is_not_empty(jobs: C
     assert job.poster.wait_idle(5)
     subjects = {subject for _job, entries in job.receiver.posts for subject, _body in entries}
     assert subjects == {one.reply_subject for one in (second_delivery(1), second_delivery(2), task(3))}
+
+
+def test_the_run_of_a_job_is_learnt_before_its_tasks_are_fetched(jobs: Callable[..., Job], tmp_path: Path) -> None:
+    """The same run, told after a restart, then proves that their subjects are good."""
+    job = jobs()
+    job.stopping.set()
+    job.start_with([])
+    fetch = TaskFetch(JOB, Queue([task(1)]), job.journal, job.poster, job.lease)
+    answered = threading.Event()
+    fetch.begin_turn(answered.set)
+    fetch.start(1)
+    assert answered.wait(5)
+    job.close()
+    journal = Journal(tmp_path / "journal.db")
+    journal.note_served(JOB, Queue([]).job(JOB).incarnation, lease_clock())
+    (held,) = journal.unfinished(JOB)
+    assert journal.is_live(held)
+    journal.close()
+
+
+class DeliveredAgain(Queue):
+    """An Antenna that hands out its first task a second time, with a URL that opens, once that is `staged`."""
+
+    staged = threading.Event()
+
+    def fetch_tasks(self, job_id: int, count: int) -> list[Task]:
+        first = super().fetch_tasks(job_id, count)
+        if first:
+            return first
+        self.staged.wait(10)
+        return [second_delivery(1).model_copy(update={"image_url": f"{task(1).image_url}?X-Signature=second"})]
+
+
+def test_what_opens_a_staged_image_is_erased_again_when_a_further_delivery_brings_it(
+    jobs: Callable[..., Job],
+) -> None:
+    """It is not needed as long as the file is there."""
+    job = jobs()
+    intake = job.start_with([task(1)], DeliveredAgain)
+    wait_until(lambda: intake.staged.images)
+    DeliveredAgain.staged.set()
+    wait_until(lambda: job.journal.unfinished(JOB)[0].task == second_delivery(1))
+    assert job.journal.unfinished(JOB)[0].url_erased
 
 
 def _found_full(job: Job) -> bool:

@@ -68,17 +68,6 @@ def test_it_is_known_whether_a_task_was_ever_on_record(path: Path, journal: Jour
     second.close()
 
 
-def test_a_journal_is_told_from_others_and_known_again(path: Path, journal: Journal, tmp_path: Path) -> None:
-    """Their workers may stage in one folder; the folder beside a journal is its own."""
-    again, other = Journal(path), Journal(tmp_path / "other" / "adc_journal.db")
-    names = [one.owner_in(tmp_path / "scratch") for one in (journal, again, other)]
-    assert names[0] == names[1] != names[2]
-    assert journal.owner_in(path.with_name("staging")) == ""
-    assert journal.owner_in(tmp_path / "other" / "staging") == names[0]
-    again.close()
-    other.close()
-
-
 def test_results_survive_reopening(path: Path) -> None:
     """A computed result is never computed again."""
     first = Journal(path)

@@ -286,6 +286,19 @@ def test_a_job_that_antenna_serves_and_does_not_list_gets_its_turn(journal: Jour
     assert (entry.id, entry.pipeline_slug) == (7, "simulated")
 
 
+def test_a_held_job_of_a_pipeline_that_is_not_worked_on_gets_no_turn(journal: Journal) -> None:
+    """Another selection of pipelines left it; it is told apart, so that nobody waits for it. Its run is noted."""
+    journal.record(7, [task(1)])
+    antenna = Antenna()
+    antenna.states[7] = state(7, pipeline={"slug": "beetles"}, started_at="2026-01-01T00:00:00")
+    with polling(antenna, journal) as (poller, board):
+        wait_until(lambda: poller.jobs_of_other_pipelines == {7})
+        assert board.next_turn(never) is None
+        assert journal.incarnation_age_s(7) < float("inf")
+        journal.forget([held.id for held in journal.unfinished(7)])
+        wait_until(lambda: not poller.jobs_of_other_pipelines)
+
+
 def test_polls_go_on_while_a_job_has_its_turn(journal: Journal) -> None:
     """They are the heartbeat, also while models load; less often than those of an idle worker, never over a minute."""
     antenna = Antenna()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import tempfile
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +28,6 @@ from tests.support.images import jpeg, task, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 MAX_PIXELS = 1_000_000
 
@@ -54,6 +57,14 @@ def _names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+def _file(folder: Path, number: int = 7, **changes: str) -> Path:
+    """Return where a task's image is staged, as an area that stages it says."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        area = StagingArea(Path(elsewhere), FakeClient(Path(elsewhere), jpeg()), MAX_PIXELS)
+        image = area.stage(number, task(number).model_copy(update=changes), lambda: False)
+    return folder / image.path.name
+
+
 def _stage(folder: Path, client: FakeClient, number: int = 7, max_pixels: int = MAX_PIXELS) -> Any:
     return StagingArea(folder, client, max_pixels).stage(number, task(number), lambda: False)
 
@@ -63,7 +74,8 @@ def test_an_image_is_staged_under_its_tasks_number(tmp_path: Path) -> None:
     data = jpeg(30, 20)
     client = FakeClient(tmp_path, data)
     image = _stage(tmp_path, client)
-    assert image.path == tmp_path / "7.img"
+    assert image.path.parent == tmp_path
+    assert image.path.name.startswith("7-")
     assert image.path.read_bytes() == data
     assert (image.id, image.task, image.header.shape) == (7, task(7), (20, 30, 3))
     assert image.download == DownloadStats(0.1, 0.2, len(data))
@@ -86,8 +98,10 @@ def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> Non
     """It is written under another name and renamed."""
     client = FakeClient(tmp_path, jpeg())
     _stage(tmp_path, client)
-    assert client.names_meanwhile == ["7.part"]
-    assert _names(tmp_path) == ["7.img"]
+    (partial,) = client.names_meanwhile
+    assert partial.startswith(_file(tmp_path).stem)
+    assert partial.endswith(".part")
+    assert _names(tmp_path) == [_file(tmp_path).name]
 
 
 def test_folder_and_files_are_private(tmp_path: Path) -> None:
@@ -112,11 +126,12 @@ def test_a_folder_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
     "image_id", ["../../etc/cron.d/x", "/etc/passwd", "a\0b", "x" * 10_000, "..", "CON", "\N{BUG}"]
 )
 def test_an_image_id_names_no_file(tmp_path: Path, image_id: str) -> None:
-    """Files are named by numbers of the journal's own."""
+    """Files are named by numbers of the journal's own, and by digests."""
     area = StagingArea(tmp_path, FakeClient(tmp_path, jpeg()), MAX_PIXELS)
     image = area.stage(7, task().model_copy(update={"image_id": image_id}), lambda: False)
-    assert image.path == tmp_path / "7.img"
-    assert _names(tmp_path) == ["7.img"]
+    assert image.path.parent == tmp_path
+    assert re.fullmatch(r"7-[0-9a-f]+\.img", image.path.name)
+    assert _names(tmp_path) == [image.path.name]
 
 
 @pytest.mark.parametrize("error", [LinkError("broke off"), OSError(5, "Input/output error"), KeyboardInterrupt()])
@@ -146,7 +161,7 @@ def test_a_full_disk_is_said_as_such_and_leaves_neither_file_nor_charge(tmp_path
 def test_the_disk_is_charged_for_a_file_as_long_as_it_is_there(tmp_path: Path) -> None:
     """Downloaded or found there, until it is discarded; what failed is not charged."""
     data = jpeg()
-    written(tmp_path / "8.img", data)
+    written(_file(tmp_path, 8), data)
     area = StagingArea(tmp_path, FakeClient(tmp_path, data, b"", LinkError("broke off")), MAX_PIXELS)
     area.stage(7, task(7), lambda: False)
     area.stage(8, task(8), lambda: False)
@@ -156,14 +171,14 @@ def test_the_disk_is_charged_for_a_file_as_long_as_it_is_there(tmp_path: Path) -
     assert area.disk.used_bytes == 2 * len(data)
     area.discard(7)
     area.discard(7)  # a task's end may be told twice
-    assert _names(tmp_path) == ["8.img"]
+    assert _names(tmp_path) == [_file(tmp_path, 8).name]
     assert area.disk.used_bytes == len(data)
 
 
 def test_a_staged_file_is_used_without_a_request(tmp_path: Path) -> None:
     """A restart downloads nothing twice."""
     data = jpeg()
-    written(tmp_path / "7.img", data)
+    written(_file(tmp_path), data)
     image = _stage(tmp_path, FakeClient(tmp_path))
     assert image.download == DownloadStats(0.0, 0.0, len(data))
 
@@ -171,16 +186,28 @@ def test_a_staged_file_is_used_without_a_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("leftover", [b"", bytes(5000)])
 def test_a_staged_file_that_a_power_cut_emptied_is_downloaded_again(tmp_path: Path, leftover: bytes) -> None:
     """The image is not blamed for what happened to this disk."""
-    written(tmp_path / "7.img", leftover)
+    written(_file(tmp_path), leftover)
     data = jpeg()
     assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
 
 
-def test_a_partial_file_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
+def test_a_partial_file_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
     """None of its bytes remain."""
-    written(tmp_path / "7.part", bytes(1_000_000))
+    written(_file(tmp_path).with_suffix(".0123456789abcdef.part"), bytes(1_000_000))
     data = jpeg()
-    assert _stage(tmp_path, FakeClient(tmp_path, data)).path.read_bytes() == data
+    image = _stage(tmp_path, FakeClient(tmp_path, data))
+    assert image.path.read_bytes() == data
+    assert _names(tmp_path) == [image.path.name]
+
+
+def test_two_that_stage_one_image_at_once_never_write_into_one_file(tmp_path: Path) -> None:
+    """A whole file would hold what the other one has not written yet. Copied journals may meet in one folder."""
+    partials: set[str] = set()
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        client = FakeClient(folder, jpeg())
+        _stage(folder, client)
+        partials.update(client.names_meanwhile)
+    assert len(partials) == 2
 
 
 @pytest.mark.parametrize(
@@ -198,21 +225,80 @@ def test_a_file_that_cannot_be_used_is_removed(
 
 def test_sweeping_keeps_what_the_journal_knows(tmp_path: Path) -> None:
     """And what is not the staging area's own."""
-    for name in ("1.img", "2.img", "2.part", "3.part", "notes.txt", "x.img", "\N{SUPERSCRIPT TWO}.img"):
+    names = [_file(tmp_path, number).name for number in (1, 2)]
+    strangers = ["notes.txt", "x.img", "2-x.img", "\N{SUPERSCRIPT TWO}.img"]
+    for name in (*names, names[1].replace(".img", ".0123456789abcdef.part"), *strangers):
         written(tmp_path / name, b"x")
-    assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(lambda: {1}) == 3
-    assert _names(tmp_path) == ["1.img", "notes.txt", "x.img", "\N{SUPERSCRIPT TWO}.img"]
+    assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(lambda: {1}) == 2
+    assert _names(tmp_path) == sorted([names[0], *strangers])
+
+
+@pytest.mark.parametrize("other", [{"image_id": "8"}, {"image_url": "https://images.example.org/8.jpg"}])
+def test_a_file_of_another_image_is_never_taken_for_a_tasks_own(tmp_path: Path, other: dict[str, str]) -> None:
+    """Numbers come again where a journal is put back from a backup: the file is that of whoever had the number."""
+    written(_file(tmp_path, 7, **other), jpeg(30, 20))
+    image = _stage(tmp_path, FakeClient(tmp_path, jpeg(10, 10)))
+    assert image.header.shape == (10, 10, 3)
+    assert _names(tmp_path) == [image.path.name]
+
+
+def test_a_new_signature_of_its_url_does_not_make_it_another_image(tmp_path: Path) -> None:
+    """Nor does the loss of the signature: what opens a URL is erased once its image is staged."""
+    signed = _file(tmp_path, 7, image_url=f"{task(7).image_url}?X-Signature=first")
+    assert signed == _file(tmp_path, 7, image_url=f"{task(7).image_url}?X-Signature=second")
+    assert signed == _file(tmp_path)
+
+
+def _old(path: Path) -> Path:
+    """Write a file that has not changed for a month."""
+    written(path, jpeg(30, 20))
+    os.utime(path, (time.time() - 30 * 86_400,) * 2)
+    return path
+
+
+def test_a_file_named_by_its_number_alone_is_never_read(tmp_path: Path) -> None:
+    """An earlier version left it, in a folder that others may have shared; it is swept once nobody can want it."""
+    written(tmp_path / "7.img", jpeg(30, 20))
+    _old(tmp_path / "8.img")
+    client = FakeClient(tmp_path, jpeg(10, 10))
+    area = StagingArea(tmp_path, client, MAX_PIXELS, owner="journal-1")
+    assert area.stage(7, task(7), lambda: False).header.shape == (10, 10, 3)
+    assert area.sweep(lambda: {7, 8}) == 1
+    assert _names(tmp_path) == ["7.img", "journal-1"]
+
+
+def test_files_that_are_known_to_be_ones_own_are_adopted_from_an_earlier_version(tmp_path: Path) -> None:
+    """Their URLs open no more, so nothing else would bring them back; those of other tasks stay where they are."""
+    for number in (7, 8):
+        written(tmp_path / f"{number}.img", jpeg(30, 20))
+    area = StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS, owner="journal-1")
+    assert area.adopt(tmp_path, {7: task(7), 9: task(9)}) == 1
+    assert area.stage(7, task(7), lambda: False, url_erased=True).header.shape == (20, 30, 3)
+    assert _names(tmp_path) == ["8.img", "journal-1"]
+
+
+def test_what_a_journal_that_is_gone_has_staged_is_swept_after_days(tmp_path: Path) -> None:
+    """Or the disk would fill up; what another journal staged of late is left alone."""
+    gone, alive = (tmp_path / f"journal-{name}" for name in ("gone", "alive"))
+    for folder in (gone, alive):
+        folder.mkdir()
+        _old(_file(folder))
+        _old(folder / "3.img")
+    os.utime(gone, (time.time() - 30 * 86_400,) * 2)
+    area = StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS, owner="journal-1")
+    assert area.sweep(set) == 2
+    assert (_names(gone), len(_names(alive))) == ([], 2)
 
 
 def test_sweeping_does_not_touch_what_appears_meanwhile(tmp_path: Path) -> None:
     """A task recorded after the question was asked keeps its file."""
 
     def known() -> set[int]:
-        written(tmp_path / "9.img", b"x")
+        written(_file(tmp_path, 9), b"x")
         return set()
 
     assert StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS).sweep(known) == 0
-    assert _names(tmp_path) == ["9.img"]
+    assert _names(tmp_path) == [_file(tmp_path, 9).name]
 
 
 @pytest.mark.parametrize("below", ["", "below"])
@@ -264,6 +350,7 @@ def test_whether_an_image_still_comes_is_seen_without_keeping_it(tmp_path: Path)
     for error in (LinkError, OSError):
         with pytest.raises(error):
             area.serves(7, "https://images.test/a.jpg", lambda: False)
-    assert client.names_meanwhile == ["7.part"]
+    (partial,) = client.names_meanwhile
+    assert partial.endswith(".part")
     assert _names(tmp_path) == []
     assert area.disk.used_bytes == 0
