@@ -107,6 +107,7 @@ CREATE TABLE adc_meta (  -- who this journal is, and where it lay
     value TEXT NOT NULL,
     checksum INTEGER NOT NULL
 );
+CREATE INDEX adc_meta_copy ON adc_meta (name, value, checksum);  -- the same on another page, should that be damaged
 ALTER TABLE adc_task ADD COLUMN incarnation TEXT;  -- the run of the job that Antenna told of before the fetch, or NULL
 ALTER TABLE adc_finished ADD COLUMN incarnation TEXT;
 ALTER TABLE adc_finished ADD COLUMN image_url TEXT;  -- without what opens it. Only the same one is answered from here
@@ -1565,7 +1566,7 @@ def _tables_of_the_schema() -> set[str]:
 
 def _meta_in(db: sqlite3.Connection) -> dict[str, str]:
     known: dict[str, str] = {}
-    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta"):
+    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta NOT INDEXED"):
         if checksum != checksum_of(name, value):
             raise DamageFound("what tells this journal from others is not what was written")
         known[name] = value

@@ -149,7 +149,7 @@ def find_wrong_row(db: sqlite3.Connection) -> str | None:
     for *values, checksum in db.execute(f"SELECT {columns}, checksum FROM adc_task"):  # noqa: S608 (our own names)
         if checksum != checksum_of(*values):
             return f"the row of task {values[0]} is not what was written"
-    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta"):
+    for name, value, checksum in db.execute("SELECT name, value, checksum FROM adc_meta NOT INDEXED"):
         if checksum != checksum_of(name, value):
             return f"the row {name} of adc_meta is not what was written"
     kinds = {
@@ -255,8 +255,7 @@ def _salvage(
         with fresh:
             fresh.execute("BEGIN IMMEDIATE")
             highest = _highest_number(old)
-            _copy(old, fresh, "adc_meta", _is_sound_meta)
-            put_meta(fresh, meta)
+            put_meta(fresh, _readable_meta(old) | dict(meta))
             highest = max(highest, _copy(old, fresh, "adc_task", _is_sound_task))
             for row in remembered:  # before the results, which are only taken over of tasks that are there
                 put_task(fresh, row)
@@ -317,6 +316,18 @@ def put_meta(db: sqlite3.Connection, values: Mapping[str, str]) -> None:
     """Write who a journal is, and where it lies."""
     rows = [(name, value, checksum_of(name, value)) for name, value in values.items()]
     db.executemany("INSERT OR REPLACE INTO adc_meta (name, value, checksum) VALUES (?, ?, ?)", rows)
+
+
+def _readable_meta(old: sqlite3.Connection) -> dict[str, str]:
+    """Return who a journal is, from the table or from the index that has a copy of it on another page."""
+    found: dict[str, str] = {}
+    for source in ("NOT INDEXED", "INDEXED BY adc_meta_copy"):
+        with suppress(sqlite3.Error):  # the page is damaged, or the version has no such table
+            for name, value, checksum in old.execute(f"SELECT name, value, checksum FROM adc_meta {source}"):  # noqa: S608 (literals)
+                row = _decoded({"name": name, "value": value}, {"name": "TEXT", "value": "TEXT"})
+                if row is not None and checksum == checksum_of(row["name"], row["value"]):
+                    found[row["name"]] = row["value"]
+    return found
 
 
 def _count(db: sqlite3.Connection, query: str) -> int:
@@ -415,10 +426,6 @@ def _is_sound_task(row: dict[str, Any]) -> bool:
     if "checksum" in row:
         return bool(row["checksum"] == checksum_of(*(row.get(name) for name in SEALED_COLUMNS)))
     return True  # the file is of a version that had none
-
-
-def _is_sound_meta(row: dict[str, Any]) -> bool:
-    return bool(row.get("checksum") == checksum_of(row.get("name"), row.get("value")))
 
 
 def _is_sound_part(row: dict[str, Any]) -> bool:
