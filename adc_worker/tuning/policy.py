@@ -108,7 +108,7 @@ class _Arithmetic:
             decode_engine="threads",
             arena_bytes=arena,
             scratch_bytes=scratch,
-            solo_bytes=self._solo(arena, scratch, reserve),
+            solo_bytes=self._solo(arena, scratch),
             pin_memory=self._pin_memory(),
             download_concurrency=downloads,
             staged_ahead=staged,
@@ -362,14 +362,18 @@ class _Arithmetic:
         )
         return scratch
 
-    def _solo(self, arena: int, scratch: int, reserve: int) -> int:
-        """Return what an image alone may take of the arena.
+    def _solo(self, arena: int, scratch: int) -> int:
+        """Return what an image alone could ever take in place of the arena.
 
-        Up to the hard limit; what others hold passes, and an image that is refused is refused for good.
+        An image that is refused is refused for good. So this is the whole limit less what the worker itself always
+        needs, and nothing that passes is taken off: other workers, other programs, staged images, doubt.
         """
-        limit = self.host.limit_bytes
-        solo = max(arena, limit - self.report.base_bytes - reserve - scratch - self._working_set(1))
-        self.why["solo_bytes"] = f"the limit of {_mb(limit)} less all but the arena, at least that: {_mb(solo)}"
+        limit = self.host.whole_limit_bytes
+        solo = max(arena, limit - self.report.base_bytes - RESERVE_BYTES - scratch - self._working_set(1))
+        self.why["solo_bytes"] = (
+            f"the whole limit of {_mb(limit)} less base, reserve, decode scratch and inference;"
+            f" at least the arena: {_mb(solo)}"
+        )
         return solo
 
     def _peak(self, arena: int, scratch: int, batch: int, reserve: int) -> int:
