@@ -28,7 +28,7 @@ from urllib3.util.connection import create_connection
 from adc_worker import __version__
 from adc_worker.errors import ConfigurationError, ImageError, ImageMissing, ImageTooLarge, LinkError
 from adc_worker.ingest.addresses import AddressPolicy
-from adc_worker.redaction import redact
+from adc_worker.redaction import knowing, redact
 from adc_worker.tuning.policy import DOWNLOADS_MAX
 
 CONNECT_TIMEOUT_S = 10.0
@@ -165,11 +165,15 @@ class ImageClient:
             manager.clear()
 
     def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
-        """Write the body of `url` to the file descriptor `fd`."""
+        """Write the body of `url` to the file descriptor `fd`; no error tells more of the URL than may be shown."""
+        with knowing(url) as urls:
+            return self._download(url, fd, cancelled, urls)
+
+    def _download(self, url: str, fd: int, cancelled: Callable[[], bool], urls: list[str]) -> DownloadStats:
         started = time.monotonic()
         _this_thread.until, _this_thread.cancelled = started + self._download_s, cancelled
         _this_thread.policy, _this_thread.set_up_s = self._policy, 0.0
-        response = self._open(url)
+        response = self._open(url, urls)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
                 raise _error_for(response)
@@ -180,12 +184,13 @@ class ImageClient:
             first_byte_s = time.monotonic() - started
             size_bytes = self._copy(response, fd)
         except (HTTPError, TimeoutError) as error:
-            raise LinkError(f"download broke off: {type(error).__name__}: {error}") from error
+            raise LinkError(redact(f"download broke off: {type(error).__name__}: {error}")) from error
         finally:
             _release(response)
         return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes, _this_thread.set_up_s)
 
-    def _open(self, url: str) -> urllib3.BaseHTTPResponse:
+    def _open(self, url: str, urls: list[str]) -> urllib3.BaseHTTPResponse:
+        """Follow redirects; `urls` gets their targets, which may be signed, too."""
         for _hop in range(REDIRECTS_MAX + 1):
             try:
                 # Not decoded: a few kB of gzip would become gigabytes of memory.
@@ -195,12 +200,14 @@ class ImageClient:
             except ValueError as error:  # urllib3's LocationValueError is one
                 raise ImageError(f"not a usable image URL: {redact(str(error))}") from error
             except (HTTPError, TimeoutError) as error:
-                raise LinkError(f"cannot reach the image host: {type(error).__name__}: {error}") from error
+                raise LinkError(redact(f"cannot reach the image host: {type(error).__name__}: {error}")) from error
             target = response.get_redirect_location()
             if not target:
                 return response
             _release(response)
+            urls.append(target)
             url = _redirected(url, target)
+            urls.append(url)
         raise LinkError(f"the image host redirects more than {REDIRECTS_MAX} times")
 
     def _pool(self, url: str) -> urllib3.PoolManager:

@@ -22,6 +22,7 @@ from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
+from adc_worker.redaction import public_url
 from adc_worker.runtime.faults import DECODER_AND_MODEL, Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
@@ -447,6 +448,6 @@ class Intake:
 def _host(url: str) -> str:
     """Return host and port; nothing for what is no URL, whose download says so."""
     try:
-        return urlsplit(url).netloc.rpartition("@")[2]
+        return urlsplit(public_url(url)).netloc
     except ValueError:
         return ""

@@ -15,7 +15,7 @@ from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
-from adc_worker.redaction import public_url, redact
+from adc_worker.redaction import knowing, public_url, redact
 
 _log = get_logger(__name__)
 
@@ -103,11 +103,12 @@ class JobOutcomes:
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:
         """Keep an error result: the evidence is in the image."""
-        # What a library says of a failed download may quote the URL, and that is signed.
-        self._journal.keep([(task_id, [error_result(task.image_id, redact(str(error)))])])
+        with knowing(task.image_url):  # what a library says of a failed download may quote it
+            text = redact(str(error))
+        self._journal.keep([(task_id, [error_result(task.image_id, text)])])
         with self._lock:
             self.failed[type(error).__name__] += 1
-        self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=str(error))
+        self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=text)
         self._settle([task_id])
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
