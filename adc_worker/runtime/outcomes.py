@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adc_worker.antenna.wire import Task, error_result
-from adc_worker.errors import ImageError, WorkerFault
+from adc_worker.errors import DeviceMemoryShort, ImageError, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
@@ -38,6 +38,7 @@ class Outcomes(Protocol):
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
     def succeed(self, results: Sequence[ImageResult]) -> None: ...
     def fail_staged(self, image: StagedImage, error: ImageError) -> None: ...
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None: ...
 
 
 class JobOutcomes:
@@ -117,6 +118,10 @@ class JobOutcomes:
             self._judge(image, error)
         else:
             self.fail(image.id, image.task, error)
+
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
+        """An image cannot be inferred for want of memory that other programs hold."""
+        self.give_up(image.id, image.task, str(error))
 
     def fail_struck_out(self) -> None:
         """Make errors of the images that ended the worker twice."""

@@ -221,6 +221,24 @@ def test_on_real_photographs_it_is_the_same(
         check_scores(reference, specs, slug, image, boxes[:6])
 
 
+@pytest.mark.parametrize("slug", SLUGS)
+def test_an_image_has_the_same_answer_alone_and_among_others(
+    reference: Reference, specs: dict[str, PipelineSpec], slug: str
+) -> None:
+    """Boxes and their order, labels, scores and logits, bit for bit: whatever was inferred beside it or before it."""
+    loaded = specs[slug].load(CPU, CallSizes(images=3, crops=CROPS_PER_CALL))
+    pipeline = replace(loaded, detector=Given(reference.boxes))
+    others = [draw_sheet(STRIP, seed).image for seed in (5, 6)]
+    (alone,) = infer(pipeline, [reference.image])
+    _first, among, _last = infer(pipeline, [others[0], reference.image, others[1]])
+    assert [one.box_px for one in among] == [one.box_px for one in alone]
+    for here, there in zip(alone, among, strict=True):
+        assert [one.label for one in here.classifications] == [one.label for one in there.classifications]
+        for given, again in zip(here.classifications, there.classifications, strict=True):
+            assert np.array_equal(given.scores, again.scores)
+            assert np.array_equal(given.logits, again.logits)
+
+
 def test_the_same_image_gives_the_same_boxes_in_chunks_of_1_3_and_8(specs: dict[str, PipelineSpec]) -> None:
     """On a CPU, to the pixel; with less enlargement and fewer proposals than usual, for speed."""
     images = [draw_sheet((320, 96), seed).image for seed in range(8)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaClient
 from adc_worker.antenna.wire import Capture
-from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.errors import DeviceMemoryShort, ImageError, ImageTooLarge
 from adc_worker.host.budget import HostBudget
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staging import StagedImage, StagedQueue
@@ -46,6 +46,9 @@ class Sink:
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         del error
         self.failed.append(image.id)
+
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
+        raise AssertionError(f"no GPU is short of memory here: {image.id}: {error}")
 
 
 class Probed:
