@@ -19,6 +19,7 @@ AdcError
 │   ├── AntennaRefused     401 or 403: stop fetching, say so
 │   └── AntennaRejected    the request is wrong: 400, 404, 413, …
 ├── StagingFull            the disk is full: pause, then try again
+├── DeviceMemoryShort      other programs hold the GPU's memory: leave the task to its lease
 ├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
 """
@@ -124,6 +125,10 @@ class AddressRefused(HostUnreachable):
 
 class StagingFull(AdcError):
     """The disk that images are staged on has no space left."""
+
+
+class DeviceMemoryShort(AdcError):
+    """An image needs memory of the GPU that other programs hold; it is not the image that is too large."""
 
 
 class StagedFileLost(AdcError):

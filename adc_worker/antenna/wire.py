@@ -224,8 +224,9 @@ class Detection:
 class SuccessResult:
     """One image's result, serialised detection by detection: a large classifier's reaches 200 MB.
 
-    Arrays go straight from float32 to text, never through Python floats. The URL goes back without its query: Antenna
-    finds the image by its id, and what signs the URL must not come to rest in results.
+    Arrays go straight from float32 to text, never through Python floats. They are finite: who makes a result has
+    checked that, because JSON has no other numbers. The URL goes back without its query: Antenna finds the image by its
+    id, and what signs the URL must not come to rest in results.
     """
 
     task: Task
@@ -294,6 +295,20 @@ def _algorithm(one: Algorithm) -> dict[str, str]:
     return {"name": one.name, "key": one.key}
 
 
+def _scores(scores: npt.NDArray[np.float32]) -> orjson.Fragment:
+    """Write scores with as few digits as tell a float32, and the top one, wherever it occurs, with those of a double.
+
+    Antenna takes the largest of them as the classification's score, and finds the classification that it already has
+    by exactly that number. The worker of before posted doubles: 0.10000000149011612 where a float32 is told by 0.1.
+    Doubles for all scores would make a result 1.7 times as large.
+    """
+    top = scores.max()
+    others = scores.copy()
+    others[scores == top] = np.nan  # written as `null`, which no other score is
+    written = orjson.dumps(others, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.Fragment(written.replace(b"null", orjson.dumps(float(top))))
+
+
 def _detection(task: Task, detection: Detection, timestamp: str) -> dict[str, Any]:
     x1, y1, x2, y2 = detection.box_px
     return {
@@ -304,7 +319,7 @@ def _detection(task: Task, detection: Detection, timestamp: str) -> dict[str, An
         "classifications": [
             {
                 "classification": one.label,
-                "scores": one.scores,
+                "scores": _scores(one.scores),
                 "logits": one.logits,
                 "algorithm": _algorithm(one.algorithm),
                 "terminal": one.terminal,

@@ -27,7 +27,7 @@ class HostBudget:
     """This process's share of the machine, in bytes and counts.
 
     Attributes:
-        limit_bytes: this worker's part of the memory limit that binds it and all its processes.
+        limit_bytes: this worker's part, while others of this host work, of the memory limit that binds it.
         limit_source: where that limit was found.
         available_bytes: what it may take on top of what it uses, beside what others hold and what is left to them.
         used_bytes: memory of this worker's processes now, its arena included.
@@ -39,6 +39,8 @@ class HostBudget:
         caution: part of the limit to plan with; below 1 after the kernel has killed a predecessor.
         reserve_bytes: what `available_bytes` leaves to others, or to the kernel's own use in our name.
         vram_free_bytes: free memory of the GPU.
+        hard_limit_bytes: the whole of that limit, which nothing that others do makes smaller; 0: `limit_bytes`.
+        claimed_bytes: what other workers of this host have said that they may use now.
     """
 
     limit_bytes: int
@@ -53,6 +55,26 @@ class HostBudget:
     caution: float = 1.0
     reserve_bytes: int = 0
     vram_free_bytes: int = 0
+    hard_limit_bytes: int = 0
+    claimed_bytes: int = 0
+
+    @property
+    def whole_limit_bytes(self) -> int:
+        """Return what this worker could have if it were alone: only what exceeds this is too large for good."""
+        return max(self.limit_bytes, self.hard_limit_bytes)
+
+    @property
+    def alone_bytes(self) -> int:
+        """Return what one image may take now, while nothing else is decoded: the reserve, too."""
+        return self.available_bytes + self.reserve_bytes
+
+    def who_holds_it(self) -> str:
+        """Return in words where the memory is, and what an operator can do about it."""
+        return (
+            f"of {_mb(self.whole_limit_bytes)} ({self.limit_source}) this worker uses {_mb(self.used_bytes)}, other"
+            f" workers of this host may use {_mb(self.claimed_bytes)}, and {_mb(self.alone_bytes)} can be had beside"
+            " what other programs use: stop some of them, or raise the limit if it is too low for the machine"
+        )
 
     def __post_init__(self) -> None:
         if self.limit_bytes <= 0 or self.cores < 1:
@@ -73,18 +95,22 @@ def measure(
     `vram_free_bytes` is None where inference runs on the CPU.
     """
     found = memory.memory_limit()
+    # The reserve is kept out of the memory of the machine, or of the group, not out of a limit of ours alone.
     held_by_others = found.limit_bytes - found.available_bytes - used_bytes
     reserve = max(0, min(held_by_others, int(OTHERS_RESERVE * found.limit_bytes)))
     limit, source = found.limit_bytes, found.source
     if limit_bytes is not None and limit_bytes < limit:
         limit, source = limit_bytes, "AMI_MEMORY_LIMIT_BYTES"
     claims = share.others()
+    claimed_bytes = sum(claim.size_bytes for claim in claims)
     idle_bytes = sum(claim.size_bytes for claim in claims if not claim.busy)
-    unclaimed = limit - sum(claim.size_bytes for claim in claims) - used_bytes
+    unclaimed = limit - claimed_bytes - used_bytes
+    room = max(0, min(found.available_bytes, unclaimed))
+    available = max(0, min(found.available_bytes - reserve, unclaimed))
     return HostBudget(
         limit_bytes=max(1, (limit - idle_bytes) // (1 + sum(claim.busy for claim in claims))),
         limit_source=source,
-        available_bytes=max(0, min(found.available_bytes - reserve, unclaimed)),
+        available_bytes=available,
         used_bytes=used_bytes,
         cores=allowed_cores(),
         staging_bytes=staging_bytes,
@@ -92,9 +118,15 @@ def measure(
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         gpu=vram_free_bytes is not None,
         caution=share.caution,
-        reserve_bytes=reserve,
+        reserve_bytes=room - available,
         vram_free_bytes=vram_free_bytes or 0,
+        hard_limit_bytes=limit,
+        claimed_bytes=claimed_bytes,
     )
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.0f} MB"
 
 
 def allowed_cores(root: Path = Path("/")) -> int:

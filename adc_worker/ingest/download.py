@@ -49,7 +49,7 @@ from adc_worker.errors import (
 from adc_worker.ingest.addresses import AddressPolicy, image_host
 from adc_worker.log import get_logger
 from adc_worker.planning.policy import DOWNLOADS_MAX
-from adc_worker.redaction import redact
+from adc_worker.redaction import knowing, redact
 
 _log = get_logger(__name__)
 
@@ -209,11 +209,15 @@ class ImageClient:
             manager.clear()
 
     def download(self, url: str, fd: int, cancelled: Callable[[], bool]) -> DownloadStats:
-        """Write the body of `url` to the file descriptor `fd`."""
+        """Write the body of `url` to the file descriptor `fd`; no error tells more of the URL than may be shown."""
+        with knowing(url) as urls:
+            return self._download(url, fd, cancelled, urls)
+
+    def _download(self, url: str, fd: int, cancelled: Callable[[], bool], urls: list[str]) -> DownloadStats:
         started = time.monotonic()
         _this_thread.until, _this_thread.cancelled = started + self._download_s, cancelled
         _this_thread.policy, _this_thread.set_up_s = self._policy, 0.0
-        response, redirects = self._open(url)
+        response, redirects = self._open(url, urls)
         try:
             if response.status != 200:  # noqa: PLR2004 (the one status that brings an image)
                 raise _error_for(response, redirects)
@@ -224,8 +228,10 @@ class ImageClient:
             _release(response)
         return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes, _this_thread.set_up_s)
 
-    def _open(self, url: str) -> tuple[urllib3.BaseHTTPResponse, int]:
+    def _open(self, url: str, urls: list[str]) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Ask for a URL, follow its redirects, and return the answer and how many there were.
+
+        `urls` gets the targets of redirects, which may be signed, too.
 
         Raises:
             ImageUrlUnusable: the URL that was asked for is none; where a redirect leads is its host's fault.
@@ -236,8 +242,10 @@ class ImageClient:
             if target is None:
                 return response, redirects
             _release(response)
+            urls.append(target)
             if redirects < REDIRECTS_MAX:
                 url = _redirected(url, target)
+                urls.append(url)
                 response = self._follow(url)
         raise ImageRefused(f"the image host redirects more than {REDIRECTS_MAX} times")
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from itertools import islice
 from typing import Self
@@ -27,6 +28,7 @@ from adc_worker.planning.plan import IngestPlan
 
 _Shape = tuple[int, int, int]
 _Kind = tuple[_Shape, bool]  # what may share a batch: images of one shape, none of which runs alone
+MEMORY_LOOK_S = 1.0  # between looks for the memory of an image that waits for it
 
 
 @dataclass(slots=True)
@@ -67,8 +69,29 @@ class _Batch:
     ready: DecodedBatch | None = None
 
 
+class _Next(Enum):
+    """What is to be done with the images that are next."""
+
+    DECODE = "decode"
+    REFUSE = "refuse"  # there never will be a place for them
+    LOOK_FOR_MEMORY = "look for memory"  # they are still queued, and may have to wait there
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One thing that the feeder's thread does without the lock."""
+
+    what: _Next
+    images: list[StagedImage]
+    region: Region | None = None
+
+
 class BatchFeeder(IterableDataset[DecodedBatch]):
-    """Runs the feeder thread. Iterate over it once to get the job's batches."""
+    """Runs the feeder thread. Iterate over it once to get the job's batches.
+
+    An image that needs more memory than the plan holds runs alone, and only once `has_memory_for` says that so many
+    bytes can be had at the moment; until then it waits in the queue, and the others go on.
+    """
 
     def __init__(
         self,
@@ -79,6 +102,9 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         on_failure: Callable[[StagedImage, ImageError], None],
         on_admit: Callable[[Sequence[StagedImage]], None],
         isolate: Callable[[], DecodeEngine],
+        has_memory_for: Callable[[int], bool] = lambda _needed_bytes: True,
+        *,
+        memory_look_s: float = MEMORY_LOOK_S,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -87,6 +113,11 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         self._on_failure = on_failure
         self._on_admit = on_admit
         self._isolate = isolate
+        self._has_memory_for = has_memory_for
+        self._memory_look_s = memory_look_s
+        self._look_again_at: dict[int, float] = {}  # monotonic seconds, by image: those that wait for memory
+        self._granted: int | None = None  # the image for which there was memory when it was looked for
+        self._short_of_memory: set[int] = set()  # images whose decoder found none: they run alone next time
         self._changed = source.changed
         self._ahead: list[_Batch] = []  # admitted and not taken yet
         self._in_arena: set[Region] = set()
@@ -153,39 +184,72 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
 
     def _run(self) -> None:
         try:
-            while (admitted := self._next_admitted()) is not None:
-                region, images = admitted
-                wanted = [image for image in images if self._source.still_wanted(image)]
-                if region is None:
+            while (step := self._next_step()) is not None:
+                wanted = [image for image in step.images if self._source.still_wanted(image)]
+                if step.what is _Next.LOOK_FOR_MEMORY:
+                    self._look_for_memory(step.images[0], wanted=bool(wanted))
+                elif step.region is None:
                     self._refuse(wanted)
                 elif wanted:
-                    self._decode(region, wanted)
+                    self._decode(step.region, wanted)
                 else:
-                    self._release(region)
+                    self._release(step.region)
         except BaseException as error:  # noqa: BLE001 (handed to the consumer, who raises it)
             self._fail(error)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def _next_admitted(self) -> tuple[Region | None, list[StagedImage]] | None:
-        """Wait until a batch may close and has a place in the arena; None when there is nothing more to admit.
+    def _next_step(self) -> _Step | None:
+        """Wait until a batch may close and has a place in the arena, or something else is to be done; None at the end.
 
-        An image for which there never will be a place comes without one.
+        An image for which there never will be a place is refused.
         """
         with self._changed:
             while not self._stopping and self._failure is None:
-                if self._source.ended and not self._source.images:
+                if self._source.ended and not self._source.images and not self._is_decoding():
                     return None
                 images = self._closable() if self._may_admit() else []
-                refused = bool(images) and self._bytes_needed(images[0].header) > self._plan.solo_bytes
-                region = self._allocate(images) if images and not refused else None
-                if region is not None or refused:
-                    for image in images:
-                        self._source.images.remove(image)
-                    return region, images
+                if images and self._exceeds_all(images[0].header):
+                    self._take_out(images)
+                    return _Step(_Next.REFUSE, images)
+                if images and self._needs_a_look(images[0]):
+                    return _Step(_Next.LOOK_FOR_MEMORY, images[:1])
+                region = self._allocate(images) if images else None
+                if region is not None:
+                    self._take_out(images)
+                    return _Step(_Next.DECODE, images, region)
                 self._changed.wait(None if images else self._seconds_to_next_close())
         return None
+
+    def _is_decoding(self) -> bool:
+        """Whether an image may still come back that its decoder found no memory for."""
+        return any(batch.ready is None for batch in self._ahead)
+
+    def _take_out(self, images: list[StagedImage]) -> None:
+        for image in images:
+            self._source.images.remove(image)
+            self._look_again_at.pop(image.id, None)
+
+    def _needs_a_look(self, image: StagedImage) -> bool:
+        """Whether an image needs memory that the plan has not set aside, and nobody has looked for it yet."""
+        return self._exceeds_plan(image) and image.id != self._granted
+
+    def _look_for_memory(self, image: StagedImage, *, wanted: bool) -> None:
+        """Let an image that exceeds the plan go on, or wait; one whose lease is over is no longer queued."""
+        fits = wanted and self._has_memory_for(self._bytes_alone(image.header))
+        with self._changed:
+            if not wanted:
+                self._take_out([image])
+            elif fits:
+                self._granted = image.id
+            else:
+                self._look_again_at[image.id] = time.monotonic() + self._memory_look_s
+
+    def _candidates(self) -> list[StagedImage]:
+        """Return the queued images but for those that wait for memory."""
+        now = time.monotonic()
+        return [image for image in self._source.images if self._look_again_at.get(image.id, now) <= now]
 
     def _may_admit(self) -> bool:
         if self._paused:
@@ -194,7 +258,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
 
     def _closable(self) -> list[StagedImage]:
         """Return the images of a batch that may close now: of the oldest, or of the first that is full."""
-        images = self._source.images
+        images = self._candidates()
         idle = sum(batch.left for batch in self._ahead) < self._engines[0].workers
         if images and (idle or self._source.ended or self._seconds_to_next_close() == 0):
             of_the_oldest = (image for image in images if self._kind(image) == self._kind(images[0]))
@@ -210,24 +274,42 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
     def _seconds_to_next_close(self) -> float | None:
         if not self._source.images or not self._may_admit():
             return None
-        first = self._source.images[0]
-        return 0.0 if first.urgent else max(0.0, first.staged_at + self._plan.batch_wait_s - time.monotonic())
+        now = time.monotonic()
+        images = self._candidates()
+        times_s = [at - now for at in self._look_again_at.values() if at > now]
+        if images:
+            times_s.append(0.0 if images[0].urgent else images[0].staged_at + self._plan.batch_wait_s - now)
+        return max(0.0, min(times_s)) if times_s else 0.0
 
     def _kind(self, image: StagedImage) -> _Kind:
         return image.header.shape, self._runs_alone(image)
 
     def _runs_alone(self, image: StagedImage) -> bool:
-        header, plan = image.header, self._plan
-        return image.suspect or header.pixel_bytes > plan.arena_bytes or header.scratch_bytes > plan.scratch_bytes
+        return image.suspect or self._exceeds_plan(image)
+
+    def _exceeds_plan(self, image: StagedImage) -> bool:
+        """Whether an image needs more memory than the plan has set aside, or had too little in it."""
+        header = image.header
+        exceeds_arena = header.pixel_bytes > self._plan.arena_bytes
+        exceeds_scratch = header.scratch_bytes > self._plan.scratch_bytes
+        return exceeds_arena or exceeds_scratch or image.id in self._short_of_memory
 
     def _images_per_batch(self, image: StagedImage) -> int:
         if self._paused or self._runs_alone(image):
             return 1
         return min(self._plan.batch_size, max(1, self._plan.batch_bytes // image.header.pixel_bytes))
 
-    def _bytes_needed(self, header: ImageHeader) -> int:
-        """Return what the image needs alone: its pixels, and what its decoder uses beyond the plan's scratch."""
-        return header.pixel_bytes + max(0, header.scratch_bytes - self._plan.scratch_bytes)
+    def _bytes_alone(self, header: ImageHeader) -> int:
+        """Return what the image needs alone, when nothing else is decoded: its pixels and its decoder's memory."""
+        return header.pixel_bytes + header.scratch_bytes
+
+    @property
+    def _most_bytes_alone(self) -> int:
+        """Return what one image could ever have: instead of the arena and of the memory of all decoders."""
+        return self._plan.solo_bytes + self._plan.scratch_bytes
+
+    def _exceeds_all(self, header: ImageHeader) -> bool:
+        return self._bytes_alone(header) > self._most_bytes_alone
 
     def _allocate(self, images: list[StagedImage]) -> Region | None:
         """Find room for these images, or for the first of them alone when nothing is in flight: one always goes in.
@@ -248,8 +330,8 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
 
     def _refuse(self, images: list[StagedImage]) -> None:
         for image in images:
-            needed, most = self._bytes_needed(image.header), self._plan.solo_bytes
-            message = f"decoding it needs {needed} bytes; this worker has {most} for one image"
+            needed = self._bytes_alone(image.header)
+            message = f"decoding it needs {needed} bytes; this worker has {self._most_bytes_alone} for one image"
             self._on_failure(image, ImageTooLarge(message))
 
     def _decode(self, region: Region, images: list[StagedImage]) -> None:
@@ -288,7 +370,9 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         reports: list[DecodeReport] = []
         for row, (image, decode) in enumerate(zip(batch.staged, batch.decodes, strict=True)):
             error = decode.exception()
-            if isinstance(error, ImageError):
+            if isinstance(error, ImageTooLarge) and not self._had_its_memory(image):
+                self._put_back(image)
+            elif isinstance(error, ImageError):
                 self._on_failure(image, error)
             elif error is not None:
                 self._fail(error)
@@ -306,6 +390,22 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
                 self._ahead.remove(batch)
                 self._release(batch.region)
             self._changed.notify_all()
+
+    def _had_its_memory(self, image: StagedImage) -> bool:
+        """Whether a decoder that found no memory asks for more than its image's header says.
+
+        That is the image's own fault, and takes a decode alone, with as much to be had as the header asks for. Else
+        others had the memory.
+        """
+        return image.id in self._short_of_memory and self._has_memory_for(self._bytes_alone(image.header))
+
+    def _put_back(self, image: StagedImage) -> None:
+        """Decode an image again later, alone and when there is memory for it."""
+        with self._changed:
+            self._short_of_memory.add(image.id)
+            self._granted = None
+            self._look_again_at[image.id] = time.monotonic() + self._memory_look_s
+        self._source.put(image)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

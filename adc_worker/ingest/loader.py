@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch.utils.data import DataLoader
@@ -52,15 +53,31 @@ def build_dataloader(
     source: StagedQueue,
     on_failure: Callable[[StagedImage, ImageError], None],
     on_admit: Callable[[Sequence[StagedImage]], None] = lambda _images: None,
+    has_memory_for: Callable[[JobDataLoader, int], bool] = lambda _loader, _needed_bytes: True,
 ) -> JobDataLoader:
     """Build the loader of a job; whoever takes it closes it.
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
+    `has_memory_for` says of the loader whether so many bytes can be had now, for an image that exceeds the plan.
     """
+    made: Future[JobDataLoader] = Future()  # the feeder's thread starts before its loader is there
+
+    def has_memory(needed_bytes: int) -> bool:
+        return has_memory_for(made.result(), needed_bytes)
+
     arena = Arena(plan.arena_bytes, torch.cuda.cudart() if plan.pin_memory else None)  # type: ignore[no-untyped-call]
     decode_engine = ThreadEngine if plan.decode_engine == "threads" else ProcessEngine
     engine = decode_engine(arena, plan.decode_workers, plan.scratch_bytes)
     feeder = BatchFeeder(
-        plan, source, arena, engine, on_failure, on_admit, lambda: ProcessEngine(arena, 1, plan.scratch_bytes)
+        plan,
+        source,
+        arena,
+        engine,
+        on_failure,
+        on_admit,
+        lambda: ProcessEngine(arena, 1, plan.scratch_bytes),
+        has_memory,
     )
-    return JobDataLoader(plan, feeder, arena)
+    loader = JobDataLoader(plan, feeder, arena)
+    made.set_result(loader)
+    return loader

@@ -6,18 +6,63 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Self, TypeVar
 
 import torch
 
-from adc_worker.errors import ImageTooLarge
+from adc_worker.errors import DeviceMemoryShort, ImageTooLarge
 from adc_worker.log import get_logger
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
 
 ModelAndShape = tuple[str, tuple[int, ...]]  # an algorithm's key and the shape of one item
+
+
+# Chosen: so long a batch waits for memory of the GPU that other programs hold; well below what a watchdog allows it.
+PATIENCE_S = 30.0
+_LOOK_S = 1.0
+# What this process takes of a GPU beside torch's allocator: CUDA's context and the libraries' workspaces. Chosen.
+_OWN_CONTEXT_BYTES = 1 << 30
+
+
+@dataclass(slots=True)
+class DeviceNeighbours:
+    """Other programs on a device, for whose memory one batch waits; `held_bytes` tells how much that is."""
+
+    held_bytes: Callable[[], int]
+    pause: Callable[[float], None] = time.sleep
+    left_s: float = field(default=PATIENCE_S)
+
+    @classmethod
+    def on(cls, device: torch.device) -> Self:
+        return cls(partial(_held_by_others, device))
+
+    def wait(self) -> bool:
+        """Let a moment pass; False when the batch has waited long enough."""
+        if self.left_s <= 0:
+            return False
+        if self.left_s == PATIENCE_S:
+            held_mb = self.held_bytes() / 1e6
+            note = (
+                f"other programs hold {held_mb:.0f} MB of this GPU: the batch waits {PATIENCE_S:.0f} s for it, then"
+                " leaves its image to its lease; stop them, or give this worker a GPU of its own"
+            )
+            _log.warning("waiting_for_gpu_memory", note=note)
+        self.left_s -= _LOOK_S
+        self.pause(_LOOK_S)
+        return True
+
+
+def _held_by_others(device: torch.device) -> int:
+    """Return the memory of a GPU that other processes hold; 0 elsewhere. Written, not run."""
+    if device.type != "cuda":
+        return 0
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    ours_bytes = torch.cuda.memory_reserved(device) + _OWN_CONTEXT_BYTES
+    return max(0, total_bytes - free_bytes - ours_bytes)
 
 
 def in_chunks(
@@ -27,11 +72,13 @@ def in_chunks(
     learnt: dict[ModelAndShape, int],
     of: ModelAndShape,
     relieve: Callable[[], bool],
-) -> Iterator[_T | ImageTooLarge]:
+    neighbours: DeviceNeighbours,
+) -> Iterator[_T | ImageTooLarge | DeviceMemoryShort]:
     """Yield an answer for each of `count` items from calls with (start, stop) of at most `most` items.
 
     Out of memory, `relieve` may free what others hold; when it has nothing, the call is halved and both halves are
-    done again. `learnt` remembers the size that went well. One item that is too much alone is answered with an error.
+    done again. `learnt` remembers the size that went well. One item that is too much alone waits for what other
+    programs hold of the device, and is answered with an error: its own only where nobody else held any.
     """
     start = 0
     while start < count:
@@ -48,8 +95,11 @@ def in_chunks(
         if stop - start > 1:
             learnt[of] = (stop - start) // 2
             _log.warning("out_of_memory", model=of[0], shape=of[1], items=stop - start, now=learnt[of], error=complaint)
-        else:
+        elif neighbours.held_bytes() == 0:
             yield ImageTooLarge(f"{of[0]} runs out of memory on this image even alone: {complaint}")
+            start = stop
+        elif not neighbours.wait():
+            yield DeviceMemoryShort(f"{of[0]} runs out of memory that other programs on this GPU hold: {complaint}")
             start = stop
 
 

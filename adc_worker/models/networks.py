@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name all torch code uses
 from torch import nn
 from torchvision.models import resnet50
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
 from adc_worker.models.catalogue import BOXES_PER_IMAGE, DETECTOR, SCORE_THRESHOLD, ClassifierCard
 from adc_worker.models.pipeline import Detections, Scores
@@ -20,15 +22,42 @@ _CLASSES = 2  # of the detector: background, object
 _FEATURES = 2048  # of a ResNet-50's last block
 
 
+class InPlaceFrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's FrozenBatchNorm2d, bit for bit, written over its input: only for inference.
+
+    The same operations in the same order, a product and then a sum, so that the answers are those of a network that is
+    built with the original. The input of each of these layers is the output of a convolution, which nothing else
+    reads. Measured on two CPU cores, 720 x 1333 px, in turns, best of six: the backbone takes 1.85 s with BatchNorm2d,
+    2.07 s with the original, which takes new memory for each product and each sum, and 1.61 s with this.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise float32 [n, channels, h, w], and return the same tensor."""
+        per_channel = (1, -1, 1, 1)
+        deviation = (self.running_var.reshape(per_channel) + self.eps).rsqrt()
+        scale = self.weight.reshape(per_channel) * deviation
+        shift = self.bias.reshape(per_channel) - self.running_mean.reshape(per_channel) * scale
+        return x.mul_(scale).add_(shift)
+
+
+def detector_network() -> FasterRCNN:
+    """Build the detector as today's worker does: with batch norm that is frozen.
+
+    BatchNorm2d computes the same in another order, which moves boxes by up to 7e-4 px; a box that moves over the edge
+    of a pixel is a second detection at Antenna. A frozen layer leaves out `num_batches_tracked`, which the checkpoint
+    has and inference does not use; every other key has to fit.
+    """
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=InPlaceFrozenBatchNorm)
+    return FasterRCNN(backbone, num_classes=_CLASSES, box_detections_per_img=BOXES_PER_IMAGE)
+
+
 class FasterRcnn:
     """Boxes above the threshold, in whole pixels: cut off, clamped, empty ones dropped."""
 
     algorithm = DETECTOR
 
     def __init__(self, weights: Path, device: torch.device) -> None:
-        self.network = fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=_CLASSES, box_detections_per_img=BOXES_PER_IMAGE
-        )
+        self.network = detector_network()
         load_weights(self.network, weights)
         self.network.to(device).eval()
         self._threshold = SCORE_THRESHOLD

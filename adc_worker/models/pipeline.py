@@ -15,11 +15,12 @@ import torch
 
 from adc_worker.antenna import wire
 from adc_worker.antenna.wire import Classification, Detection
-from adc_worker.errors import ImageError
-from adc_worker.models.calls import DeviceClock, ModelAndShape, Upload, in_chunks
+from adc_worker.errors import DeviceMemoryShort, ImageError
+from adc_worker.models.calls import DeviceClock, DeviceNeighbours, ModelAndShape, Upload, in_chunks
 
 Box = tuple[int, int, int, int]
 Algorithm = wire.Algorithm
+Failure = ImageError | DeviceMemoryShort
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,15 @@ class Pipeline:
     # When memory is short: frees what others hold; False if there is nothing.
     relieve: Callable[[], bool] = lambda: False
     clock: DeviceClock = field(default_factory=DeviceClock)
+    neighbours_on: Callable[[torch.device], DeviceNeighbours] = DeviceNeighbours.on
 
-    def infer(self, images: torch.Tensor) -> Iterator[list[Detection] | ImageError]:
-        """Yield for each image of uint8 [n, H, W, 3], in order, its detections, or the error that is its outcome.
+    def infer(self, images: torch.Tensor) -> Iterator[list[Detection] | Failure]:
+        """Yield for each image of uint8 [n, H, W, 3], in order, its detections, or why there are none.
 
         The images cross to the device as they are, a few at a time.
         """
         of = (self.detector.algorithm.key, tuple(images.shape[1:]))
+        neighbours = self.neighbours_on(self.device)
         with torch.inference_mode(), Upload(images, self.device) as upload:
 
             def detect(start: int, stop: int) -> list[tuple[torch.Tensor, Detections]]:
@@ -98,11 +101,14 @@ class Pipeline:
                     on_device = upload.take(start, stop)
                     return list(zip(on_device, self.detector.detect(on_device), strict=True))
 
-            for found in in_chunks(detect, len(images), self.sizes.images, self.sizes.learnt, of, self.relieve):
-                yield found if isinstance(found, ImageError) else self._classified(*found)
+            sizes = self.sizes
+            for found in in_chunks(detect, len(images), sizes.images, sizes.learnt, of, self.relieve, neighbours):
+                yield found if isinstance(found, Failure) else self._classified(*found, neighbours)
                 del found  # an image on the device keeps those of its call
 
-    def _classified(self, image: torch.Tensor, found: Detections) -> list[Detection] | ImageError:
+    def _classified(
+        self, image: torch.Tensor, found: Detections, neighbours: DeviceNeighbours
+    ) -> list[Detection] | Failure:
         boxes = [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in found.boxes_px]
         answers: list[list[Classification]] = [[] for _ in boxes]
         chosen = list(range(len(boxes)))
@@ -110,8 +116,9 @@ class Pipeline:
             if classifier is None:
                 continue
             terminal = classifier is self.classifier or self.classifier is None
-            for index, given in zip(chosen, self._classify(classifier, image, boxes, chosen, terminal), strict=True):
-                if isinstance(given, ImageError):
+            answered = self._classify(classifier, image, boxes, chosen, terminal, neighbours)
+            for index, given in zip(chosen, answered, strict=True):
+                if isinstance(given, Failure):
                     return given
                 answers[index].append(given)
             if classifier is self.binary_filter:
@@ -120,8 +127,14 @@ class Pipeline:
         return [Detection(box, source, tuple(given)) for box, given in zip(boxes, answers, strict=True)]
 
     def _classify(
-        self, classifier: Classifier, image: torch.Tensor, boxes: Sequence[Box], chosen: Sequence[int], terminal: bool
-    ) -> Iterator[Classification | ImageError]:
+        self,
+        classifier: Classifier,
+        image: torch.Tensor,
+        boxes: Sequence[Box],
+        chosen: Sequence[int],
+        terminal: bool,
+        neighbours: DeviceNeighbours,
+    ) -> Iterator[Classification | Failure]:
         algorithm = classifier.algorithm
 
         def classify(start: int, stop: int) -> list[Classification]:
@@ -134,4 +147,5 @@ class Pipeline:
             ]
 
         of = (algorithm.key, ())  # crops are all resized to one shape
-        return in_chunks(classify, len(chosen), self.sizes.crops, self.sizes.learnt, of, self.relieve)
+        sizes = self.sizes
+        return in_chunks(classify, len(chosen), sizes.crops, sizes.learnt, of, self.relieve, neighbours)

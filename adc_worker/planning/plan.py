@@ -29,7 +29,7 @@ class IngestPlan:
         decode_engine: "threads" or "processes".
         arena_bytes: memory for decoded pixels.
         scratch_bytes: memory for the decoders' own use, over all running decodes.
-        solo_bytes: largest decoded image that may run alone, when it exceeds the arena.
+        solo_bytes: largest decoded image that could ever run alone, in place of the arena; what exceeds it is refused.
         pin_memory: whether the arena is page-locked.
         download_concurrency: downloads at once.
         staged_ahead: tasks downloaded or downloading ahead of the decoder.

@@ -379,15 +379,19 @@ class _Arithmetic:
         )
 
     def _solo(self, arena: int, scratch: int) -> Reasoned[int]:
-        """Return what an image alone may take of the arena.
+        """Return what an image alone could ever take in place of the arena.
 
-        Up to the hard limit: what others hold passes, and an image that is refused is refused for good.
+        An image that is refused is refused for good. So this is the whole limit less what the worker itself always
+        needs, and nothing that passes is taken off: other workers, other programs, staged images, doubt.
         """
-        limit = self.host.limit_bytes
-        other_bytes = self.report.base_bytes + self._reserve_bytes + scratch
-        alone = limit - other_bytes - self.cost.working_set_bytes(1)
+        limit = self.host.whole_limit_bytes
+        always_needed = self.report.base_bytes + RESERVE_BYTES + scratch
+        alone = limit - always_needed - self.cost.working_set_bytes(1)
         solo = max(arena, alone)
-        why = f"the limit of {megabytes(limit)} less all but the arena, at least that: {megabytes(solo)}"
+        why = (
+            f"the whole limit of {megabytes(limit)} less base, reserve, decode scratch and inference;"
+            f" at least the arena: {megabytes(solo)}"
+        )
         return Reasoned(solo, why)
 
     def _peak(self, arena: int, scratch: int, batch: int) -> Reasoned[int]:

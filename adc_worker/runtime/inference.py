@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from adc_worker.antenna.wire import SuccessResult
-from adc_worker.errors import ImageError
+from adc_worker.errors import DeviceMemoryShort, ImageError
 from adc_worker.ingest.decode import DecodeReport
 from adc_worker.ingest.staging import StagedImage
 from adc_worker.log import get_logger
@@ -52,6 +52,9 @@ def infer_and_keep(
     for image, report, found in zip(staged, reports, pipeline.infer(images), strict=True):
         if isinstance(found, ImageError):
             outcomes.fail_staged(image, found)
+            continue
+        if isinstance(found, DeviceMemoryShort):
+            outcomes.leave_staged(image, found)
             continue
         if not all(np.isfinite((one.scores, one.logits)).all() for box in found for one in box.classifications):
             outcomes.fail_staged(image, ImageError(f"{pipeline.slug} gave scores for it that are not finite numbers"))

@@ -218,6 +218,7 @@ class _JobRun:
     readiness: float = 0.0
     batches: int = 0
     ready: int = 0  # of the batches, those that did not have to be waited for
+    short_of_memory: bool = False  # an image waits for memory that others hold, and that has been said
 
     def view(self) -> JobView:
         """Tell how it goes; from any thread."""
@@ -308,8 +309,32 @@ class _JobRun:
             loaded = governor.plan
             self.context.share.claim(loaded.peak_bytes, busy=True)
             staged, outcomes = self.intake.staged, self.outcomes
-            with closing(build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin)) as loader:
+            made = build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin, self._has_memory_for)
+            with closing(made) as loader:
                 loaded = self._feed(loader, governor, begun)
+
+    def _has_memory_for(self, loader: JobDataLoader, needed_bytes: int) -> bool:
+        """Whether one image may take so many bytes now; when the turn ends, no image is waited for any more.
+
+        What the loader's arena holds does not count: it is given back before an image runs alone.
+        """
+        host = self.context.host(self.pipeline, loader)
+        if needed_bytes <= host.alone_bytes + loader.arena.resident_bytes:
+            self.short_of_memory = False
+            return True
+        if not self.short_of_memory:
+            self.short_of_memory = True
+            _log.warning(
+                "waiting_for_memory",
+                job_id=self.job_id,
+                needed_bytes=needed_bytes,
+                available_bytes=host.alone_bytes,
+                note=f"a large image waits for memory, and smaller ones go on: {host.who_holds_it()}",
+            )
+        self.intake.moved()  # not by us: other workers or programs are waited for
+        if self.turn.fetches_no_more(0.0):
+            loader.feeder.stop()
+        return False
 
     def _feed(self, loader: JobDataLoader, governor: Governor, begun: float) -> IngestPlan:
         """Infer what the loader brings; return its last plan, which is not the governor's when that takes another."""

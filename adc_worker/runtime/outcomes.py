@@ -10,13 +10,13 @@ from typing import Protocol
 
 from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import SuccessResult, Task, error_result
-from adc_worker.errors import ImageError, WorkerFault
+from adc_worker.errors import DeviceMemoryShort, ImageError, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster
 from adc_worker.log import get_logger
-from adc_worker.redaction import public_url, redact
+from adc_worker.redaction import knowing, public_url, redact
 
 _log = get_logger(__name__)
 
@@ -40,6 +40,7 @@ class Outcomes(Protocol):
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
     def succeed(self, results: Sequence[ImageResult]) -> None: ...
     def fail_staged(self, image: StagedImage, error: ImageError) -> None: ...
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None: ...
 
 
 class JobOutcomes:
@@ -111,11 +112,12 @@ class JobOutcomes:
 
     def fail(self, task_id: int, task: Task, error: ImageError) -> None:
         """Keep an error result: the evidence is in the image."""
-        # What a library says of a failed download may quote the URL, and that is signed.
-        self._journal.keep([(task_id, [error_result(task.image_id, redact(str(error)))])])
+        with knowing(task.image_url):  # what a library says of a failed download may quote it
+            text = redact(str(error))
+        self._journal.keep([(task_id, [error_result(task.image_id, text)])])
         with self._lock:
             self.failed[type(error).__name__] += 1
-        self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=str(error))
+        self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=text)
         self._settle([task_id])
 
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
@@ -124,6 +126,10 @@ class JobOutcomes:
             self._judge(image, error)
         else:
             self.fail(image.id, image.task, error)
+
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
+        """An image cannot be inferred for want of memory that other programs hold."""
+        self.give_up(image.id, image.task, str(error))
 
     def fail_struck_out(self) -> None:
         """Make errors of the images that ended the worker twice."""

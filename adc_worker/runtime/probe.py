@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,6 +27,8 @@ from adc_worker.runtime.outcomes import Outcomes
 from adc_worker.runtime.signs_of_life import SignsOfLife
 
 _log = get_logger(__name__)
+
+LOOKS_MIN = 5  # chosen: so often, a second apart, this worker's own memory is looked at before an image is too large
 
 
 def listed(client: AntennaClient, job_id: int) -> list[Capture]:
@@ -60,12 +63,13 @@ def probe(
     takes over open connections; `sizes` returns those that Antenna lists.
     """
     base_bytes = measure().used_bytes
+    memory_wait = MemoryWait(measure, wait)
     probes: list[ImageProbe] = []
     downloaded: list[StagedImage] = []
     inference_peak_bytes = vram_peak_bytes = 0
     while len(probes) < PROBE_IMAGES and (image := source.get(largest=bool(probes))) is not None:
         try:
-            if not _wait_for_memory(image, measure, wait):
+            if not memory_wait.for_image(image):
                 source.put(image)
                 return None
             if not source.still_wanted(image):
@@ -73,6 +77,14 @@ def probe(
             with life.inference(limit_s):
                 vram = PeakVram(pipeline.device)
                 measured, peak_bytes = _measure(image, pipeline, outcomes)
+        except ImageTooLarge as error:
+            if memory_wait.may_pass(image):  # the decoder found no memory, which others had
+                source.put(image)
+                if not wait():
+                    return None
+            else:
+                outcomes.fail_staged(image, error)
+            continue
         except ImageError as error:
             outcomes.fail_staged(image, error)
             continue
@@ -101,22 +113,62 @@ def _sighting(image: StagedImage) -> Sighting:
     )
 
 
-def _wait_for_memory(image: StagedImage, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> bool:
-    """Wait until the image fits beside what others hold; False when that is not to be waited for any more."""
-    needed, said = image.header.pixel_bytes + image.header.scratch_bytes, False
-    while True:
-        host = measure()
-        room = max(0, host.limit_bytes - host.used_bytes - host.reserve_bytes)
-        if needed > room:
-            raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {room} for one image")
-        if needed <= host.available_bytes + host.reserve_bytes:
-            return True
-        if not said:
-            note = "others on this host hold the rest: stop one of them, or raise its memory limit"
-            _log.warning("waiting_for_memory", needed_bytes=needed, available_bytes=host.available_bytes, note=note)
-            said = True
-        if not wait():
-            return False
+class MemoryWait:
+    """Waits until an image fits beside what others hold; only what the whole limit could never hold is too large.
+
+    What this worker uses itself may fall, too: results on their way to the disk, images that are staged in memory. So
+    the least that it was seen to use counts, once it was looked at often enough.
+    """
+
+    def __init__(self, measure: Callable[[], HostBudget], wait: Callable[[], bool]) -> None:
+        self._measure = measure
+        self._wait = wait
+        self._looks = 0
+        self._least_used_bytes = sys.maxsize
+
+    def for_image(self, image: StagedImage) -> bool:
+        """Wait for an image's memory; False when that is not to be waited for any more.
+
+        Raises:
+            ImageTooLarge: the whole limit less what this worker always uses does not hold it.
+        """
+        needed = _bytes_alone(image)
+        told = False
+        while True:
+            host = self._look()
+            if needed <= host.alone_bytes:
+                return True
+            self._check_possible(needed, host)
+            if not told:
+                _log.warning(
+                    "waiting_for_memory",
+                    needed_bytes=needed,
+                    available_bytes=host.alone_bytes,
+                    note=f"the job waits until its next image fits: {host.who_holds_it()}",
+                )
+                told = True
+            if not self._wait():
+                return False
+
+    def may_pass(self, image: StagedImage) -> bool:
+        """Whether an image whose decoder found no memory would now find less than its header says that it needs."""
+        return _bytes_alone(image) > self._look().alone_bytes
+
+    def _look(self) -> HostBudget:
+        host = self._measure()
+        self._looks += 1
+        self._least_used_bytes = min(self._least_used_bytes, host.used_bytes)
+        return host
+
+    def _check_possible(self, needed: int, host: HostBudget) -> None:
+        most = max(0, host.whole_limit_bytes - self._least_used_bytes)
+        exceeds_all = needed > host.whole_limit_bytes or (needed > most and self._looks >= LOOKS_MIN)
+        if exceeds_all:
+            raise ImageTooLarge(f"decoding it needs {needed} bytes of memory; this worker has {most} for one image")
+
+
+def _bytes_alone(image: StagedImage) -> int:
+    return image.header.pixel_bytes + image.header.scratch_bytes
 
 
 def _measure(image: StagedImage, pipeline: Pipeline, outcomes: Outcomes) -> tuple[ImageProbe, int]:

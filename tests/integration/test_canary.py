@@ -23,6 +23,7 @@ from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
 from tests.support.gate import Gate
 from tests.support.image_server import ImageServer, Reply
+from tests.support.secret_urls import secret_urls
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, worker
 
@@ -89,7 +90,13 @@ def test_no_secret_is_logged_kept_or_posted(server: DevServer, tmp_path: Path) -
             "lost": serve(
                 images, "/lost.jpg", Reply(status=302, headers={"Location": f"/x?X-Amz-Signature={SIGNATURE}"})
             ),
+            "astray": serve(
+                images,
+                "/astray.jpg",
+                Reply(status=302, headers={"Location": f"http://x:8o/o'hara.jpg?a='b'&X-Amz-Signature={SIGNATURE}"}),
+            ),
         }
+        bad |= secret_urls(images.url("").removeprefix("http://").rstrip("/"), SIGNATURE)
         good = [serve(images, f"/{number}.jpg", Reply(data)) for number in range(GOOD)]
         job_id = server.add_job("simulated", [*good, *bad.values()])
         env = environment(server, tmp_path / "data", {"AMI_LOG_LEVEL": "debug", "AMI_STATUS_PORT": "0"})

@@ -15,24 +15,32 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms import functional as transforms
 
 from adc_worker.antenna.wire import Detection
 from adc_worker.desk.server import DevServer
 from adc_worker.desk.sheets import draw_sheet
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.models import catalogue, registry
-from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, MOTH_FILTER, PIPELINES, ClassifierCard
-from adc_worker.models.networks import ARCHITECTURES
+from adc_worker.models.catalogue import (
+    DETECTOR,
+    DETECTOR_WEIGHTS,
+    MOTH_FILTER,
+    PIPELINES,
+    ClassifierCard,
+)
+from adc_worker.models.networks import ARCHITECTURES, FasterRcnn, detector_network
 from adc_worker.models.pipeline import CallSizes, Detections, Pipeline
 from adc_worker.models.registry import PipelineSpec
 from adc_worker.runtime.supervisor import CHILD_ENVIRONMENT
 from adc_worker.settings import Settings
 from tests.support import checkpoints
-from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_logits
+from tests.support.checkpoints import Box, Pixels, plain_boxes, plain_detections, plain_logits
 from tests.support.waiting import wait_until
 from tests.support.workers import environment, run_to_end
 
@@ -46,6 +54,7 @@ CPU = torch.device("cpu")
 SLUGS = ("panama_moths_2023", "quebec_vermont_moths_2023", "costa_rica_moths_turing_2024", "insect_orders_2025")
 SPECIES = ("Noctua pronuba", "Biston betularia", "Idia aemula", "Udea rubigalis", "Nemoria")
 FILTER_LABELS = ("nonmoth", "moth")
+CROPS_PER_CALL = 7
 STRIP = (1320, 160)  # Faster R-CNN enlarges to 800 px unless the other side reaches 1333: a strip is quick
 
 
@@ -69,8 +78,12 @@ class Reference:
         checkpoints.save_labels(self.folder, card, labels)
         return network
 
-    def logits(self, card: ClassifierCard, image: Pixels, box: Box) -> list[float]:
-        return [float(one) for one in plain_logits(self.networks[card.key], card, image, box)]
+    def logits(self, card: ClassifierCard, image: Pixels, boxes: Sequence[Box]) -> list[npt.NDArray[np.float32]]:
+        """Say what a classifier gives for each box, in calls of CROPS_PER_CALL: the last bits depend on that."""
+        logits: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(boxes), CROPS_PER_CALL):
+            logits += list(plain_logits(self.networks[card.key], card, image, boxes[start : start + CROPS_PER_CALL]))
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -106,28 +119,39 @@ def detector_alone(specs: dict[str, PipelineSpec], images_per_call: int) -> Pipe
     return replace(loaded, binary_filter=None, classifier=None)
 
 
+def expected_classifications(
+    reference: Reference, card: ClassifierCard, image: Pixels, boxes: Sequence[Box]
+) -> list[list[tuple[ClassifierCard, npt.NDArray[np.float32]]]]:
+    """Return for each box the classifiers that see it, with their logits: what the filter rejects goes no further."""
+    expected: list[list[tuple[ClassifierCard, npt.NDArray[np.float32]]]] = [[] for _box in boxes]
+    chosen = list(range(len(boxes)))
+    if card.filtered:
+        for index, logits in zip(chosen, reference.logits(MOTH_FILTER, image, boxes), strict=True):
+            expected[index].append((MOTH_FILTER, logits))
+        chosen = [index for index in chosen if FILTER_LABELS[int(expected[index][0][1].argmax())] == "moth"]
+    terminal = reference.logits(card, image, [boxes[index] for index in chosen])
+    for index, logits in zip(chosen, terminal, strict=True):
+        expected[index].append((card, logits))
+    return expected
+
+
 def check_scores(
     reference: Reference, specs: dict[str, PipelineSpec], slug: str, image: Pixels, boxes: Sequence[Box]
 ) -> list[Detection]:
-    """Labels, softmax and logits within 1e-5 of a plain call's; what the filter rejects goes no further."""
+    """Labels, softmax and logits are those of plain calls, bit for bit."""
     card = PIPELINES[slug]
-    loaded = specs[slug].load(CPU, CallSizes(crops=7))
+    loaded = specs[slug].load(CPU, CallSizes(crops=CROPS_PER_CALL))
     (found,) = infer(replace(loaded, detector=Given(boxes)), [image])
-    for detection, box in zip(found, boxes, strict=True):
-        assert detection.box_px == box
+    assert [one.box_px for one in found] == list(boxes)
+    for detection, expected in zip(found, expected_classifications(reference, card, image, boxes), strict=True):
         assert detection.algorithm == DETECTOR
-        expected = [card]
-        if loaded.binary_filter is not None:
-            is_moth = FILTER_LABELS[int(np.argmax(reference.logits(MOTH_FILTER, image, box)))] == "moth"
-            expected = [MOTH_FILTER, card] if is_moth else [MOTH_FILTER]
-        assert [one.algorithm.key for one in detection.classifications] == [one.key for one in expected]
-        for given, one in zip(detection.classifications, expected, strict=True):
-            logits = torch.tensor(reference.logits(one, image, box))
-            labels = FILTER_LABELS if one is MOTH_FILTER else SPECIES
+        assert [one.algorithm.key for one in detection.classifications] == [one.key for one, _logits in expected]
+        for given, (classifier, logits) in zip(detection.classifications, expected, strict=True):
+            labels = FILTER_LABELS if classifier is MOTH_FILTER else SPECIES
             assert given.label == labels[int(logits.argmax())]
-            assert given.terminal is (one is card)
-            assert given.logits == pytest.approx(logits.numpy(), abs=1e-5 * max(1.0, float(logits.abs().max())))
-            assert given.scores == pytest.approx(logits.softmax(0).numpy(), abs=1e-5)
+            assert given.terminal is (classifier is card)
+            assert np.array_equal(given.logits, logits)
+            assert np.array_equal(given.scores, torch.from_numpy(logits)[None].softmax(1)[0].numpy())
     return found
 
 
@@ -138,6 +162,37 @@ def test_the_detector_finds_what_it_finds_called_plainly(reference: Reference, s
         (found,) = infer(detector_alone(specs, 2), [image])
         assert [one.box_px for one in found] == expected
         assert len(expected) > 10
+
+
+def test_the_detector_gives_the_very_bits_that_todays_gives(reference: Reference) -> None:
+    """Boxes before they are cut to whole pixels, and scores, with batch norms that have learnt something."""
+    pixels = transforms.to_tensor(reference.image)
+    detector = FasterRcnn(reference.folder / Path(DETECTOR_WEIGHTS).name, CPU)
+    with torch.inference_mode():
+        (expected,) = reference.detector([pixels])
+        (raw,) = detector.network([pixels])
+        (found,) = detector.detect(torch.from_numpy(reference.image).permute(2, 0, 1)[None])
+    assert torch.equal(raw["boxes"], expected["boxes"])
+    assert torch.equal(raw["scores"], expected["scores"])
+    plain = plain_detections(reference.detector, reference.image)
+    assert len(plain) > 10
+    assert found.scores.tolist() == [score for _box, score in plain]
+
+
+@pytest.mark.parametrize("change", ["one_missing", "one_more"])
+def test_nothing_of_a_detectors_checkpoint_is_left_out_but_its_counters(
+    reference: Reference, tmp_path: Path, change: str
+) -> None:
+    """Statistics that are not there, or weights that no layer takes, make another detector."""
+    state = checkpoints.as_trained(reference.detector)
+    if change == "one_missing":
+        del state["backbone.body.bn1.running_mean"]
+    else:
+        state["backbone.body.bn1.momentum"] = torch.ones(64)
+    path = tmp_path / "changed.pt"
+    torch.save(state, path)
+    with pytest.raises(WorkerFault, match=r"backbone\.body\.bn1"):
+        FasterRcnn(path, CPU)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -164,6 +219,24 @@ def test_on_real_photographs_it_is_the_same(
     assert [one.box_px for one in found] == boxes
     for slug in SLUGS:
         check_scores(reference, specs, slug, image, boxes[:6])
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_an_image_has_the_same_answer_alone_and_among_others(
+    reference: Reference, specs: dict[str, PipelineSpec], slug: str
+) -> None:
+    """Boxes and their order, labels, scores and logits, bit for bit: whatever was inferred beside it or before it."""
+    loaded = specs[slug].load(CPU, CallSizes(images=3, crops=CROPS_PER_CALL))
+    pipeline = replace(loaded, detector=Given(reference.boxes))
+    others = [draw_sheet(STRIP, seed).image for seed in (5, 6)]
+    (alone,) = infer(pipeline, [reference.image])
+    _first, among, _last = infer(pipeline, [others[0], reference.image, others[1]])
+    assert [one.box_px for one in among] == [one.box_px for one in alone]
+    for here, there in zip(alone, among, strict=True):
+        assert [one.label for one in here.classifications] == [one.label for one in there.classifications]
+        for given, again in zip(here.classifications, there.classifications, strict=True):
+            assert np.array_equal(given.scores, again.scores)
+            assert np.array_equal(given.logits, again.logits)
 
 
 def test_the_same_image_gives_the_same_boxes_in_chunks_of_1_3_and_8(specs: dict[str, PipelineSpec]) -> None:
@@ -265,7 +338,7 @@ def test_weights_that_do_not_fit_are_named_with_their_path(reference: Reference,
 
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {
-    "fasterrcnn_resnet50_fpn": checkpoints.detector,
+    "fasterrcnn_resnet50_fpn": detector_network,
     "resnet50_torchvision": partial(ARCHITECTURES["torchvision_resnet50"], 3),
     "resnet50_timm": partial(ARCHITECTURES["timm_resnet50"], 3),
     "resnet50_turing": partial(ARCHITECTURES["turing"], 3),
@@ -278,7 +351,7 @@ LAYOUTS: dict[str, Callable[[], nn.Module]] = {
 def test_the_layout_is_the_real_checkpoints(name: str) -> None:
     """Every key, dtype and shape."""
     listing = json.loads((LISTINGS / f"{name}.json").read_text())["state_dict"]
-    state = LAYOUTS[name]().state_dict()
+    state = checkpoints.as_trained(LAYOUTS[name]())
     assert {key: [str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in state.items()} == listing
 
 

@@ -17,6 +17,9 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import functional as transforms
 
 from adc_worker.desk.sheets import draw_sheet
@@ -53,17 +56,39 @@ BUILD = {
 
 
 def detector(seed: int = 0) -> nn.Module:
-    """A detector whose random head is spread and shifted so that some tens of boxes score above the threshold."""
+    """A detector as today's worker builds it, with batch norm that is frozen and has learnt something.
+
+    Its random head is spread and shifted so that some tens of boxes score above the threshold.
+    """
     torch.manual_seed(seed)
-    network: nn.Module = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=2, box_detections_per_img=500
-    ).eval()
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d)
+    network: nn.Module = FasterRCNN(backbone, 2, box_detections_per_img=500).eval()
+    for module in network.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            _learn(module)
     head: Any = network.roi_heads.box_predictor  # type: ignore[union-attr]
     with torch.no_grad():
         head.cls_score.weight.mul_(1.2)
         head.cls_score.bias.copy_(torch.tensor([0.0, -0.3]))
         head.bbox_pred.weight.mul_(3)
     return network
+
+
+def _learn(norm: FrozenBatchNorm2d) -> None:
+    """Give a layer statistics and factors of its own: with those of a new one every kind of batch norm does nothing."""
+    norm.running_mean.normal_(0, 0.1)
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.uniform_(0.5, 1.5)
+    norm.bias.normal_(0, 0.1)
+
+
+def as_trained(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict as training leaves it: there each batch norm counts its batches, which a frozen one does not."""
+    state = network.state_dict()
+    counters = [key.replace("running_var", "num_batches_tracked") for key in state if key.endswith("running_var")]
+    for counter in counters:
+        state.setdefault(counter, torch.tensor(7))
+    return state
 
 
 def classifier(card: ClassifierCard, labels: int, seed: int = 0) -> nn.Module:
@@ -91,7 +116,7 @@ def save(network: nn.Module, folder: Path, url: str, *, wrapped: bool = False) -
     """Save a state dict under the last part of its URL; `wrapped` as training scripts leave it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / url.rsplit("/", 1)[-1]
-    state = network.state_dict()
+    state = as_trained(network)
     torch.save({"model_state_dict": state, "epoch": 3} if wrapped else state, path)
     return path
 
@@ -102,34 +127,43 @@ def save_labels(folder: Path, card: ClassifierCard, labels: Sequence[str]) -> No
     (folder / card.labels.rsplit("/", 1)[-1]).write_text(json.dumps(numbered))
 
 
-def plain_boxes(network: nn.Module, image: Pixels) -> list[Box]:
-    """One float image, one call; then threshold, int, clamp, drop empty ones."""
+def plain_detections(network: nn.Module, image: Pixels) -> list[tuple[Box, float]]:
+    """One float image, one call; then threshold, int, clamp, drop empty ones: each box with its score."""
     height, width = image.shape[:2]
     with torch.inference_mode():
         (found,) = network([transforms.to_tensor(image)])
-    boxes = []
+    kept = []
     for box, score in zip(found["boxes"].tolist(), found["scores"].tolist(), strict=True):
         x1, y1, x2, y2 = (max(0, int(side)) for side in box)
         x1, x2, y1, y2 = min(x1, width), min(x2, width), min(y1, height), min(y2, height)
         if score > SCORE_THRESHOLD and x2 > x1 and y2 > y1:
-            boxes.append((x1, y1, x2, y2))
-    return boxes
+            kept.append(((x1, y1, x2, y2), score))
+    return kept
 
 
-def plain_logits(network: nn.Module, card: ClassifierCard, image: Pixels, box: Box) -> npt.NDArray[np.float32]:
-    """One crop, one call: logits [classes]."""
-    x1, y1, x2, y2 = box
-    crop = transforms.to_tensor(image)[:, y1:y2, x1:x2]
+def plain_boxes(network: nn.Module, image: Pixels) -> list[Box]:
+    """The boxes of `plain_detections`, in that order."""
+    return [box for box, _score in plain_detections(network, image)]
+
+
+def plain_logits(
+    network: nn.Module, card: ClassifierCard, image: Pixels, boxes: Sequence[Box]
+) -> npt.NDArray[np.float32]:
+    """All crops in one call: logits [n, classes]."""
+    pixels = transforms.to_tensor(image)
     mean, std = card.statistics
-    square = transforms.normalize(transforms.resize(crop, [card.crop_px] * 2, antialias=True), list(mean), list(std))
+    squares = []
+    for x1, y1, x2, y2 in boxes:
+        square = transforms.resize(pixels[:, y1:y2, x1:x2], [card.crop_px] * 2, antialias=True)
+        squares.append(transforms.normalize(square, list(mean), list(std)))
     with torch.inference_mode():
-        logits: npt.NDArray[np.float32] = network(square[None])[0].numpy()
+        logits: npt.NDArray[np.float32] = network(torch.stack(squares)).numpy()
     return logits
 
 
 def let_half_through(binary_filter: nn.Module, card: ClassifierCard, image: Pixels, boxes: Sequence[Box]) -> None:
     """Shift a random filter, which says the same of every crop, to its median."""
-    differences = [plain_logits(binary_filter, card, image, box) @ (1, -1) for box in boxes]
+    differences = plain_logits(binary_filter, card, image, boxes) @ (1, -1)
     middle = np.sort(differences)[[len(differences) // 2, len(differences) // 2 - 1]].mean()
     with torch.no_grad():
         binary_filter.get_parameter("fc.bias")[1] += float(middle)

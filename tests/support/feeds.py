@@ -97,6 +97,7 @@ class Feed:
         workers: int = 1,
         at_once: bool = False,
         on_failure: Callable[[StagedImage, ImageError], None] | None = None,
+        has_memory_for: Callable[[int], bool] = lambda _needed_bytes: True,
         **changes: Any,
     ) -> None:
         self.plan = ingest_plan(**changes)
@@ -114,6 +115,8 @@ class Feed:
             on_failure or self._record,
             self.admitted.append,
             self._isolate,
+            has_memory_for,
+            memory_look_s=0.001,
         )
         self._batches = iter(self.feeder)
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from adc_worker.antenna.wire import Detection
-from adc_worker.errors import ImageError
+from adc_worker.errors import DeviceMemoryShort, ImageError
 from adc_worker.ingest.decode import DecodeReport
-from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Pipeline, Scores
+from adc_worker.models.calls import DeviceNeighbours
+from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Failure, Pipeline, Scores
 from adc_worker.runtime.inference import infer_and_keep
 from adc_worker.runtime.outcomes import ImageResult
 from tests.support.fakes import task
@@ -59,7 +60,7 @@ def images(count: int) -> torch.Tensor:
     return made
 
 
-def infer(pipeline: Pipeline, count: int) -> list[list[Detection] | ImageError]:
+def infer(pipeline: Pipeline, count: int) -> list[list[Detection] | Failure]:
     return list(pipeline.infer(images(count)))
 
 
@@ -135,6 +136,63 @@ def test_what_others_hold_is_freed_before_a_call_is_made_smaller() -> None:
 
     infer(replace(Pipeline("hungry", detector, CPU), relieve=relieve), 8)
     assert detector.calls == [8, 8]
+
+
+class Neighbour:
+    """Another program on the device, which leaves after so many seconds."""
+
+    def __init__(self, detector: Hungry, leaves_after_s: float) -> None:
+        self.detector, self.leaves_after_s, self.waited_s = detector, leaves_after_s, 0.0
+
+    def on(self, _device: torch.device) -> DeviceNeighbours:
+        return DeviceNeighbours(lambda: 5_000_000_000 if self.waited_s < self.leaves_after_s else 0, self.pause)
+
+    def pause(self, seconds: float) -> None:
+        self.waited_s += seconds
+        if self.waited_s >= self.leaves_after_s:
+            self.detector.most = 8
+
+
+def test_an_image_waits_for_memory_of_the_device_that_another_program_holds() -> None:
+    """It is no error of the image, and when the other one is gone it has its detections."""
+    detector = Hungry(0)
+    neighbour = Neighbour(detector, 5)
+    found = infer(replace(Pipeline("hungry", detector, CPU), neighbours_on=neighbour.on), 1)
+    assert [len(one) for one in found if isinstance(one, list)] == [5]
+    assert neighbour.waited_s == 5
+
+
+def test_images_for_which_another_program_leaves_no_memory_are_no_errors_either() -> None:
+    """A batch is not held up for longer than its watchdog allows: its images are left to their leases."""
+    detector = Hungry(0)
+    neighbour = Neighbour(detector, 1e9)
+    found = infer(replace(Pipeline("hungry", detector, CPU), neighbours_on=neighbour.on), 3)
+    assert [type(one) for one in found] == [DeviceMemoryShort] * 3
+    assert 20 <= neighbour.waited_s <= 60
+    assert "other programs on this GPU" in str(found[0])
+
+
+def test_a_crop_waits_for_the_device_as_an_image_does() -> None:
+    """Its image, too, is left to its lease, and keeps no half of its answer."""
+    classifier = Hungry(0)
+    pipeline = Pipeline("hungry", Hungry(8), CPU, classifier=classifier)
+    (found,) = infer(replace(pipeline, neighbours_on=Neighbour(classifier, 1e9).on), 1)
+    assert isinstance(found, DeviceMemoryShort)
+
+
+def test_an_image_that_waited_in_vain_is_left_to_its_lease() -> None:
+    """As a batch of a job: no error is kept for it, and its neighbours have their results."""
+    staged: Any = [SimpleNamespace(id=number, task=task(number)) for number in (1, 2)]
+    reports: Any = [SimpleNamespace(decode_s=0.1, truncated=False)] * 2
+    ends: dict[int, str] = {}
+    outcomes: Any = SimpleNamespace(
+        succeed=lambda results: ends.update({one.task_id: "kept" for one in results}),
+        leave_staged=lambda image, error: ends.update({image.id: type(error).__name__}),
+    )
+    detector = Hungry(8, poison=2)
+    pipeline = replace(Pipeline("hungry", detector, CPU), neighbours_on=Neighbour(detector, 1e9).on)
+    infer_and_keep(pipeline, images(2), staged, reports, outcomes)
+    assert ends == {1: "kept", 2: "DeviceMemoryShort"}
 
 
 def test_the_clock_counts_the_calls_and_not_the_consumer() -> None:

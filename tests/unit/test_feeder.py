@@ -31,6 +31,7 @@ if TYPE_CHECKING:
             workers: int = ...,
             at_once: bool = ...,
             on_failure: Callable[[StagedImage, ImageError], None] | None = ...,
+            has_memory_for: Callable[[int], bool] = ...,
             **changes: float,
         ) -> Feed: ...
 
@@ -273,7 +274,8 @@ def test_a_batch_that_does_not_fit_as_a_whole_goes_image_by_image(feed: MakeFeed
 
 def test_an_image_that_fits_nowhere_is_refused_with_both_numbers(feed: MakeFeed) -> None:
     """All of its shape, and nobody else."""
-    one = feed(at_once=True, arena_bytes=ONE, solo_bytes=4 * ONE - 1)
+    needed = 4 * ONE + header(*LARGE_SHAPE).scratch_bytes
+    one = feed(at_once=True, arena_bytes=ONE, scratch_bytes=4096, solo_bytes=needed - 4096 - 1)
     one.put(1)
     one.put(2, 3, shape=LARGE_SHAPE)
     one.put(4)
@@ -282,8 +284,94 @@ def test_an_image_that_fits_nowhere_is_refused_with_both_numbers(feed: MakeFeed)
     assert sorted(number for number, _error in one.failures) == [2, 3]
     for _number, error in one.failures:
         assert isinstance(error, ImageTooLarge)
-        assert f"needs {4 * ONE} bytes" in str(error)
-        assert f"has {4 * ONE - 1} for one" in str(error)
+        assert f"needs {needed} bytes" in str(error)
+        assert f"has {needed - 1} for one" in str(error)
+
+
+def test_an_image_that_fits_when_it_is_alone_is_never_refused(feed: MakeFeed) -> None:
+    """Memory that the plan sets aside for all decoders is its own then: it needs that of one."""
+    needed = 4 * ONE + header(*LARGE_SHAPE).scratch_bytes
+    one = feed(at_once=True, arena_bytes=ONE, scratch_bytes=3 * ONE, solo_bytes=needed - 3 * ONE)
+    one.put(1, shape=LARGE_SHAPE)
+    one.source.end()
+    assert one.drain() == [[1]]
+
+
+def test_an_image_waits_for_memory_that_others_hold_and_smaller_ones_go_on(feed: MakeFeed) -> None:
+    """It is no error, however long that takes, and comes when there is room."""
+    room = threading.Event()
+    asked: list[int] = []
+
+    def has_memory_for(needed_bytes: int) -> bool:
+        asked.append(needed_bytes)
+        return room.is_set()
+
+    one = feed(at_once=True, batch_size=1, arena_bytes=2 * ONE, solo_bytes=8 * ONE, has_memory_for=has_memory_for)
+    one.put(1, shape=LARGE_SHAPE)
+    one.put(2, 3)
+    one.source.end()
+    assert one.use(one.next()) == [2]
+    assert one.use(one.next()) == [3]
+    wait_until(lambda: len(asked) > 3)
+    room.set()
+    assert one.drain() == [[1]]
+    assert set(asked) == {4 * ONE + header(*LARGE_SHAPE).scratch_bytes}
+    assert one.failures == []
+
+
+def test_a_feeder_that_is_stopped_leaves_what_waits_for_memory_in_the_queue(feed: MakeFeed) -> None:
+    """The turn is over: another one takes the image up."""
+
+    def has_memory_for(_needed_bytes: int) -> bool:
+        one.feeder.stop()
+        return False
+
+    one = feed(at_once=True, arena_bytes=ONE, solo_bytes=8 * ONE, has_memory_for=has_memory_for)
+    one.put(1, shape=LARGE_SHAPE)
+    assert one.drain() == []
+    assert [image.id for image in one.source.images] == [1]
+    assert one.failures == []
+
+
+def test_an_image_whose_lease_ends_while_it_waits_for_memory_is_waited_for_no_more(feed: MakeFeed) -> None:
+    """It has its outcome already, and nothing else keeps the job."""
+    looks = iter([True, True, False])
+    one = feed(at_once=True, arena_bytes=ONE, solo_bytes=8 * ONE, has_memory_for=lambda _needed: False)
+    one.source.still_wanted = lambda _image: next(looks)
+    one.put(1, shape=LARGE_SHAPE)
+    one.source.end()
+    assert one.drain() == []
+    assert one.source.images == []
+
+
+def test_a_decoder_that_found_no_memory_gets_another_try_when_there_is_some(feed: MakeFeed) -> None:
+    """Others had it: the image is decoded again, alone, also when it was the last one."""
+    one = feed(batch_size=2)
+    one.put(1, 2)
+    one.source.end()
+    one.settle()
+    one.engine.succeed(one.engine.decodes[1])
+    one.engine.fail(one.engine.decodes[0], ImageTooLarge("it takes more memory than there is"))
+    assert one.use(one.next()) == [2]
+    wait_until(lambda: len(one.engine.decodes) == 3)
+    assert one.engine.numbers == [1, 2, 1]
+    one.engine.succeed_all()
+    assert one.drain() == [[1]]
+    assert one.failures == []
+
+
+def test_a_decoder_that_asks_for_more_than_its_header_says_has_itself_to_blame(feed: MakeFeed) -> None:
+    """Alone, with the memory that the header asks for: then more is the image's own fault. Before it is not."""
+    room = iter([True, False, True, True])
+    one = feed(has_memory_for=lambda _needed: next(room))
+    one.put(1)
+    one.source.end()
+    for tries in (1, 2, 3):
+        wait_until(lambda tries=tries: len(one.engine.decodes) == tries)  # type: ignore[misc]
+        assert one.failures == []
+        one.engine.fail(one.engine.decodes[-1], ImageTooLarge("it takes more memory than there is"))
+    assert one.drain() == []
+    assert [number for number, _error in one.failures] == [1]
 
 
 def test_what_its_decoder_needs_counts_against_a_large_image(feed: MakeFeed) -> None:
@@ -292,7 +380,7 @@ def test_what_its_decoder_needs_counts_against_a_large_image(feed: MakeFeed) -> 
     one.put_image(staged(1, Path("1.img"), header(*LARGE_SHAPE, image_format="PNG")))
     one.source.end()
     assert one.drain() == []
-    assert f"needs {3 * 128 * 128 + 8 * 128 * 128 - 4096} bytes" in str(one.failures[0][1])
+    assert f"needs {3 * 128 * 128 + 8 * 128 * 128} bytes" in str(one.failures[0][1])
 
 
 def _hungry(number: int, shape: tuple[int, int] = PAGE_SHAPE) -> StagedImage:

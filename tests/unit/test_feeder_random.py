@@ -48,7 +48,7 @@ class FeederMachine(RuleBasedStateMachine):
         self.staged: list[int] = []
         self.held: list[DecodedBatch] = []
         self.used: list[int] = []
-        self.ended = self.stopped = self.died = False
+        self.ended = self.stopped = self.died = self.memory_is_short = False
         self.plans: list[IngestPlan] = []  # all that ever held; what is held may come from any of them
 
     @initialize(
@@ -82,6 +82,7 @@ class FeederMachine(RuleBasedStateMachine):
             prefetch_factor=prefetch_factor,
             batch_wait_s=1e6 if patient else 0,
             scratch_bytes=scratch_bytes,
+            has_memory_for=lambda _needed_bytes: not self.memory_is_short,
         )
         self.plans.append(self.feed.plan)
 
@@ -115,6 +116,20 @@ class FeederMachine(RuleBasedStateMachine):
             self.staged.append(number)
             image_header = header(*shape, image_format=image_format)  # a PNG's decoder may need more than is set aside
             self._feed().put_image(staged(number, Path(f"{number}.img"), image_header, time.monotonic() + number))
+
+    @rule(short=st.booleans())
+    def others_take_or_leave_memory(self, *, short: bool) -> None:
+        self.memory_is_short = short
+
+    @precondition(lambda self: self._feed().engine.running)
+    @rule(data=st.data())
+    def a_decoder_finds_no_memory(self, data: st.DataObject) -> None:
+        decode = data.draw(st.sampled_from(self._feed().engine.running))
+        before = len(self._feed().failures)
+        again = self._feed().engine.numbers.count(decode.number) > 1
+        self._feed().engine.fail(decode, ImageTooLarge("the decoder found no memory"))
+        if self.memory_is_short or not again:
+            assert len(self._feed().failures) == before, "a shortage that may pass is no outcome"
 
     @precondition(lambda self: self._feed().engine.running)
     @rule(data=st.data(), outcome=st.sampled_from(["pixels", "pixels", "pixels", "error", "late death"]))
@@ -169,7 +184,10 @@ class FeederMachine(RuleBasedStateMachine):
     def _memory_is_bounded(self) -> None:
         feed = self._feed()
         assert feed.arena.used_bytes <= feed.arena.size_bytes
-        assert feed.arena.size_bytes <= max(feed.plan.arena_bytes, feed.plan.solo_bytes)
+        if feed.arena.size_bytes != feed.plan.arena_bytes:
+            running_scratch_bytes = sum(decode.header.scratch_bytes for decode in feed.engine.running)
+            most_bytes = feed.plan.solo_bytes + feed.plan.scratch_bytes
+            assert feed.arena.size_bytes + running_scratch_bytes <= most_bytes
         assert len(feed.feeder._ahead) <= max(plan.prefetch_factor for plan in self.plans) + 1
         hungry = any(decode.header.scratch_bytes > feed.plan.scratch_bytes for decode in feed.engine.running)
         if feed.arena.size_bytes != feed.plan.arena_bytes or hungry:
@@ -194,7 +212,11 @@ class FeederMachine(RuleBasedStateMachine):
         if self.stopped or self.died:
             return
         feed = self._feed()
-        assert feed.feeder._in_arena or self.held or not feed.source.images
+        assert feed.feeder._in_arena or self.held or not feed.source.images or self.memory_is_short or self._looks()
+
+    def _looks(self) -> bool:
+        """Whether an image waits for the feeder's next look for memory."""
+        return bool(self._feed().feeder._look_again_at)
 
     def _everything_is_somewhere_exactly_once(self) -> None:
         if self.stopped or self.died:
@@ -211,6 +233,7 @@ class FeederMachine(RuleBasedStateMachine):
         if self.feed is None:
             return
         feed = self.feed
+        self.memory_is_short = False
         feed.source.end()
         for batch in self.held:
             self.used += feed.use(batch)
@@ -226,7 +249,7 @@ class FeederMachine(RuleBasedStateMachine):
             feed.engine.succeed_all()
             feed.settle()
             if not feed.ready:
-                if feed.engine.running:
+                if feed.engine.running or (feed.source.images and not self.stopped):
                     continue
                 break
             self.used += feed.use(feed.next())
@@ -240,7 +263,9 @@ class FeederMachine(RuleBasedStateMachine):
             return
         refused = {number for number, error in feed.failures if isinstance(error, ImageTooLarge)}
         if self.stopped:
-            assert set(self.used + failed) == set(feed.engine.numbers) | refused
+            waiting = {image.id for image in feed.source.images}  # some of them for another decode
+            assert set(self.used + failed) | waiting >= set(feed.engine.numbers) | refused
+            assert set(self.used + failed) <= set(feed.engine.numbers) | refused
         else:
             assert set(self.used + failed) == set(self.staged)
 

@@ -224,6 +224,16 @@ def test_the_operators_limit_binds_when_it_is_the_smaller(tmp_path: Path) -> Non
     assert higher.limit_source != "AMI_MEMORY_LIMIT_BYTES"
 
 
+@pytest.mark.parametrize("limit_bytes", [100_000_000, 400_000_000])
+def test_a_part_of_the_hosts_memory_is_not_kept_out_of_a_limit_of_ours(tmp_path: Path, limit_bytes: int) -> None:
+    """A tenth of this machine is more than such a limit: others hold memory, and we still have all we were given."""
+    assert memory_limit().available_bytes > 1_000_000_000, "this machine is too small for the test"
+    with closing(MemoryShare(tmp_path)) as share:
+        host = measure(30_000_000, share, limit_bytes, 1, staging_in_memory=False, vram_free_bytes=None)
+    assert host.alone_bytes == limit_bytes - 30_000_000
+    assert host.whole_limit_bytes == limit_bytes
+
+
 @contextmanager
 def touched_pages(size: int) -> Iterator[None]:
     """Memory that is new to the process: an allocator may hand out again what an earlier test has touched."""

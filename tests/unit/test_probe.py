@@ -10,17 +10,20 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaClient
 from adc_worker.antenna.wire import Capture
-from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.errors import DeviceMemoryShort, ImageError, ImageTooLarge
+from adc_worker.host.budget import HostBudget
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staging import StagedImage, StagedQueue
 from adc_worker.models.pipeline import Pipeline
 from adc_worker.models.registry import Simulated
 from adc_worker.planning.measurements import ImageProbe, ProbeReport, Sighting
 from adc_worker.runtime.outcomes import ImageResult
-from adc_worker.runtime.probe import _wait_for_memory, known_sizes, listed, probe
+from adc_worker.runtime.probe import MemoryWait, known_sizes, listed, probe
 from adc_worker.runtime.signs_of_life import SignsOfLife
 from tests.support.fakes import GB, MB, host, image_probe
 from tests.support.images import bare_jpeg_header, header, jpeg, staged, written
@@ -43,6 +46,9 @@ class Sink:
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         del error
         self.failed.append(image.id)
+
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
+        raise AssertionError(f"no GPU is short of memory here: {image.id}: {error}")
 
 
 class Probed:
@@ -153,24 +159,67 @@ def test_captures_of_unknown_size_tell_nothing() -> None:
     assert known_sizes([Capture(id="1", url="http://x"), Capture(id="2", url="http://x", width=5)]) == []
 
 
-LARGE = staged(1, Path("large.jpg"), header(8000, 6000))  # 144 MB decoded
+LARGE = staged(1, Path("large.jpg"), header(8000, 6000))  # 144 MB decoded, and 20 MB for its decoder
 
 
 def test_an_image_waits_until_the_others_have_made_room() -> None:
     """However often that has to be looked at."""
     left, turns = deque([10, 20, 140, 1000]), deque([True] * 3)
-    assert _wait_for_memory(LARGE, lambda: host(available_bytes=left.popleft() * MB), turns.popleft)
+    assert MemoryWait(lambda: host(available_bytes=left.popleft() * MB), turns.popleft).for_image(LARGE)
     assert (len(left), len(turns)) == (0, 0)
 
 
 def test_the_wait_ends_with_the_turn() -> None:
     """The image is taken up again when it is the job's turn again."""
     turns = deque([True, True, False])
-    assert not _wait_for_memory(LARGE, lambda: host(available_bytes=10 * MB), turns.popleft)
+    assert not MemoryWait(lambda: host(available_bytes=10 * MB), turns.popleft).for_image(LARGE)
     assert not turns
 
 
 def test_what_never_fits_is_not_waited_for() -> None:
-    """An image that exceeds the worker's part of the limit, whoever else holds what."""
+    """An image that exceeds the worker's limit less what it uses itself, whoever else holds what."""
+    machine = host(limit_bytes=1 * GB + 100 * MB, available_bytes=100 * MB)
     with pytest.raises(ImageTooLarge, match="this worker has 100000000"):
-        _wait_for_memory(LARGE, lambda: host(limit_bytes=1 * GB + 100 * MB), lambda: True)
+        MemoryWait(lambda: machine, lambda: True).for_image(LARGE)
+
+
+def test_an_image_is_not_too_large_for_what_this_worker_uses_for_a_moment() -> None:
+    """Results that wait for the disk, or images staged in memory: it uses less a second later."""
+    used = deque([1000 * MB, 1000 * MB, 200 * MB])
+
+    def measure() -> HostBudget:
+        return replace(host(limit_bytes=1100 * MB), used_bytes=used[0], available_bytes=1100 * MB - used.popleft())
+
+    assert MemoryWait(measure, lambda: True).for_image(LARGE)
+
+
+@given(
+    limit=st.integers(300 * MB, 64 * GB),
+    used=st.integers(0, 100 * MB),
+    siblings=st.integers(0, 64 * GB),
+    reserve=st.integers(0, 7 * GB),
+    busy=st.integers(0, 4),
+)
+def test_no_state_of_the_host_makes_an_error_of_an_image_that_the_limit_holds(
+    limit: int, used: int, siblings: int, reserve: int, busy: int
+) -> None:
+    """Other workers' claims, their number, and what is kept for other programs pass: the image waits for its turn."""
+    machine = HostBudget(
+        limit_bytes=max(1, (limit - siblings) // (1 + busy)),
+        limit_source="MemTotal",
+        available_bytes=max(0, limit - used - siblings - reserve),
+        used_bytes=used,
+        cores=1,
+        staging_bytes=1,
+        descriptors=1024,
+        reserve_bytes=max(0, min(reserve, limit - used - siblings)),
+        hard_limit_bytes=limit,
+        claimed_bytes=siblings,
+    )
+    looks = deque([True] * 20 + [False])
+    fits_now = _needed(LARGE) <= machine.alone_bytes
+    assert MemoryWait(lambda: machine, looks.popleft).for_image(LARGE) is fits_now
+
+
+def _needed(image: StagedImage) -> int:
+    return image.header.pixel_bytes + image.header.scratch_bytes

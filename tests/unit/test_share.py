@@ -63,6 +63,18 @@ def test_idle_workers_take_no_part_in_the_division(tmp_path: Path, stack: ExitSt
     assert _budget(first).limit_bytes == 2600 * MB
 
 
+def test_what_others_claim_takes_nothing_off_the_whole_limit(tmp_path: Path, stack: ExitStack) -> None:
+    """An image is too large for good only where this worker alone could not hold it; and it is said who holds what."""
+    first, second = (stack.enter_context(closing(MemoryShare(tmp_path))) for _ in range(2))
+    first.claim(2900 * MB, busy=True)
+    second.claim(400 * MB, busy=True)
+    squeezed = _budget(second)
+    assert squeezed.whole_limit_bytes == 3 * GB
+    assert squeezed.alone_bytes == 0
+    assert "of 3000 MB (AMI_MEMORY_LIMIT_BYTES) this worker uses 400 MB" in squeezed.who_holds_it()
+    assert "may use 2900 MB" in squeezed.who_holds_it()
+
+
 def test_a_dead_workers_part_comes_back(tmp_path: Path, stack: ExitStack) -> None:
     """A lock goes with its process, however that ended; its slot is used again."""
     share = stack.enter_context(closing(MemoryShare(tmp_path)))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adc_worker.antenna.wire import (
     Algorithm,
@@ -190,7 +194,7 @@ def test_a_success_is_written_as_the_contract_says() -> None:
     written = orjson.loads(b"".join(SuccessResult(TASK, "contract_moths", detections, 1.25, WHEN)))
     one = {
         "classification": "Noctua pronuba",
-        "scores": [0.1, 0.9],
+        "scores": [0.1, 0.8999999761581421],
         "logits": [-2.5, 0.33333334],
         "algorithm": {"name": "Moths", "key": "moths"},
         "terminal": True,
@@ -212,10 +216,47 @@ def test_a_success_is_written_as_the_contract_says() -> None:
     }
 
 
-def test_scores_keep_the_digits_of_float32_and_no_more() -> None:
-    """0.1 as a double of a float32 is 0.10000000149011612: twice the bytes for nothing."""
-    written = b"".join(SuccessResult(TASK, "p", [Detection((0, 0, 1, 1), DETECTOR, [classification()])], 1.0, WHEN))
-    assert b'"scores":[0.1,0.9],"logits":[-2.5,0.33333334]' in written
+def written_scores(scores: npt.NDArray[np.float32]) -> bytes:
+    """Return the text of the scores of a classification in a result."""
+    one = Classification("Noctua pronuba", scores, np.array([-2.5, 1 / 3], np.float32), CLASSIFIER, terminal=True)
+    written = b"".join(SuccessResult(TASK, "p", [Detection((0, 0, 1, 1), DETECTOR, [one])], 1.0, WHEN))
+    assert b'"logits":[-2.5,0.33333334]' in written, "nothing is matched on logits: float32 has these digits"
+    return written.partition(b'"scores":')[2].partition(b"]")[0] + b"]"
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ([0.1, 0.7, 0.2], b"[0.1,0.699999988079071,0.2]"),
+        ([0.1, 0.1, 0.05, 0.1], b"[0.10000000149011612,0.10000000149011612,0.05,0.10000000149011612]"),
+        ([0.3], b"[0.30000001192092896]"),
+        ([0.0, 1.0], b"[0.0,1.0]"),
+        ([1e-30, 3e-8], b"[1e-30,2.999999892949745e-8]"),
+        ([-0.3, -0.1], b"[-0.3,-0.10000000149011612]"),
+    ],
+)
+def test_the_top_score_has_the_digits_of_a_double_and_no_other_has(scores: list[float], text: bytes) -> None:
+    """Antenna finds a classification again by its top score, and the worker of before posted doubles."""
+    assert written_scores(np.array(scores, np.float32)) == text
+
+
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30),
+    st.integers(0, 3),
+    st.randoms(use_true_random=False),
+)
+def test_whatever_the_scores_antenna_reads_the_top_one_that_it_knows(
+    some: list[float], ties: int, random: Random
+) -> None:
+    """Also where others equal the top score or are next to it; and every score is still told."""
+    top = np.float32(max(some))
+    values = some + [float(top)] * ties + [float(np.nextafter(top, np.float32(0)))]
+    random.shuffle(values)
+    scores = np.array(values, np.float32)
+    read = orjson.loads(written_scores(scores))
+    assert max(read) == float(top)
+    assert read.index(max(read)) == int(scores.argmax())
+    assert np.array_equal(np.array(read, np.float32), scores)
 
 
 def test_boxes_are_whole_numbers() -> None:
