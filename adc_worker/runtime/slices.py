@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.wire import JobRef
-from adc_worker.errors import AntennaError
+from adc_worker.antenna.wire import DELETED, JobRef
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaUnreachable
 from adc_worker.journal.journal import Journal
 from adc_worker.log import get_logger
 
@@ -32,6 +32,10 @@ BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; als
 REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again
 LOOKS_PER_POLL = 10
 CLOSE_TIMEOUT_S = 2.0
+_REFUSED_JOB_ADVICE = (
+    "its results stay on this host until Antenna shows it again: check what the user of AMI_ANTENNA_API_AUTH_TOKEN may"
+    " do in its project"
+)
 SMALL_JOB_PATIENCE = 3  # doublings: after its turn a small job is probably being saved, and to ask interrupts others
 
 
@@ -205,6 +209,8 @@ class JobPoller:
         self._project = project
         self._lost: deque[tuple[int, list[int]]] = deque()
         self._failures = 0
+        self._unknown: set[int] = set()  # jobs that Antenna did not know at the last look
+        self._refused: frozenset[int] = frozenset()
         self._answered = self._busy = False
         self._due, self._news, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
@@ -236,6 +242,16 @@ class JobPoller:
         """Return jobs that take nothing any more and the tasks of them that the journal has forgotten."""
         return [self._lost.popleft() for _ in range(len(self._lost))]
 
+    @property
+    def refused_jobs(self) -> frozenset[int]:
+        """The jobs whose detail Antenna refused to show at the last poll, such as those of a project made private."""
+        return self._refused
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether one poll succeeded: Antenna is where the settings say."""
+        return self._answered
+
     def _run(self) -> None:
         while not self._closed.is_set():
             self._due.clear()
@@ -262,13 +278,38 @@ class JobPoller:
         self._board.add(listed, held)
         self._news.set()
         unlisted = (self._board.job_ids() | held) - {job.id for job in listed}
-        for job_id in [*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]]:
-            self._look(job_id)
+        self._look_at([*unlisted, *self._board.to_describe()[:LOOKS_PER_POLL]])
+
+    def _look_at(self, job_ids: Sequence[int]) -> None:
+        """Ask for jobs' details. A job that cannot be seen costs none of the others its look.
+
+        Raises:
+            AntennaError: the way to Antenna, or the token, is at fault: the next job would fare the same.
+        """
+        refused: set[int] = set()
+        for job_id in job_ids:
+            try:
+                self._look(job_id)
+            except AntennaUnreachable:
+                raise
+            except AntennaRefused as error:
+                if error.concerns_token:
+                    raise
+                refused.add(job_id)
+                if job_id not in self._refused:
+                    _log.warning("job_refused", job_id=job_id, error=str(error), do=_REFUSED_JOB_ADVICE)
+            except AntennaError as error:
+                _log.warning("job_not_seen", job_id=job_id, error=str(error))
+        self._refused = frozenset(refused)
 
     def _look(self, job_id: int) -> None:
         """Ask for a job's detail: it may be over, or served and not listed."""
         state = self._client.job(job_id)
-        if state.is_lost:
+        is_first_answer = job_id not in self._unknown
+        self._unknown.discard(job_id)
+        if state.status == DELETED and is_first_answer:
+            self._unknown.add(job_id)  # what is kept for it is given up at the second such answer only
+        elif state.is_lost:
             self._board.drop(job_id)
             task_ids = self._journal.bury(job_id)
             self._lost.append((job_id, task_ids))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import http
 import http.client
 import json
+import re
 import socket
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import closing
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +21,32 @@ from urllib.parse import urlsplit
 
 from tests.support.image_server import BusyServer
 
+
+@dataclass(frozen=True)
+class Answer:
+    """What the gate answers in Antenna's place, with these very words."""
+
+    status: int
+    content: bytes
+    content_type: str = "application/json"
+
+
 # hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
-Fault = Literal["hold", "withhold", "reset", "cut"] | int
+Fault = Literal["hold", "withhold", "reset", "cut"] | int | Answer
+INVALID_TOKEN = Answer(401, b'{"detail":"Invalid token."}')
+FORBIDDEN = Answer(403, b'{"detail":"You do not have permission to perform this action."}')
 BODY_SHOWN = b"<html>fault of the gate</html>"
 
 
 class Gate:
-    """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path."""
+    """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path.
+
+    `job_fault` is asked before it where the path names a job, by the same words and the job's number.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.fault: Callable[[str], Fault | None] = lambda _route: None
+        self.job_fault: Callable[[str, int], Fault | None] = lambda _route, _job_id: None
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
@@ -73,6 +91,7 @@ class Gate:
     def open(self) -> None:
         """Let everything through from now on, also what is held."""
         self.fault = lambda _route: None
+        self.job_fault = lambda _route, _job_id: None
         self.released.set()
 
     def died_on_the_way(self, journal: Path, processed: Collection[str]) -> set[str]:
@@ -99,7 +118,12 @@ class Gate:
             self.under_way[route] -= 1
 
     def _follow(self, handler: BaseHTTPRequestHandler, route: str, body: bytes) -> None:
-        fault = self.fault(route)
+        named_job = re.search(r"/jobs/(\d+)/", urlsplit(handler.path).path)
+        fault = self.job_fault(route, int(named_job[1])) if named_job else None
+        fault = fault or self.fault(route)
+        if isinstance(fault, Answer):
+            _answer(handler, fault.status, fault.content, fault.content_type)
+            return
         if isinstance(fault, int):
             _answer(handler, fault, BODY_SHOWN, "text/html")
             return
