@@ -154,9 +154,12 @@ class Poster:
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
         """Wait until every kept result is accepted; False on time-out, or when `cut_short` is set."""
+        return self._wait_until(self.is_done, timeout_s, cut_short)
+
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float, cut_short: threading.Event | None) -> bool:
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._under_way.total() or self._journal.unposted_count():
+            while not done():
                 left = deadline - time.monotonic()
                 if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
@@ -164,9 +167,12 @@ class Poster:
         return True
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
-        """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
+        """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal.
+
+        What Antenna refuses is not waited for.
+        """
         self._draining = True
-        self.wait_idle(flush_s, cut_short)
+        self._wait_until(lambda: self.is_done(self.refused_jobs()), flush_s, cut_short)
         with self._changed:
             self._closing = True
             self._changed.notify_all()

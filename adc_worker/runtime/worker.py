@@ -157,8 +157,9 @@ class WorkerLoop:
         error = memory.fetch.error
         self._heed_fetch(job_id, error)
         self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
+        answered = error is None or isinstance(error, AntennaRefused)  # a job that is refused is not waited for
         self._board.end_turn(
-            turn, summary.tasks, ended_empty=summary.ended_empty, answered=error is None, switch_s=summary.switch_s
+            turn, summary.tasks, ended_empty=summary.ended_empty, answered=answered, switch_s=summary.switch_s
         )
 
     def _is_idle(self) -> bool:
@@ -192,8 +193,12 @@ class WorkerLoop:
             )
         if self._models_away:
             errors = {slug: str(error) for slug, error in self._models_away.items()}
-            _log.error("idle_without_models", errors=errors, hint="jobs are left; start the worker again")
-            return ExitCode.FAILED
+            _log.error(
+                "idle_without_models",
+                errors=errors,
+                hint="jobs are left whose models did not come in the time of a lease: put that right, and start again",
+            )
+            return ExitCode.MACHINE_FAULT
         _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
         return ExitCode.OK
 
@@ -286,6 +291,7 @@ class WorkerLoop:
             return
         self._refused_fetches.add(job_id)
         jobs = self._board.job_ids()
+        self._fetched |= self._context.journal.was_used()  # the refusal came after tasks did
         if jobs and jobs <= self._refused_fetches and not self._fetched:
             hint = " (fetching tasks takes a superuser's token)"
             raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}{hint}") from error

@@ -10,9 +10,9 @@ import socket
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
@@ -29,24 +29,28 @@ class Answer:
     status: int
     content: bytes
     content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 # hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
 Fault = Literal["hold", "withhold", "reset", "cut"] | int | Answer
 INVALID_TOKEN = Answer(401, b'{"detail":"Invalid token."}')
 FORBIDDEN = Answer(403, b'{"detail":"You do not have permission to perform this action."}')
+TOO_LARGE = Answer(413, b"<html><title>413 Request Entity Too Large</title></html>", "text/html")
 BODY_SHOWN = b"<html>fault of the gate</html>"
 
 
 class Gate:
     """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path.
 
-    `job_fault` is asked before it where the path names a job, by the same words and the job's number.
+    `job_fault` is asked before it where the path names a job, by the same words and the job's number. A request body
+    above `max_body_bytes` is answered with 413, as a proxy does.
     """
 
     def __init__(self, upstream: str) -> None:
         self.fault: Callable[[str], Fault | None] = lambda _route: None
         self.job_fault: Callable[[str, int], Fault | None] = lambda _route, _job_id: None
+        self.max_body_bytes: int | None = None
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
@@ -121,8 +125,10 @@ class Gate:
         named_job = re.search(r"/jobs/(\d+)/", urlsplit(handler.path).path)
         fault = self.job_fault(route, int(named_job[1])) if named_job else None
         fault = fault or self.fault(route)
+        if self.max_body_bytes is not None and len(body) > self.max_body_bytes:
+            fault = TOO_LARGE
         if isinstance(fault, Answer):
-            _answer(handler, fault.status, fault.content, fault.content_type)
+            _answer(handler, fault.status, fault.content, fault.content_type, headers=fault.headers)
             return
         if isinstance(fault, int):
             _answer(handler, fault, BODY_SHOWN, "text/html")
@@ -162,11 +168,18 @@ class Gate:
 
 
 def _answer(
-    handler: BaseHTTPRequestHandler, status: int, content: bytes, content_type: str, length: int | None = None
+    handler: BaseHTTPRequestHandler,
+    status: int,
+    content: bytes,
+    content_type: str,
+    length: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     try:
         handler.send_response(status)
         handler.send_header("Content-Type", content_type)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content) if length is None else length))
         handler.end_headers()
         handler.wfile.write(content)
