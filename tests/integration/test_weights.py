@@ -287,6 +287,8 @@ def test_checkpoints_of_both_forms_and_labels_are_known(store: WeightStore) -> N
     for name, content in contents.items():
         (store.folder / name).write_bytes(content)
         assert store.find(f"https://store.test/{name}") == store.folder / name
+    (store.folder / "other.onnx").write_bytes(PAGE)
+    assert store.find("https://store.test/other.onnx") is None, "a page is no model of any kind"
     (store.folder / "new.pt.fetched.json").write_text('{"size_bytes": 10}')
     assert store.find("https://store.test/new.pt") is not None
 

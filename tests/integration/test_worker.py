@@ -195,9 +195,8 @@ def test_maintenance_at_a_start_is_waited_for(
     assert sum("is not Antenna" in error for error in said) == len(foreign)
 
 
-@pytest.mark.parametrize("fault", ["reset", INVALID_TOKEN])
-def test_what_was_right_once_is_no_wrong_setting_later(server: DevServer, tmp_path: Path, fault: Fault) -> None:
-    """A worker that never had a job starts anew while Antenna is away, or refuses its token for the moment."""
+def test_what_was_right_once_is_no_wrong_setting_later(server: DevServer, tmp_path: Path) -> None:
+    """A worker that never had a job starts anew while Antenna refuses its token for the moment."""
     with Gate(server.api_url) as gate:
         env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
         for _start in range(2):
@@ -209,7 +208,23 @@ def test_what_was_right_once_is_no_wrong_setting_later(server: DevServer, tmp_pa
                 wait_until(lambda answered=answered: gate.requests["GET jobs"] > answered + 2, timeout_s=90)  # type: ignore[misc]
                 running.process.send_signal(signal.SIGTERM)
                 assert running.wait() == ExitCode.OK
-            gate.fault = lambda _route: fault
+            gate.fault = lambda _route: INVALID_TOKEN
+
+
+def test_an_antenna_that_is_not_up_yet_is_waited_for_where_it_answered_before(
+    server: DevServer, tmp_path: Path
+) -> None:
+    """Nobody listens there: at the first start that is a wrong address, later an outage. No job was ever needed."""
+    with Gate(server.api_url) as gate:
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        with worker(env, *SIMULATED) as running:
+            wait_until(lambda: gate.requests["GET jobs"] > 2, timeout_s=90)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK
+    with worker(env, *SIMULATED) as running:
+        running.wait_for("poll_failed", count=3)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait() == ExitCode.OK
 
 
 def test_an_address_that_antenna_moved_from_is_a_wrong_setting(server: DevServer, tmp_path: Path) -> None:
