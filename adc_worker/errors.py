@@ -15,19 +15,26 @@ AdcError
 │       └── AddressRefused where this worker may not go: a setting, so pause the job; the message names it
 ├── AntennaError
 │   ├── AntennaUnavailable retry with back-off
-│   │   └── AntennaUnreachable no answer at all; at start a wrong URL
-│   ├── AntennaRefused     401 or 403: stop fetching, say so
-│   └── AntennaRejected    the request is wrong: 400, 404, 413, …
+│   │   ├── AntennaUnreachable no answer at all; at the first start a wrong URL
+│   │   └── NotAntenna     something else answered in Antenna's place: it says nothing about tasks and results
+│   ├── AntennaRefused     401 or 403 in Antenna's own words: stop fetching what it concerns, and try again
+│   └── AntennaRejected    the request is wrong, in Antenna's own words: 400, 404, 405, 415
+│       └── AntennaBodyTooLarge 413, from whatever stands on the way: send less at once
 ├── StagingFull            the disk is full: pause, then try again
 ├── DeviceMemoryShort      other programs hold the GPU's memory: leave the task to its lease
 ├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
+    └── ModelsAway         a store, a disk or a GPU's memory that may come back: the jobs of that pipeline wait
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from enum import IntEnum
+
+_UNAUTHORIZED = 401
+_BODY_TOO_LARGE = 413
 
 # What the operating system says about a path that stays so until somebody changes a setting, a name or the rights on
 # it. Everything else may pass by itself or with the machine's repair: a full disk or quota, a network file system that
@@ -58,7 +65,7 @@ class ExitCode(IntEnum):
     OK = 0  # drained, or nothing left to do with --exit-when-idle
     FAILED = 1  # an unexpected error; restart
     CONFIGURATION = 2  # a setting is missing or wrong; a restart does not help
-    MODEL_UNAVAILABLE = 3  # a pipeline named on the command line could not be loaded
+    MODEL_UNAVAILABLE = 3  # a pipeline named on the command line can never be loaded as it is
     JOURNAL_UNUSABLE = 4  # the journal is from a newer version, may not be opened or set aside, or breaks repeatedly
     BACKGROUND_TASK_DIED = 5  # a thread that must live died; restart
     MACHINE_FAULT = 6  # a fault of this machine (disk, journal) lasted five minutes; restart, best once it is put right
@@ -146,17 +153,53 @@ class AntennaUnavailable(AntennaError):
 class AntennaUnreachable(AntennaUnavailable):
     """No HTTP answer came: DNS, connection, TLS, proxy, time-out."""
 
+    def __init__(self, message: str, *, connected: bool = False) -> None:
+        super().__init__(message)
+        self.connected = connected  # somebody listens at the address, and did not answer
+
+
+class NotAntenna(AntennaUnavailable):
+    """The answer is none that Antenna's contract gives: a proxy, a sign-in page or maintenance is in the way."""
+
+    def __init__(self, message: str, moved_to: str = "") -> None:
+        super().__init__(message)
+        self.moved_to = moved_to  # the same path at another address, where the answer calls that permanent
+
 
 class AntennaRefused(AntennaError):
-    """Antenna refuses this token (401, 403): stop fetching until it is accepted again."""
+    """Antenna refuses the token (401) or what was asked with it (403): try again later."""
+
+    def __init__(self, message: str, status: int = 403) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def concerns_token(self) -> bool:
+        """Whether the token is refused whatever is asked with it; else this request alone is refused."""
+        return self.status == _UNAUTHORIZED
 
 
 class AntennaRejected(AntennaError):
-    """Antenna calls the request wrong; repeating it unchanged is useless."""
+    """Antenna calls the request wrong; repeating it unchanged is useless.
 
-    def __init__(self, message: str, status: int) -> None:
+    `entries` are the places of the results in a post that Antenna names as invalid. `blames_result` is whether the
+    words are about a result at all, and not about the request as a whole.
+    """
+
+    def __init__(
+        self, message: str, status: int, entries: Collection[int] = (), *, blames_result: bool = False
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.entries = frozenset(entries)
+        self.blames_result = blames_result or bool(entries)
+
+
+class AntennaBodyTooLarge(AntennaRejected):
+    """A proxy, or Antenna, takes no request of that size (413): it says nothing else about the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, _BODY_TOO_LARGE)
 
 
 class WorkerFault(AdcError):
@@ -165,3 +208,7 @@ class WorkerFault(AdcError):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ModelsAway(WorkerFault):
+    """A model's files cannot be had or loaded at the moment, for a reason that may pass: try again."""

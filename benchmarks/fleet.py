@@ -53,9 +53,9 @@ class Heart(AntennaClient):
         self._beat()
         return super().fetch_tasks(job_id, count)
 
-    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None:
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
         self._beat()
-        super().post_results(job_id, entries)
+        return super().post_results(job_id, entries)
 
     def _beat(self) -> None:
         now = time.monotonic()

@@ -55,15 +55,14 @@ def register(client: AntennaClient, project: int, service: str, entries: Sequenc
             would be the second, and no result of that pipeline could be saved any more, by whichever worker.
         AntennaError: Antenna refused or did not answer.
     """
-    path = f"/projects/{project}/pipelines/"
-    known = {row["slug"]: row.get("algorithms", ()) for row in client.pages(path)}
+    known = {row.slug: row.algorithms for row in client.pipelines(project)}
     for entry in entries:
         (ours,) = (one["key"] for one in entry["algorithms"] if one["task_type"] in DETECTOR_TYPES)
         for other in known.get(entry["slug"], ()):
-            if other.get("task_type") in DETECTOR_TYPES and other["key"] != ours:
+            if other.task_type in DETECTOR_TYPES and other.key != ours:
                 raise ConfigurationError(
-                    f"pipeline {entry['slug']} is registered there with the detector {other['key']}; adding {ours}"
+                    f"pipeline {entry['slug']} is registered there with the detector {other.key}; adding {ours}"
                     " would make two, and Antenna saves no result of such a pipeline. Leave it out with --pipeline"
                 )
-    answer = client.register(path, {"processing_service_name": service, "pipelines": entries})
-    return [*answer.get("pipelines_created", ()), *answer.get("algorithms_created", ())]
+    answer = client.register(project, {"processing_service_name": service, "pipelines": entries})
+    return [*answer.pipelines_created, *answer.algorithms_created]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ _Entry = TypeVar("_Entry", bound=BaseModel)
 
 SERVED_STATES = frozenset({"STARTED", "RETRY"})
 FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+# All that Antenna gives a job (contract). Another word is no evidence of anything, least of all of a job's end.
+STATES = SERVED_STATES | FINAL_STATES | {"CREATED", "PENDING", "CANCELING", "RECEIVED", "UNKNOWN"}
+DELETED = "DELETED"  # ours, for a job that Antenna says it does not know
 _DIGITS_MAX = 20  # what a 64-bit number has at most
 
 
@@ -107,7 +110,8 @@ class JobState(_Wire):
     @property
     def is_lost(self) -> bool:
         """Whether nothing may be posted to it any more: final, cancelled, or not a job for workers that pull."""
-        return self.status in FINAL_STATES or self.status == "CANCELING" or self.dispatch_mode != "async_api"
+        over = self.status in FINAL_STATES or self.status in {"CANCELING", DELETED}
+        return over or self.dispatch_mode != "async_api"
 
     @property
     def total(self) -> int | None:
@@ -137,28 +141,120 @@ class Capture(_Wire):
     size: int | None = None
 
 
-class _Lists(_Wire):
+class ProjectRow(_Wire):
+    """A row of the list of projects."""
+
+    id: int
+
+
+class RegisteredAlgorithm(_Wire):
+    """An algorithm of a pipeline, as Antenna lists it."""
+
+    key: str
+    task_type: str | None = None
+
+
+class PipelineRow(_Wire):
+    """A pipeline that a project has."""
+
+    slug: str
+    algorithms: list[RegisteredAlgorithm] = Field(default_factory=list)
+
+
+class _TaskList(_Wire):
+    tasks: list[Any]
+
+
+class _Page(_Wire):
+    """One page of any of Antenna's lists."""
+
+    results: list[Any]
     count: int = 0
-    results: list[Any] = Field(default_factory=list)
-    tasks: list[Any] = Field(default_factory=list)
+    next: str | None = None
+
+
+class _Receipt(_Wire):
+    reply_subject: str
+    status: str
+
+
+class _Accepted(_Wire):
+    status: Literal["accepted"]
+    job_id: int
+    tasks: list[Any]
+
+
+class Registered(_Wire):
+    """Antenna's account of a registration."""
+
+    success: bool
+    error: Any = None
+    pipelines: list[PipelineRow]
+    pipelines_created: list[str]
+    algorithms_created: list[str]
 
 
 def parse_tasks(body: bytes) -> list[Task]:
-    """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once."""
-    return list(dict.fromkeys(_entries(Task, _Lists.model_validate(_load(body)).tasks)))
+    """Read the answer to a fetch; a malformed entry is logged and left to its lease, a repeated one is taken once.
+
+    Raises:
+        ValueError: it is no answer to a fetch. Only a list without any entry means that there are no tasks for us.
+    """
+    return list(dict.fromkeys(_entries(Task, _TaskList.model_validate(load_json(body)).tasks)))
 
 
 def parse_jobs(body: bytes) -> list[JobRef]:
-    """Read the job list; a malformed row is logged and skipped."""
-    return list(_entries(JobRef, _Lists.model_validate(_load(body)).results))
+    """Read the job list; a malformed row is logged and skipped. Raises ValueError where it is none."""
+    return _entries(JobRef, _Page.model_validate(load_json(body)).results)
 
 
 def parse_job(body: bytes) -> JobState:
-    """Read a job's detail."""
-    return JobState.model_validate(_load(body))
+    """Read a job's detail; raises ValueError where it is none, or has a status that no job has."""
+    state = JobState.model_validate(load_json(body))
+    if state.status not in STATES:
+        raise ValueError("the job's status is none of Antenna's")
+    return state
 
 
-def _load(body: bytes) -> Any:
+def parse_accepted(body: bytes, job_id: int) -> frozenset[str]:
+    """Read the answer to a post: the reply subjects whose results Antenna has queued.
+
+    Raises:
+        ValueError: it does not accept a post of this job.
+    """
+    answer = _Accepted.model_validate(load_json(body))
+    if answer.job_id != job_id:
+        raise ValueError("it accepts results of another job")
+    receipts = _entries(_Receipt, answer.tasks)
+    return frozenset(receipt.reply_subject for receipt in receipts if receipt.status == "queued")
+
+
+def parse_page(kind: type[_Entry], body: bytes) -> tuple[list[_Entry], str]:
+    """Read a page of a list, and the address of the next one, empty at the end.
+
+    Raises:
+        ValueError: it is no page, or a row of it cannot be read: what is decided from a list takes all of it.
+    """
+    page = _Page.model_validate(load_json(body))
+    return [kind.model_validate(row) for row in page.results], page.next or ""
+
+
+def parse_registered(body: bytes) -> Registered:
+    """Read the answer to a registration; raises ValueError where it is none."""
+    return Registered.model_validate(load_json(body))
+
+
+def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
+    """Read a page of captures, and how many there are in all; a malformed row is logged and skipped.
+
+    Raises:
+        ValueError: it is no such page.
+    """
+    page = _Page.model_validate(load_json(body))
+    return page.count, _entries(Capture, page.results)
+
+
+def load_json(body: bytes) -> Any:
     """Read JSON so that bytes which are no text, and numbers without end, cost only the entry that has them."""
     try:
         return json.loads(
@@ -169,19 +265,18 @@ def _load(body: bytes) -> Any:
         raise ValueError("its JSON is nested too deeply") from None
 
 
-def parse_captures(body: bytes) -> tuple[int, list[Capture]]:
-    """Read a page of captures, and how many there are in all; a malformed row is logged and skipped."""
-    page = _Lists.model_validate(_load(body))
-    return page.count, list(_entries(Capture, page.results))
-
-
-def _entries(kind: type[_Entry], entries: Iterable[Any]) -> Iterator[_Entry]:
+def _entries(kind: type[_Entry], entries: Sequence[Any]) -> list[_Entry]:
+    """Read the entries of a list, one by one; raises ValueError where there are some and none can be read."""
+    read: list[_Entry] = []
     for entry in entries:
         try:
-            yield kind.model_validate(entry)
+            read.append(kind.model_validate(entry))
         except ValidationError as error:
             first = error.errors()[0]
             _log.warning("antenna_entry_malformed", problem=first["msg"], field=first["loc"])
+    if entries and not read:
+        raise ValueError(f"none of its {len(entries)} entries can be read")
+    return read
 
 
 @dataclass(frozen=True, slots=True)

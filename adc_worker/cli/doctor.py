@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -26,7 +26,17 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
-from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
+from adc_worker.antenna import answers
+from adc_worker.antenna.answers import Answer
+from adc_worker.antenna.wire import JobRef, parse_jobs
+from adc_worker.errors import (
+    AntennaError,
+    AntennaRefused,
+    AntennaRejected,
+    ConfigurationError,
+    ExitCode,
+    WorkerFault,
+)
 from adc_worker.host import budget, memory
 from adc_worker.ingest.disk_budget import is_memory
 from adc_worker.settings import Settings
@@ -43,7 +53,6 @@ DISK_MIN_BYTES = 2_000_000_000  # what staging leaves free whatever happens (ing
 MEMORY_MIN_BYTES = 1_500_000_000
 DESCRIPTORS_MIN = 4096  # today's worker needed about 1000 at work; sockets, staged files and GPU drivers add theirs
 NATS_PORT = 4222
-_REFUSED = frozenset({httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN})
 
 ModelFiles = Iterable[tuple[str, str, "WeightStore"]]  # the pipelines a file is of, its URL, its store
 
@@ -156,43 +165,75 @@ def _antenna(config: Settings) -> Iterator[Finding]:
         headers = {"Authorization": f"Token {config.token}"}
     except ConfigurationError as error:
         yield _finding("token", str(error), problem="AMI_ANTENNA_API_AUTH_TOKEN=<the token of the worker's user>")
-    with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
+    with httpx.Client(base_url=url, headers=headers | answers.IDENTITY, timeout=TIMEOUT_S) as client:
+        params = {"dispatch_mode": "async_api", "ids_only": "1", "limit": "1"}
+        started = time.monotonic()
         try:
-            answer = client.get("/jobs/", params={"dispatch_mode": "async_api", "ids_only": "1", "limit": "1"})
-            refused = answer.status_code in _REFUSED
-            jobs = [] if refused else answer.raise_for_status().json()["results"]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            fix = "AMI_ANTENNA_API_BASE_URL=https://<host>/api/v2, as far as this host may reach it"
-            yield _finding("Antenna", f"{url} gives no list of jobs: {str(error).partition(chr(10))[0]}", problem=fix)
-            return
-        yield _finding("Antenna", f"{url} answers in {answer.elapsed.total_seconds():.2f} s")
-        if "date" in answer.headers:
-            ahead_s = time.time() - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-            off = abs(ahead_s) > CLOCK_TOLERANCE_S
-            text = f"{ahead_s:+.0f} s off Antenna's" if off else "agrees with Antenna's"
-            yield _finding("clock", text, problem="timedatectl set-ntp true" if off else "")
-        if refused:
+            answer = _ask(client, "GET", "/jobs/", params=params)
+            jobs = _read_jobs(answer)
+        except AntennaRefused as error:
             fix = "copy the token again from the page of the worker's user in Antenna"
-            yield _finding("token", f"Antenna answers {answer.status_code}: {answer.text[:100]}", problem=fix)
-        elif headers:
+            yield _finding("token", f"Antenna refuses it: {error}", problem=fix)
+            return
+        except (httpx.HTTPError, AntennaError) as error:
+            fix = "AMI_ANTENNA_API_BASE_URL=https://<host>/api/v2, as far as this host may reach it"
+            found = f"{url} gives no list of jobs: {str(error).partition(chr(10))[0]}"
+            yield _finding("Antenna", found, problem=fix)
+            return
+        yield _finding("Antenna", f"{url} answers in {time.monotonic() - started:.2f} s")
+        if "date" in answer.headers:
+            yield _clock(answer.headers["date"])
+        if "Authorization" in headers:
             yield _permission(client, jobs)
 
 
-def _permission(client: httpx.Client, jobs: list[dict[str, int]]) -> Finding:
+def _clock(date: str) -> Finding:
+    """Compare this host's clock to the date that an answer of Antenna's carries."""
+    try:
+        theirs = email.utils.parsedate_to_datetime(date)
+    except ValueError:
+        return _finding("clock", f"Antenna's answer is dated {date[:40]!r}, which is no date")
+    ahead_s = time.time() - theirs.timestamp()
+    off = abs(ahead_s) > CLOCK_TOLERANCE_S
+    text = f"{ahead_s:+.0f} s off Antenna's" if off else "agrees with Antenna's"
+    return _finding("clock", text, problem="timedatectl set-ntp true" if off else "")
+
+
+def _ask(client: httpx.Client, method: str, path: str, **arguments: Any) -> Answer:
+    """Return an answer that is a success; raises what any other one means, or httpx.HTTPError without one."""
+    with client.stream(method, path, **arguments) as response:
+        answer = answers.receive(response, f"{method} {path}")
+    if not answer.is_success:
+        raise answers.error_for(answer)
+    return answer
+
+
+def _read_jobs(answer: Answer) -> list[JobRef]:
+    try:
+        return parse_jobs(answer.body)
+    except ValueError as error:
+        raise answers.not_antenna(answer, "which is no list of jobs") from error
+
+
+def _permission(client: httpx.Client, jobs: list[JobRef]) -> Finding:
     """A poll works without any token; only a fetch tells what the token may do."""
     if not jobs:
         fix = "run this again when Antenna has a job; until then nothing can be proven"
         return _finding("token", "not refused; whether it may fetch tasks shows only with a job", note=fix)
+    job_id = jobs[0].id
     try:
-        answer = client.post(f"/jobs/{jobs[0]['id']}/tasks/", json={"batch_size": 0})
-    except httpx.HTTPError as error:
+        answer = _ask(client, "POST", f"/jobs/{job_id}/tasks/", json={"batch_size": 0})
+    except AntennaRefused as error:
+        fix = "use a superuser's token: Antenna grants fetching to no role today"
+        return _finding("token", f"a fetch of no tasks: {error}", problem=fix)
+    except AntennaRejected as error:
+        if error.status == httpx.codes.BAD_REQUEST:
+            return _finding("token", f"may fetch tasks (job {job_id} was asked for none)")
+        return _finding("token", f"a fetch of no tasks: {error}", problem="look at Antenna's log")
+    except (httpx.HTTPError, AntennaError) as error:
         return _finding("token", f"a fetch of no tasks: {type(error).__name__}: {error}", problem="try again")
-    if answer.status_code == httpx.codes.BAD_REQUEST:
-        return _finding("token", f"may fetch tasks (job {jobs[0]['id']} was asked for none)")
-    fix = "use a superuser's token: Antenna grants fetching to no role today"
-    if answer.status_code not in _REFUSED:
-        fix = "look at Antenna's log"
-    return _finding("token", f"a fetch of no tasks: {answer.status_code} {answer.text[:100]}", problem=fix)
+    found = f"a fetch of no tasks answered {answer.status}, which Antenna does not"
+    return _finding("token", found, problem="look at what stands between this host and Antenna")
 
 
 def doctor_command(config: Settings, warnings: list[str], model_files: ModelFiles, *, as_json: bool) -> ExitCode:

@@ -18,7 +18,16 @@ from adc_worker.cli.demo import demo_command
 from adc_worker.cli.devserver import devserver_command
 from adc_worker.cli.live_view import live_view
 from adc_worker.cli.status import report_command, status_command
-from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, ConfigurationError, ExitCode, WorkerFault
+from adc_worker.errors import (
+    AntennaError,
+    AntennaRefused,
+    AntennaRejected,
+    AntennaUnavailable,
+    AntennaUnreachable,
+    ConfigurationError,
+    ExitCode,
+    WorkerFault,
+)
 from adc_worker.redaction import redact
 from adc_worker.settings import WorkerOptions
 from adc_worker.status.channel import listening
@@ -42,7 +51,20 @@ class _Program(click.Group):
             return super().invoke(context)
         except (ConfigurationError, AntennaError, WorkerFault) as error:
             click.echo(redact(f"ami: {error}"), err=True)
-            raise SystemExit(error.exit_code if isinstance(error, WorkerFault) else ExitCode.CONFIGURATION) from None
+            raise SystemExit(_exit_code(error)) from None
+
+
+def _exit_code(error: ConfigurationError | AntennaError | WorkerFault) -> ExitCode:
+    """Return what a supervisor may make of a command's end: an Antenna that is away may be back at the next try.
+
+    An address where nobody listens counts as a wrong setting, as at a worker's first start.
+    """
+    if isinstance(error, WorkerFault):
+        return error.exit_code
+    nobody_there = isinstance(error, AntennaUnreachable) and not error.connected
+    if isinstance(error, AntennaUnavailable) and not nobody_there:
+        return ExitCode.FAILED
+    return ExitCode.CONFIGURATION
 
 
 class _WorkerGroup(click.Group):
@@ -178,7 +200,7 @@ def worker_register(
     ]
     with AntennaClient(config.antenna_api_base_url, config.token) as client:
         refused = []
-        for project in projects or [row["id"] for row in client.pages("/projects/")]:
+        for project in projects or [row.id for row in client.projects()]:
             try:
                 new = registration.register(client, project, service, entries)
             except (ConfigurationError, AntennaRefused, AntennaRejected) as error:

@@ -23,6 +23,9 @@ from adc_worker.desk.state import Desk
 T = TypeVar("T")
 
 PAGE_SIZE = 40
+# What stands in Antenna's place where Antenna does not answer itself: the proxy, or Django without a view.
+TOO_LARGE_PAGE = "<html>\r\n<head><title>413 Request Entity Too Large</title></head>\r\n</html>"
+NO_SUCH_PAGE = "<!doctype html>\n<html lang='en'>\n<head><title>Not Found</title></head>\n</html>"
 SUPERUSER, MEMBER, OUTSIDER, ANONYMOUS = "superuser", "member", "outsider", "anonymous"
 
 
@@ -37,7 +40,7 @@ class Api:
     def build(self, max_body_bytes: int) -> web.Application:
         add_slash = normalize_path_middleware(merge_slashes=False, redirect_class=web.HTTPMovedPermanently)
         app = web.Application(client_max_size=max_body_bytes, middlewares=[self._around, add_slash])
-        job, project = r"/api/v2/jobs/{id:\d+}/", r"/api/v2/projects/{id:\d+}/"
+        job, project = "/api/v2/jobs/{id:[^/]+}/", "/api/v2/projects/{id:[^/]+}/"
         routes = [
             web.get("/api/v2/jobs/", self._list_jobs, name="jobs"),
             web.get(job, self._show_job, name="job"),
@@ -64,7 +67,7 @@ class Api:
         except ValidationError as error:
             return web.json_response(bodies.problems(error), status=400)
         except web.HTTPClientError as error:
-            return web.json_response({"detail": error.text}, status=error.status)
+            return _refusal(request, error, is_known_path=resource is not None)
 
     def _role(self, request: web.Request) -> str:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -76,10 +79,11 @@ class Api:
 
     def _named(self, request: web.Request, things: Mapping[int, T], *roles: str) -> T:
         """What the path names, for these roles or for all: refuses with 401, then 404, then 403, as Antenna does."""
-        role, number = self._role(request), int(request.match_info["id"])
+        role, named = self._role(request), request.match_info["id"]
+        number = int(named) if named.isdecimal() else None  # no number names nothing
         if roles and role == ANONYMOUS:
             raise web.HTTPUnauthorized(text="Authentication credentials were not provided.")
-        if number not in things:
+        if number is None or number not in things:
             raise web.HTTPNotFound(text="Not found.")
         if roles and role not in roles:
             raise web.HTTPForbidden(text="You do not have permission to perform this action.")
@@ -116,7 +120,7 @@ class Api:
         entries = (await bodies.read(request, bodies.Results)).results
         for entry in entries:
             self.desk.post(job, entry.reply_subject, entry.result)
-        receipts = [{"reply_subject": e.reply_subject, "status": "queued", "task_id": uuid4().hex} for e in entries]
+        receipts = [{"reply_subject": e.reply_subject, "status": "queued", "task_id": str(uuid4())} for e in entries]
         accepted = {"status": "accepted", "job_id": job.id, "results_queued": len(receipts), "tasks": receipts}
         return web.json_response(accepted)
 
@@ -169,6 +173,18 @@ class Api:
         if capture.file is None or capture.size_bytes is None:
             raise web.HTTPNotFound(text="no such image")
         return web.FileResponse(capture.file)
+
+
+def _refusal(request: web.Request, error: web.HTTPClientError, *, is_known_path: bool) -> web.Response:
+    """Word a refusal as Antenna does, or as what stands in its place: the proxy, or Django where there is no view."""
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return web.Response(text=TOO_LARGE_PAGE, content_type="text/html", status=error.status)
+    if isinstance(error, web.HTTPNotFound) and not is_known_path:
+        return web.Response(text=NO_SUCH_PAGE, content_type="text/html", status=error.status)
+    headers = {"WWW-Authenticate": "Token"} if isinstance(error, web.HTTPUnauthorized) else {}
+    not_allowed = isinstance(error, web.HTTPMethodNotAllowed)
+    detail = f'Method "{request.method}" not allowed.' if not_allowed else error.text
+    return web.json_response({"detail": detail}, status=error.status, headers=headers)
 
 
 def _wanted(job: Job, query: Query) -> bool:

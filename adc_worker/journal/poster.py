@@ -17,6 +17,7 @@ from typing import Protocol
 
 from adc_worker.antenna.leases import lease_clock
 from adc_worker.antenna.wire import (
+    DELETED,
     FINAL_STATES,
     SERVED_STATES,
     JobState,
@@ -25,7 +26,7 @@ from adc_worker.antenna.wire import (
     error_result,
     is_error_result,
 )
-from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
+from adc_worker.errors import AntennaBodyTooLarge, AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
 
@@ -39,12 +40,18 @@ UNPROVEN_PAUSE_S = 30.0  # chosen: until results whose subjects could not be pro
 # takes 0.3-0.9 s to save a result (contract).
 LOOK_FIRST_S, LOOK_FACTOR = 0.5, 10.0
 LOOKS = 2  # until a job that is not over was tried to be ended
-_JOB_UNKNOWN, _TOO_LARGE, _INVALID = 404, 413, 400
-_FINAL = frozenset({_JOB_UNKNOWN, _TOO_LARGE, _INVALID})
+# A result that cannot be posted by itself is tried again ever less often: it may be many megabytes.
+HOLD_BACK_FACTOR = 8  # the first pause, in pauses of a job
+HOLD_BACK_MAX_S = 300.0
+_ENVELOPE_BYTES = 10_000  # what stands around one result in a post, rounded up
+_JOB_UNKNOWN = 404
+_INVALID = 400
 
 
 class ResultReceiver(Protocol):
-    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None: ...
+    """Where results go. A post returns the reply subjects of those that were accepted."""
+
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> Collection[str]: ...
     def job(self, job_id: int) -> JobState: ...
     def fetch_tasks(self, job_id: int, count: int) -> list[Task]: ...
 
@@ -59,7 +66,7 @@ class PosterLimits:
 
 @dataclass(slots=True)
 class _Retry:
-    """A job whose posts fail: one of them is tried at `at`, the others wait."""
+    """A job whose posts fail: one of them is tried at `at`, the others wait. Or a result that fails by itself."""
 
     at: float
     backoff_s: float
@@ -95,15 +102,16 @@ class Poster:
         self._changed = threading.Condition()
         self._posting: set[int] = set()
         self._under_way: Counter[int] = Counter()  # by job
-        self._retries: dict[int, _Retry] = {}
+        self._retries: dict[int, _Retry] = {}  # by job
+        self._held_back: dict[int, _Retry] = {}  # by task: results that the others of their job do not wait for
+        self._refusals: dict[int, AntennaRefused] = {}  # by job, of its last post
         self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
         self._pipelines = pipelines
         self._jobs_of_other_pipelines: set[int] = set()
         # Kept results whose subjects may be those of an earlier run of their job, and when they are looked at again.
-        self._held_back: dict[int, float] = {}
+        self._unproven: dict[int, float] = {}
         self._draining = False
         self._closing = False
-        self.refused = False  # Antenna refused the token at the last post
         self.accepted: Counter[int] = Counter()  # results by job
         self._threads = [
             threading.Thread(target=self._run, name=f"post {number}", daemon=True)
@@ -118,6 +126,36 @@ class Poster:
         with self._changed:
             return all(ending.looks >= LOOKS for ending in self._endings.values())
 
+    def refuses(self, job_id: int) -> bool:
+        """Whether results wait because Antenna refused them: this job's, or any job's for the sake of the token.
+
+        What is fetched for the job now could not be posted. It ends when a post is accepted, which is tried again and
+        again, or when nothing waits any more.
+        """
+        refusals = self._refusals_that_last()
+        return job_id in refusals or any(error.concerns_token for error in refusals.values())
+
+    def refused_jobs(self) -> frozenset[int]:
+        """Return the jobs whose results Antenna refuses although it accepts the token."""
+        refusals = self._refusals_that_last()
+        return frozenset(job_id for job_id, error in refusals.items() if not error.concerns_token)
+
+    def _refusals_that_last(self) -> dict[int, AntennaRefused]:
+        with self._changed:
+            for job_id in list(self._refusals):
+                if not self._under_way[job_id] and not self._journal.held_count(job_id):
+                    del self._refusals[job_id]  # nothing of it is left to be tried
+            return dict(self._refusals)
+
+    def is_done(self, besides: Collection[int] = ()) -> bool:
+        """Whether every result that may be posted is accepted, those of the jobs `besides` left out.
+
+        Results whose stream is not proved may not be posted.
+        """
+        with self._changed:
+            under_way = any(count for job_id, count in self._under_way.items() if job_id not in besides)
+            return not under_way and not self._journal.unposted(self._unproven, 1, self._limits.post_bytes, besides)
+
     def wake(self) -> None:
         """Tell the poster that results were kept."""
         with self._changed:
@@ -125,9 +163,12 @@ class Poster:
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
         """Wait until every result that may be posted is accepted; False on time-out, or when `cut_short` is set."""
+        return self._wait_until(self.is_done, timeout_s, cut_short)
+
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float, cut_short: threading.Event | None) -> bool:
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._under_way.total() or self._journal.unposted_count(self._held_back):
+            while not done():
                 left = deadline - time.monotonic()
                 if left <= 0 or (cut_short and cut_short.is_set()):
                     return False
@@ -135,9 +176,12 @@ class Poster:
         return True
 
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
-        """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal."""
+        """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal.
+
+        What Antenna refuses is not waited for.
+        """
         self._draining = True
-        self.wait_idle(flush_s, cut_short)
+        self._wait_until(lambda: self.is_done(self.refused_jobs()), flush_s, cut_short)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -157,7 +201,8 @@ class Poster:
                 if work is not None:
                     return work
                 now = time.monotonic()
-                due = [retry.at - now for retry in self._retries.values() if retry.at > now]
+                retries = [*self._retries.values(), *self._held_back.values()]
+                due = [retry.at - now for retry in retries if retry.at > now]
                 self._changed.wait(min([TICK_S, *due]))
         return None
 
@@ -165,9 +210,9 @@ class Poster:
         """Claim one post's worth of one job's results."""
         now = time.monotonic()
         waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
-        self._held_back = {task_id: until for task_id, until in self._held_back.items() if until > now}
-        excluded = self._posting.union(self._held_back)
-        results = self._journal.unposted(excluded, RESULTS_PER_POST, self._limits.post_bytes, waiting)
+        self._unproven = {task_id: until for task_id, until in self._unproven.items() if until > now}
+        not_now = self._posting | self._not_due(now) | self._unproven.keys()
+        results = self._journal.unposted(not_now, RESULTS_PER_POST, self._limits.post_bytes, waiting)
         if not results:
             return None
         job_id = results[0].job_id
@@ -175,6 +220,13 @@ class Poster:
         self._posting.update(kept.id for kept in group)
         self._under_way[job_id] += 1
         return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
+
+    def _not_due(self, now: float) -> set[int]:
+        """Return the results that are held back; those of jobs that ended meanwhile are left out one day."""
+        for task_id, retry in list(self._held_back.items()):
+            if now > retry.at + HOLD_BACK_MAX_S:
+                del self._held_back[task_id]
+        return {task_id for task_id, retry in self._held_back.items() if retry.at > now}
 
     def _claim_ending(self) -> Callable[[], None] | None:
         now = time.monotonic()
@@ -194,11 +246,8 @@ class Poster:
     def _work_on(self, job_id: int, work: Callable[[], None], group: Sequence[HeldTask] = ()) -> None:
         try:
             work()
-            self.refused = False
-            with self._changed:
-                self._retries.pop(job_id, None)
+            self._note_success(job_id)
         except AntennaError as error:
-            self.refused = isinstance(error, AntennaRefused)
             self._back_off(job_id, error)
         finally:
             with self._changed:
@@ -206,34 +255,57 @@ class Poster:
                 self._under_way[job_id] -= 1
                 self._changed.notify_all()
 
+    def _note_success(self, job_id: int) -> None:
+        """Antenna answered for a job: whatever it refused of it is accepted again, and so is the token."""
+        with self._changed:
+            self._retries.pop(job_id, None)
+            self._refusals.pop(job_id, None)
+            of_the_token = [other for other, error in self._refusals.items() if error.concerns_token]
+            for other in of_the_token:
+                del self._refusals[other]
+
     def _back_off(self, job_id: int, error: AntennaError) -> None:
         now = time.monotonic()
         with self._changed:
+            if isinstance(error, AntennaRefused):
+                self._refusals[job_id] = error
+            else:
+                self._refusals.pop(job_id, None)
             retry = self._retries.get(job_id)
             if retry is not None and retry.at > now:
                 return  # it was under way beside one that failed just before
             backoff_s = min(2 * retry.backoff_s, BACKOFF_MAX_S) if retry else self._first_backoff_s
             # Jitter: after an outage a fleet must not come back in step.
             self._retries[job_id] = _Retry(now + backoff_s * random.uniform(0.5, 1.0), backoff_s)  # noqa: S311 (no secret)
-        hint = "; fetching stops: check AMI_ANTENNA_API_AUTH_TOKEN" if self.refused else ""
-        _log.warning("post_failed", job_id=job_id, error=f"{error}{hint}", retry_in_s=round(backoff_s, 1))
+        _log.warning("post_failed", job_id=job_id, error=f"{error}{_hint(error)}", retry_in_s=round(backoff_s, 1))
 
     def _post(self, job_id: int, group: Sequence[HeldTask]) -> None:
         group = [kept for kept in group if self._journal.is_live(kept)] or self._prove(job_id, group)
         if not group:
             return
         try:
-            self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
+            accepted = self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
         except AntennaRejected as error:
-            # Others, as a redirect or a 405, tell about the way to Antenna and not about the results.
-            if error.status not in _FINAL:
-                raise
-            self._settle_rejected(group, error)
+            self._heed_rejection(job_id, group, error)
         else:
-            self.accepted[job_id] += len(group)
-            self._journal.settle([kept.id for kept in group])
-            with self._changed:
-                self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
+            self._heed_acceptance(job_id, group, accepted)
+
+    def _heed_acceptance(self, job_id: int, group: Sequence[HeldTask], accepted: Collection[str]) -> None:
+        """Mark the results that Antenna's answer names; the others stay kept, and are posted again."""
+        taken = [kept for kept in group if kept.task.reply_subject in accepted]
+        left = [kept for kept in group if kept.task.reply_subject not in accepted]
+        if not taken:
+            raise AntennaUnavailable(f"job {job_id}: Antenna's answer names none of {len(group)} posted results")
+        self.accepted[job_id] += len(taken)
+        self._journal.settle([kept.id for kept in taken])
+        with self._changed:
+            self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
+            for kept in taken:
+                self._held_back.pop(kept.id, None)
+        for kept in left:
+            self._hold_back(
+                kept, "Antenna's answer to the post does not name it", "look at Antenna's log if this goes on"
+            )
 
     def _look(self, job_id: int) -> JobState:
         """Ask for the job. In which run it is proves which subjects on record are of that run."""
@@ -265,12 +337,11 @@ class Poster:
         fetched: its place in the stream may prove it, or that the subjects are dead.
         """
         asked_at = lease_clock()
-        status = self._look(job_id).status
-        if status not in SERVED_STATES:
-            self._journal.bury(job_id, asked_at)
-            with self._changed:
-                self._endings[job_id] = _Ending(0.0)
-            raise AntennaUnavailable(f"job {job_id} is {status}: nothing is posted to it")
+        state = self._look(job_id)
+        if state.is_lost and state.status != DELETED:  # that one takes a second answer
+            self._retire(job_id, asked_at)
+        if state.is_lost or not state.is_served:
+            raise AntennaUnavailable(f"job {job_id} is {state.status}: nothing is posted to it")
         if not any(self._journal.is_live(kept) for kept in group) and self._may_fetch(job_id):
             self._fetch_one(job_id)
         # A task that came may have retired some of them, or brought them a new subject.
@@ -279,7 +350,7 @@ class Poster:
         doubtful = [kept.id for kept in still_kept if kept not in live]
         if doubtful:
             with self._changed:
-                self._held_back.update(dict.fromkeys(doubtful, time.monotonic() + UNPROVEN_PAUSE_S))
+                self._unproven.update(dict.fromkeys(doubtful, time.monotonic() + UNPROVEN_PAUSE_S))
             _log.warning(
                 "results_held_back",
                 job_id=job_id,
@@ -295,8 +366,19 @@ class Poster:
 
         Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
         """
+        try:
+            self._look_at_end(job_id, ending)
+        except (AntennaRefused, AntennaRejected):
+            self._look_later(ending)  # what Antenna will not tell is not waited for
+            raise
+
+    def _look_later(self, ending: _Ending) -> None:
+        ending.looks += 1
+        ending.look_at = time.monotonic() + LOOK_FIRST_S * LOOK_FACTOR ** min(ending.looks, LOOKS)
+
+    def _look_at_end(self, job_id: int, ending: _Ending) -> None:
         status = self._look(job_id).status
-        if status in FINAL_STATES:
+        if status in FINAL_STATES or status == DELETED:
             if status != "REVOKED":  # a retry asks for the same images
                 self._journal.close_job(job_id)
             with self._changed:
@@ -304,8 +386,7 @@ class Poster:
             return
         if ending.looks and status in SERVED_STATES and not self._draining:
             self._repeat_result(job_id, status)
-        ending.looks += 1
-        ending.look_at = time.monotonic() + LOOK_FIRST_S * LOOK_FACTOR**ending.looks
+        self._look_later(ending)
 
     def _repeat_result(self, job_id: int, status: str) -> None:
         """Post an accepted result again, if no task of the job is left and its subject is proved to be good."""
@@ -313,38 +394,107 @@ class Poster:
         if self._may_fetch(job_id):
             tasks_left = bool(self._fetch_one(job_id))
         entry = None if tasks_left else self._journal.newest_accepted(job_id)
-        if entry is not None:
-            self._receiver.post_results(job_id, [entry])
-            _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
+        if entry is None:
+            return
+        if entry.reply_subject not in self._receiver.post_results(job_id, [entry]):
+            raise AntennaUnavailable(f"job {job_id}: Antenna's answer does not name the result posted again")
+        _log.info("result_repeated", job_id=job_id, reason=f"the job stays {status} with all results accepted")
 
-    def _settle_rejected(self, group: Sequence[HeldTask], error: AntennaRejected) -> None:
-        """Halve a refused post until the bad result is alone, then tell Antenna's users what was wrong with it."""
-        start = next(iter(self._journal.parts(group[0].id)), None)
+    def _retire(self, job_id: int, asked_at: float) -> None:
+        """The job takes nothing any more: no subject of it is used; its results stay for images that come again."""
+        self._journal.bury(job_id, asked_at)
+        with self._changed:
+            self._endings[job_id] = _Ending(0.0)
+
+    def _heed_rejection(self, job_id: int, group: Sequence[HeldTask], error: AntennaRejected) -> None:
+        """Do what follows from an answer that calls a post wrong. Others than these tell about the way to Antenna."""
         if error.status == _JOB_UNKNOWN:
-            _log.warning("results_useless", job_id=group[0].job_id, results=len(group), reason=str(error))
-            self._journal.forget([kept.id for kept in group])
-        elif len(group) > 1:
-            middle = len(group) // 2
-            self._post(group[0].job_id, group[:middle])
-            self._post(group[0].job_id, group[middle:])
-        elif start is None:
-            return  # the job was restarted meanwhile
-        elif not is_error_result(start):
-            self._replace_with_error(group[0], error)
+            self._confirm_job_is_gone(job_id, group, error)
+        elif error.status == _INVALID or isinstance(error, AntennaBodyTooLarge):
+            if len(group) > 1:
+                self._post_apart(job_id, group, error)
+            else:
+                self._heed_rejection_of_one(group[0], error)
         else:
-            _log.error("result_rejected", job_id=group[0].job_id, error=str(error))
-            self._journal.forget([kept.id for kept in group])
+            raise error
+
+    def _confirm_job_is_gone(self, job_id: int, group: Sequence[HeldTask], error: AntennaRejected) -> None:
+        """One answer does not end a job: its detail must be unknown to Antenna, too."""
+        asked_at = lease_clock()
+        state = self._look(job_id)
+        if state.status != DELETED:
+            raise AntennaUnavailable(f"{error}; yet Antenna shows the job as {state.status}") from error
+        reason = f"{error}; its detail is unknown, too"
+        _log.warning("results_useless", job_id=job_id, results=len(group), reason=reason)
+        self._retire(job_id, asked_at)
+
+    def _post_apart(self, job_id: int, group: Sequence[HeldTask], error: AntennaRejected) -> None:
+        """Post the results that Antenna names as invalid one by one and the others together; in halves else."""
+        named = [kept for place, kept in enumerate(group) if place in error.entries]
+        others = [kept for place, kept in enumerate(group) if place not in error.entries]
+        if named and others:
+            parts = [others, *([kept] for kept in named)]
+        else:
+            middle = len(group) // 2
+            parts = [list(group[:middle]), list(group[middle:])]
+        for part in parts:
+            self._post(job_id, part)
+
+    def _heed_rejection_of_one(self, kept: HeldTask, error: AntennaRejected) -> None:
+        """Make an error of a result that Antenna itself calls invalid; hold back what only the way does not take."""
+        if isinstance(error, AntennaBodyTooLarge):
+            size_bytes = kept.result_bytes or 0
+            do = (
+                f"let the proxy before Antenna take request bodies of {size_bytes + _ENVELOPE_BYTES} bytes"
+                " (nginx: client_max_body_size)"
+            )
+            self._hold_back(kept, f"{error}; the result has {size_bytes} bytes", do)
+            return
+        if not error.blames_result or (error.entries and 0 not in error.entries):
+            self._hold_back(kept, str(error), "look at what a proxy makes of posts, and at Antenna's log")
+            return
+        start = next(iter(self._journal.parts(kept.id)), None)
+        if start is None:
+            return  # the job was restarted meanwhile
+        if is_error_result(start):
+            _log.error("result_rejected", job_id=kept.job_id, error=str(error))
+            self._journal.forget([kept.id])
+        else:
+            self._replace_with_error(kept, error)
+
+    def _hold_back(self, kept: HeldTask, reason: str, do: str) -> None:
+        """Keep a result that cannot be posted now, and try it again ever less often; others of its job go on."""
+        with self._changed:
+            before = self._held_back.get(kept.id)
+            first_s = HOLD_BACK_FACTOR * self._first_backoff_s
+            backoff_s = min(2 * before.backoff_s, HOLD_BACK_MAX_S) if before else first_s
+            self._held_back[kept.id] = _Retry(time.monotonic() + backoff_s, backoff_s)
+        _log.error(
+            "result_held_back",
+            job_id=kept.job_id,
+            image_id=kept.task.image_id,
+            error=reason,
+            do=do,
+            retry_in_s=round(backoff_s, 1),
+        )
 
     def _replace_with_error(self, kept: HeldTask, error: AntennaRejected) -> None:
-        text = (
-            f"Antenna refused a result of {kept.result_bytes} bytes as too large"
-            f" (AMI_ANTENNA_MAX_POST_BYTES is {self._limits.post_bytes})"
-            if error.status == _TOO_LARGE
-            else f"Antenna refused the result: {error}"
-        )
+        text = f"Antenna refused the result: {error}"
         _log.error("result_replaced_by_error", job_id=kept.job_id, image_id=kept.task.image_id, reason=text)
         size_bytes = self._journal.keep([(kept.id, [error_result(kept.task.image_id, text)])])
         self._post(kept.job_id, [replace(kept, result_bytes=size_bytes)])
 
     def _entry(self, kept: HeldTask) -> PostEntry:
         return PostEntry(kept.task.reply_subject, kept.result_bytes or 0, partial(self._journal.parts, kept.id))
+
+
+def _hint(error: AntennaError) -> str:
+    """Return what a refusal stops, and what to do about it."""
+    if not isinstance(error, AntennaRefused):
+        return ""
+    if error.concerns_token:
+        return "; nothing is fetched until Antenna accepts the token: check AMI_ANTENNA_API_AUTH_TOKEN"
+    return (
+        "; nothing of this job is fetched until Antenna accepts its results: check what the user of"
+        " AMI_ANTENNA_API_AUTH_TOKEN may do in its project"
+    )

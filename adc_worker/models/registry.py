@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
+from adc_worker.errors import ConfigurationError, ExitCode, ModelsAway, WorkerFault
 from adc_worker.models import cache, catalogue
 from adc_worker.models.cache import ModelCache, Wanted
 from adc_worker.models.catalogue import DETECTOR, DETECTOR_WEIGHTS, ClassifierCard
@@ -166,6 +166,7 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
     """Load a pipeline, or what of it is not in the cache; keep it for no longer than a job.
 
     Raises:
+        ModelsAway: that failed for a reason that may pass, as others that hold the memory.
         WorkerFault: that failed; no image is to blame.
     """
     # TensorFloat-32, torch's default here, has 10 bits: boxes would depend on what is in a call beside the image.
@@ -174,6 +175,8 @@ def load(spec: PipelineSpec, device: torch.device, sizes: CallSizes) -> Pipeline
         return spec.load(device, sizes)
     except WorkerFault:
         raise
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelsAway(f"pipeline {spec.slug} cannot be loaded now: {type(error).__name__}: {error}") from error
     except Exception as error:
         raise WorkerFault(
             f"pipeline {spec.slug} cannot be loaded: {type(error).__name__}: {error}", ExitCode.MODEL_UNAVAILABLE

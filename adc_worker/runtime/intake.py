@@ -346,7 +346,8 @@ class Intake:
             self._park_waiting()
         if self._in_hand or is_open:
             return False
-        self.ended_empty = self._over_since is None and (self._fetch.empty_answers > 0 or self.parked > 0)
+        nothing_comes = self._fetch.empty_answers > 0 or self.parked > 0 or self._outcomes.is_refused()
+        self.ended_empty = self._over_since is None and nothing_comes
         return self.ended_empty or self._over_since is not None
 
     def _take_up(self) -> None:

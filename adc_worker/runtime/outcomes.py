@@ -54,6 +54,7 @@ class JobOutcomes:
     """
 
     def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
+        self._job_id = job_id
         self._log = _log.bind(job_id=job_id)
         self._job_id = job_id
         self._journal = journal
@@ -89,8 +90,12 @@ class JobOutcomes:
         self._on_settled, self._judge = on_settled, judge
 
     def may_take_more(self) -> bool:
-        """Whether what is fetched now can be recorded and posted: the journal is writable, the token accepted."""
-        return self._journal.check_writable() and not self._poster.refused
+        """Whether what is fetched now can be recorded and posted: the journal is writable, the job not refused."""
+        return self._journal.check_writable() and not self.is_refused()
+
+    def is_refused(self) -> bool:
+        """Whether Antenna refuses this job's results, or the token altogether."""
+        return self._poster.refuses(self._job_id)
 
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
         """Put on record what is about to be decoded and inferred; `alone` when nothing else is."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import lease_clock
-from adc_worker.antenna.wire import JobRef
-from adc_worker.errors import AntennaError
+from adc_worker.antenna.wire import DELETED, JobRef
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaUnreachable
 from adc_worker.journal.journal import Journal
 from adc_worker.log import get_logger
 
@@ -33,6 +33,10 @@ BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; als
 REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again
 LOOKS_PER_POLL = 10
 CLOSE_TIMEOUT_S = 2.0
+_REFUSED_JOB_ADVICE = (
+    "its results stay on this host until Antenna shows it again: check what the user of AMI_ANTENNA_API_AUTH_TOKEN may"
+    " do in its project"
+)
 SMALL_JOB_PATIENCE = 3  # doublings: after its turn a small job is probably being saved, and to ask interrupts others
 
 
@@ -217,6 +221,8 @@ class JobPoller:
         # Held from an earlier run. Nobody here works on them.
         self.jobs_of_other_pipelines: frozenset[int] = frozenset()
         self._failures = 0
+        self._unknown: set[int] = set()  # jobs that Antenna did not know at the last look
+        self._refused: frozenset[int] = frozenset()
         self._answered = self._busy = False
         self._due, self._news, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
@@ -248,6 +254,16 @@ class JobPoller:
         """Return jobs that take nothing any more and the tasks of them that the journal has forgotten."""
         return [self._lost.popleft() for _ in range(len(self._lost))]
 
+    @property
+    def refused_jobs(self) -> frozenset[int]:
+        """The jobs whose detail Antenna refused to show at the last poll, such as those of a project made private."""
+        return self._refused
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether one poll succeeded: Antenna is where the settings say."""
+        return self._answered
+
     def _run(self) -> None:
         while not self._closed.is_set():
             self._due.clear()
@@ -276,16 +292,43 @@ class JobPoller:
         self.jobs_of_other_pipelines &= held
         unlisted = (self._board.job_ids() | held) - {job.id for job in listed}
         # Of an earlier process: whether their subjects are still good shows in which run their jobs are.
-        unknown = {job_id for job_id in held - unlisted if self._journal.incarnation_age_s(job_id) == float("inf")}
-        for job_id in [*unlisted, *unknown, *self._board.to_describe()[:LOOKS_PER_POLL]]:
-            self._look(job_id)
+        of_unknown_run = {
+            job_id for job_id in held - unlisted if self._journal.incarnation_age_s(job_id) == float("inf")
+        }
+        self._look_at([*unlisted, *of_unknown_run, *self._board.to_describe()[:LOOKS_PER_POLL]])
+
+    def _look_at(self, job_ids: Sequence[int]) -> None:
+        """Ask for jobs' details. A job that cannot be seen costs none of the others its look.
+
+        Raises:
+            AntennaError: the way to Antenna, or the token, is at fault: the next job would fare the same.
+        """
+        refused: set[int] = set()
+        for job_id in job_ids:
+            try:
+                self._look(job_id)
+            except AntennaUnreachable:
+                raise
+            except AntennaRefused as error:
+                if error.concerns_token:
+                    raise
+                refused.add(job_id)
+                if job_id not in self._refused:
+                    _log.warning("job_refused", job_id=job_id, error=str(error), do=_REFUSED_JOB_ADVICE)
+            except AntennaError as error:
+                _log.warning("job_not_seen", job_id=job_id, error=str(error))
+        self._refused = frozenset(refused)
 
     def _look(self, job_id: int) -> None:
         """Ask for a job's detail: it may be over, or served and not listed."""
         asked_at = lease_clock()
         state = self._client.job(job_id)
         self._journal.note_served(job_id, state.incarnation, asked_at)
-        if state.is_lost:
+        is_first_answer = job_id not in self._unknown
+        self._unknown.discard(job_id)
+        if state.status == DELETED and is_first_answer:
+            self._unknown.add(job_id)  # what is kept for it is given up at the second such answer only
+        elif state.is_lost:
             self._board.drop(job_id)
             task_ids = self._journal.bury(job_id, asked_at)
             self._lost.append((job_id, task_ids))

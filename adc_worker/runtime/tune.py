@@ -74,8 +74,8 @@ class Tuning:
 class _Nowhere:
     """Takes the results of photographs that no task was spent on."""
 
-    def post_results(self, _job_id: int, _entries: Sequence[PostEntry]) -> None:
-        pass
+    def post_results(self, _job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
+        return frozenset(entry.reply_subject for entry in entries)
 
     def job(self, job_id: int) -> JobState:
         return JobState(id=job_id, status="STARTED", started_at="once")

@@ -32,6 +32,8 @@ from adc_worker.errors import (
     AntennaUnreachable,
     ConfigurationError,
     ExitCode,
+    ModelsAway,
+    NotAntenna,
     WorkerFault,
     os_error_may_pass,
 )
@@ -50,6 +52,7 @@ from adc_worker.planning.policy import IngestPolicy
 from adc_worker.runtime.faults import Faults
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
+from adc_worker.runtime.known_antenna import KnownAntenna
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import JobBoard, JobPoller, Turn
 from adc_worker.settings import Settings, WorkerOptions
@@ -124,7 +127,11 @@ class WorkerLoop:
         config = context.settings
         self._specs = {spec.slug: spec for spec in specs}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._contacted = bool(context.journal.job_ids() or context.journal.finished_jobs())
+        # Whether a fetch was ever answered here: the token is right, or was. A poll proves nothing about that.
+        self._fetched = context.journal.was_used()
+        self._known = KnownAntenna(config.user_data_path, config.antenna_api_base_url)
+        self._refused_fetches: set[int] = set()  # jobs of which Antenna refused to hand out tasks
+        self._models_away: dict[str, ModelsAway] = {}  # by pipeline
         self._board = JobBoard(config.antenna_job_slice_seconds, config.antenna_idle_sleep_seconds)
         self._memories: dict[int, JobMemory] = {}
         self._poller = JobPoller(self._board, context.client, context.journal, list(self._specs), options.project)
@@ -143,8 +150,7 @@ class WorkerLoop:
         try:
             while not self._context.stopping.is_set():
                 self._context.check_threads()
-                if self._poller.failure is not None:
-                    self._first_contact_failed(self._poller.failure)
+                self._heed_polls()
                 self._discard_lost()
                 if self._had_its_day():
                     _log.info("recycled", jobs=self._jobs_done, anonymous_bytes=anonymous_bytes([os.getpid()]))
@@ -153,8 +159,7 @@ class WorkerLoop:
                 if turn is not None:
                     self._take_turn(turn)
                 elif self._is_idle():
-                    _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
-                    return ExitCode.OK
+                    return self._idle_exit()
                 else:
                     self._poller.wait_for_news(IDLE_CHECK_S)
         finally:
@@ -183,36 +188,65 @@ class WorkerLoop:
         )
         with self._poller.busy():
             pipeline = self._pipeline(turn.entry.pipeline_slug)
-            if pipeline is None:
+            if pipeline is None:  # no task was spent on it; the job waits, like one without tasks
                 self._board.end_turn(turn, 0, ended_empty=True)
                 return
             summary = _process_job(pipeline, job_id, context, memory, turn)
         del pipeline  # the cache alone decides how long its models live
         gc.collect()  # a job's arena must not wait for the collector's mood before the next one is built
         error = memory.fetch.error
-        if isinstance(error, AntennaRefused) and not summary.tasks:
-            self._first_contact_failed(error)  # a poll that succeeds proves nothing about the token
+        self._heed_fetch(job_id, error)
         self._jobs_done += summary.tasks > 0 and (summary.ended_empty or turn.entry.lost)
-        self._contacted |= error is None
+        answered = error is None or isinstance(error, AntennaRefused)  # a job that is refused is not waited for
         self._board.end_turn(
             turn,
             summary.tasks,
             ended_empty=summary.ended_empty,
-            answered=error is None,
+            answered=answered,
             switch_s=summary.switch_s,
             due_in_s=summary.due_in_s,
         )
 
     def _is_idle(self) -> bool:
-        """Whether to end: a peer's tasks may come to us until their leases are over."""
+        """Whether to end: a peer's tasks may come to us until their leases are over.
+
+        Jobs that Antenna refuses to show or to take results of are not waited for: what is kept for them stays on
+        record for a later start.
+        """
+        poster = self._context.poster
+        refused = self._refused_jobs()
         return (
             self._options.exit_when_idle
             and self._poller.is_fresh
             and self._board.idle_s() > self._context.lease.ack_wait_s
-            and self._context.poster.wait_idle(0)
-            and self._context.poster.jobs_ended
-            and self._context.journal.job_ids() <= self._poller.jobs_of_other_pipelines  # some may wait for a host
+            and poster.is_done(refused)
+            and poster.jobs_ended
+            # Some may wait for an image host.
+            and self._context.journal.job_ids() - refused <= self._poller.jobs_of_other_pipelines
         )
+
+    def _refused_jobs(self) -> frozenset[int]:
+        return self._poller.refused_jobs | self._context.poster.refused_jobs()
+
+    def _idle_exit(self) -> ExitCode:
+        """Say why there is nothing to do, and return the exit code."""
+        left = self._refused_jobs() & self._context.journal.job_ids()
+        if left:
+            _log.warning(
+                "idle_with_results_left",
+                jobs=sorted(left),
+                reason="Antenna refuses these jobs: what is kept for them is posted by a later start, once it may be",
+            )
+        if self._models_away:
+            errors = {slug: str(error) for slug, error in self._models_away.items()}
+            _log.error(
+                "idle_without_models",
+                errors=errors,
+                hint="jobs are left whose models did not come in the time of a lease: put that right, and start again",
+            )
+            return ExitCode.MACHINE_FAULT
+        _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
+        return ExitCode.OK
 
     def _discard_lost(self) -> None:
         """Remove what is staged of jobs that were cancelled or are over; the journal has forgotten it."""
@@ -250,33 +284,65 @@ class WorkerLoop:
         return too_many or (most_mb is not None and anonymous_bytes([os.getpid()]) >= most_mb * 1_000_000)
 
     def _pipeline(self, slug: str) -> Pipeline | None:
-        """Return a pipeline with its models loaded; None, said in the log, when that fails for one nobody named."""
+        """Return a pipeline with its models loaded; None, said in the log, when that fails for now.
+
+        Raises:
+            WorkerFault: a pipeline that the operator named can never be loaded as it is.
+        """
         try:
-            return registry.load(self._specs[slug], self._device, self._sizes)
+            pipeline = registry.load(self._specs[slug], self._device, self._sizes)
         except WorkerFault as error:
             if self._context.stopping.is_set():
                 return None  # a fetch was broken off
-            if slug in self._options.pipelines:
+            if isinstance(error, ModelsAway):
+                self._models_away[slug] = error
+            elif slug in self._options.pipelines:
                 raise
-            _log.error(
-                "pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; tried at each poll"
-            )
+            _log.error("pipeline_unavailable", pipeline=slug, error=str(error), hint="its jobs wait; it is tried again")
             return None
+        self._models_away.pop(slug, None)
+        return pipeline
 
-    def _first_contact_failed(self, error: AntennaError) -> None:
-        """At start a refusing Antenna is a setting to correct; later it is an outage to wait out.
+    def _heed_polls(self) -> None:
+        """Note that Antenna answered; where it never did, end if that is a setting to correct.
 
-        So is an unreachable one at the first start here: a host that comes back before Antenna does needs nobody.
+        Raises:
+            ConfigurationError: at the very first start here, Antenna refuses the token, or no Antenna can be where
+                AMI_ANTENNA_API_BASE_URL says. What may pass, as maintenance, and everything at a later start, is
+                waited for: the poller says what it is, and tries again.
         """
-        if self._contacted or (isinstance(error, AntennaUnreachable) and self._context.journal.was_used()):
+        if self._poller.has_answered:
+            self._known.note()
+        error = self._poller.failure
+        if error is None or self._fetched or self._known.is_known():
             return
         if isinstance(error, AntennaRefused):
-            hint = " (fetching tasks takes a superuser's token)" if "/tasks/" in str(error) else ""
+            raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}") from error
+        if isinstance(error, NotAntenna) and error.moved_to:
+            raise ConfigurationError(f"{self._url_setting()}: it moved to {error.moved_to}: {error}") from error
+        nobody_there = isinstance(error, AntennaUnreachable) and not error.connected
+        if nobody_there or isinstance(error, AntennaRejected):
+            raise ConfigurationError(f"{self._url_setting()}: {error}") from error
+
+    def _url_setting(self) -> str:
+        return f"AMI_ANTENNA_API_BASE_URL {self._context.settings.antenna_api_base_url}"
+
+    def _heed_fetch(self, job_id: int, error: AntennaError | None) -> None:
+        """Take note of what became of a job's fetches.
+
+        Raises:
+            ConfigurationError: no fetch was ever answered here, and Antenna refuses those of all jobs there are.
+        """
+        if not isinstance(error, AntennaRefused):
+            self._refused_fetches.discard(job_id)
+            self._fetched |= error is None
+            return
+        self._refused_fetches.add(job_id)
+        jobs = self._board.job_ids()
+        self._fetched |= self._context.journal.was_used()  # the refusal came after tasks did
+        if jobs and jobs <= self._refused_fetches and not self._fetched:
+            hint = " (fetching tasks takes a superuser's token)"
             raise ConfigurationError(f"AMI_ANTENNA_API_AUTH_TOKEN: {error}{hint}") from error
-        if isinstance(error, AntennaUnreachable | AntennaRejected):
-            raise ConfigurationError(
-                f"AMI_ANTENNA_API_BASE_URL {self._context.settings.antenna_api_base_url}: {error}"
-            ) from error
 
 
 def make_data_folder(config: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from adc_worker.errors import ExitCode
 from adc_worker.ingest.download import READ_TIMEOUT_S
@@ -276,3 +278,36 @@ def test_a_fault_of_the_machine_that_lasts_ends_the_process_by_name(desk: Desk, 
     code, _log = run_to_end(env, "--exit-when-idle")
     assert code == ExitCode.OK
     assert set(desk.done(job_id).deliveries.values()) == {1}
+
+
+def weights() -> bytes:
+    """Return a checkpoint as torch writes it."""
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_store_of_weights_that_is_away_for_a_moment_ends_no_worker(desk: Desk, named: bool) -> None:
+    """Also where the operator named the pipeline: a supervisor would not start it again. It waits and tries again."""
+    away = Reply(b"<html>Sign in</html>", headers={"Content-Type": "text/html"})
+    desk.images.replies["/net.pth"] = away
+    job_id = desk.add_job(6)
+    env = desk.environment({"COUNTING_WEIGHTS": desk.images.url("/net.pth")})
+    with worker(env, *(("--pipeline", counting_pipeline.SLUG) if named else ())) as running:
+        running.wait_for("pipeline_unavailable", count=2)
+        assert not desk.antenna.job(job_id).deliveries, "no task is fetched for a model that is not there"
+        desk.images.replies["/net.pth"] = Reply(weights())
+        desk.done(job_id)
+    assert not running.events("child_ended")
+
+
+def test_a_batch_worker_ends_with_a_code_that_is_tried_again_where_weights_do_not_come(desk: Desk) -> None:
+    """Jobs are left: 0 would say that none is, and 3 that a restart cannot help."""
+    desk.images.replies["/net.pth"] = Reply(b"later", status=503)
+    job_id = desk.add_job(6)
+    env = desk.environment({"COUNTING_WEIGHTS": desk.images.url("/net.pth"), "AMI_ANTENNA_ACK_WAIT_SECONDS": "2"})
+    code, log = run_to_end(env, "--exit-when-idle", "--pipeline", counting_pipeline.SLUG)
+    assert code == ExitCode.MACHINE_FAULT
+    assert log.events("idle_without_models")
+    assert not desk.antenna.job(job_id).deliveries

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from adc_worker.cli.main import cli
 from adc_worker.desk.server import DevServer
 from adc_worker.errors import ExitCode
 from adc_worker.models.catalogue import DETECTOR_WEIGHTS
+from tests.support.gate import Gate
 
 JOB = 3  # the number that the first job of a desk with one image gets
 
@@ -81,6 +83,26 @@ def test_files_of_models_are_counted_where_a_worker_looks_for_them(server: DevSe
     assert found["models"]["state"] == "note"
     assert found["models"]["found"].startswith("0 of ")
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / DETECTOR_WEIGHTS.rpartition("/")[2]).touch()
+    weights = tmp_path / "models" / DETECTOR_WEIGHTS.rpartition("/")[2]
+    weights.write_bytes(b"<html>Sign in</html>")
+    _done, found = doctor(server.api_url, server.token, tmp_path)
+    assert found["models"]["found"].startswith("0 of "), "a page is no model"
+    torch.save({"weight": torch.zeros(1)}, weights)
     _done, found = doctor(server.api_url, server.token, tmp_path)
     assert found["models"]["found"].startswith("1 of ")
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 404])
+def test_what_stands_in_antennas_way_is_not_taken_for_antenna(server: DevServer, tmp_path: Path, status: int) -> None:
+    """A sign-in page refuses no token and gives no list of jobs; at the fetch, its 400 proves no right to fetch."""
+    with Gate(server.api_url) as gate:
+        gate.fault = lambda _route: status
+        done, found = doctor(gate.api_url, server.token, tmp_path)
+        assert done.exit_code == ExitCode.FAILED
+        assert "is not Antenna" in found["Antenna"]["found"]
+        assert "token" not in found
+        gate.fault = lambda route: status if route == "POST tasks" else None
+        done, found = doctor(gate.api_url, server.token, tmp_path)
+        assert done.exit_code == ExitCode.FAILED
+        assert found["token"]["state"] == "problem"
+        assert "may fetch" not in found["token"]["found"]

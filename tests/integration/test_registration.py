@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 import trustme
 from PIL import Image
 
@@ -111,22 +112,38 @@ def test_the_files_of_the_models_are_listed_with_what_is_missing(server: DevServ
     assert any(Path(DETECTOR_WEIGHTS).name in line and "(10 pipelines)" in line for line in lines)
 
 
-def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(server: DevServer, data: Path) -> None:
-    """Named on the command line the pipeline is what the operator wants: exit code 3. Otherwise other jobs go on."""
+@pytest.mark.parametrize("arguments", [("--pipeline", "moth_binary"), ()])
+def test_a_job_whose_weights_cannot_be_fetched_waits_with_the_reason(
+    server: DevServer, data: Path, arguments: tuple[str, ...]
+) -> None:
+    """The store may be back at any time, whether the pipeline is named or not; a batch job is tried again."""
     picture = data / "sheet.png"
     Image.new("RGB", (64, 64), "white").save(picture)
     job_id = server.add_job("moth_binary", [picture])
-    env = environment(server, data, {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
-    code, log = run_to_end(env, "--pipeline", "moth_binary", "--exit-when-idle")
-    assert code == ExitCode.MODEL_UNAVAILABLE
-    code, others = run_to_end(env | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"}, "--exit-when-idle")
-    assert code == ExitCode.OK
-    for line in (*log.events("worker_fault"), *others.events("pipeline_unavailable")):
+    proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    env = environment(server, data, proxy | {"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"})
+    code, log = run_to_end(env, *arguments, "--exit-when-idle")
+    assert code == ExitCode.MACHINE_FAULT
+    for line in log.events("pipeline_unavailable"):
         assert DETECTOR_WEIGHTS in line["error"]
         assert str(data / "models" / Path(DETECTOR_WEIGHTS).name) in line["error"]
-    assert log.events("worker_fault")
-    assert others.events("pipeline_unavailable")
+    assert log.events("pipeline_unavailable")
     assert not server.job(job_id).deliveries, "no task is fetched for a model that is not there"
+    server.cancel(job_id)
+
+
+def test_a_named_pipeline_whose_checkpoint_is_of_another_network_ends_the_worker(server: DevServer, data: Path) -> None:
+    """Exit code 3: it is what the operator wants, and no restart makes it fit."""
+    picture = data / "sheet.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    for url in (DETECTOR_WEIGHTS, MOTH_FILTER.weights):
+        torch.save({"weight": torch.zeros(3)}, data / "models" / Path(url).name)
+    job_id = server.add_job("moth_binary", [picture])
+    code, log = run_to_end(environment(server, data), "--pipeline", "moth_binary", "--exit-when-idle")
+    assert code == ExitCode.MODEL_UNAVAILABLE
+    (fault,) = log.events("worker_fault")
+    assert str(data / "models" / Path(DETECTOR_WEIGHTS).name) in fault["error"]
+    assert not server.job(job_id).deliveries
     server.cancel(job_id)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 from adc_worker.desk.server import DevServer
 from adc_worker.desk.sheets import write_sheets
 from adc_worker.errors import ExitCode
-from tests.support.gate import Gate
+from tests.support.gate import INVALID_TOKEN, Answer, Fault, Gate
 from tests.support.images import encoded
 from tests.support.waiting import wait_until
 from tests.support.workers import REPOSITORY, environment, run_to_end, worker
@@ -173,6 +174,81 @@ def test_an_antenna_that_is_away_at_a_later_start_is_waited_for(
             running.process.send_signal(signal.SIGTERM)
             assert running.wait() == ExitCode.OK
     assert not running.events("child_ended")
+
+
+PAGE_CALLED_SUCCESS = Answer(200, b"<html>Back soon</html>", "text/html")
+FRONT_ENDS: list[list[Fault]] = [[PAGE_CALLED_SUCCESS, 302, 401], [400, 403, 404, 504]]
+
+
+@pytest.mark.parametrize("first_start", [True, False])
+@pytest.mark.parametrize("answers", FRONT_ENDS)
+def test_maintenance_at_a_start_is_waited_for(
+    server: DevServer, sheets: list[Path], tmp_path: Path, answers: list[Fault], first_start: bool
+) -> None:
+    """Whatever a front end answers meanwhile proves no wrong setting: no supervisor restarts after exit code 2."""
+    with Gate(server.api_url) as gate:
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        if not first_start:  # without a job: that Antenna answered is kept by itself
+            with worker(env, *SIMULATED) as running:
+                wait_until(lambda: gate.requests["GET jobs"] > 2)
+                running.process.send_signal(signal.SIGTERM)
+                assert running.wait() == ExitCode.OK
+        left = iter(answers)
+        gate.fault = lambda _route: next(left, None)
+        with worker(env, *SIMULATED) as running:
+            running.wait_for("poll_failed", count=len(answers))
+            job_id = server.add_job("simulated", sheets)
+            wait_until(lambda: server.job(job_id).status == "SUCCESS", timeout_s=120)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK
+    assert not running.events("child_ended")
+    said = [event["error"] for event in running.events("poll_failed")]
+    foreign = [fault for fault in answers if fault != http.HTTPStatus.GATEWAY_TIMEOUT]  # that may be Antenna's own
+    assert sum("is not Antenna" in error for error in said) == len(foreign)
+
+
+def test_what_was_right_once_is_no_wrong_setting_later(server: DevServer, tmp_path: Path) -> None:
+    """A worker that never had a job starts anew while Antenna refuses its token for the moment."""
+    with Gate(server.api_url) as gate:
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        for _start in range(2):
+            with worker(env, *SIMULATED) as running:
+                if gate.requests["GET jobs"]:
+                    running.wait_for("poll_failed", count=2)
+                    gate.open()
+                answered = gate.requests["GET jobs"]
+                wait_until(lambda answered=answered: gate.requests["GET jobs"] > answered + 2, timeout_s=90)  # type: ignore[misc]
+                running.process.send_signal(signal.SIGTERM)
+                assert running.wait() == ExitCode.OK
+            gate.fault = lambda _route: INVALID_TOKEN
+
+
+def test_an_antenna_that_is_not_up_yet_is_waited_for_where_it_answered_before(
+    server: DevServer, tmp_path: Path
+) -> None:
+    """Nobody listens there: at the first start that is a wrong address, later an outage. No job was ever needed."""
+    with Gate(server.api_url) as gate:
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        with worker(env, *SIMULATED) as running:
+            wait_until(lambda: gate.requests["GET jobs"] > 2, timeout_s=90)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.wait() == ExitCode.OK
+    with worker(env, *SIMULATED) as running:
+        running.wait_for("poll_failed", count=3)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait() == ExitCode.OK
+
+
+def test_an_address_that_antenna_moved_from_is_a_wrong_setting(server: DevServer, tmp_path: Path) -> None:
+    """A permanent redirect of the same path, as from http to https: no restart mends that, and the line says where."""
+    moved = Answer(301, b"", "text/html", {"Location": "https://moved.example.org/api/v2/jobs/"})
+    with Gate(server.api_url) as gate:
+        gate.fault = lambda _route: moved
+        env = environment(server, tmp_path / "data", {"AMI_ANTENNA_API_BASE_URL": gate.api_url})
+        code, log = run_to_end(env, *SIMULATED)
+    assert code == ExitCode.CONFIGURATION
+    (line,) = [line for line in log.lines if "AMI_ANTENNA_API_BASE_URL" in line and "moved.example.org" in line]
+    assert "https://moved.example.org/api/v2/jobs/" in line
 
 
 @pytest.mark.parametrize("kind", ["unknown", "member"])

@@ -18,6 +18,7 @@ from PIL import Image
 
 from adc_worker.models.pipeline import Algorithm, CallSizes, Detections, Pipeline, Scores
 from adc_worker.models.registry import PipelineSpec
+from adc_worker.models.weights import WeightStore
 from adc_worker.runtime import faults
 from tests.support.images import encoded
 
@@ -72,6 +73,9 @@ class Colour:
 
 
 def load(device: torch.device, sizes: CallSizes) -> Pipeline:
+    """Load it; COUNTING_WEIGHTS is the URL of a file that it needs, and has no use for."""
+    if url := os.environ.get("COUNTING_WEIGHTS"):
+        WeightStore(Path(os.environ["COUNTING_FOLDER"]) / "models").ensure(url)
     return Pipeline(SLUG, Counting(), device, classifier=Colour(), sizes=sizes)
 
 

@@ -41,8 +41,9 @@ class Receiver:
         self.status = "STARTED"
         self.tasks: list[Task] = []
 
-    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> None:
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
         self._post(job_id, [(entry.reply_subject, b"".join(entry.parts())) for entry in entries])
+        return frozenset(entry.reply_subject for entry in entries)
 
     def _post(self, job_id: int, entries: Sequence[tuple[str, bytes]]) -> None:
         with self._lock:

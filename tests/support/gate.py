@@ -5,12 +5,14 @@ from __future__ import annotations
 import http
 import http.client
 import json
+import re
 import socket
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +21,36 @@ from urllib.parse import urlsplit
 
 from tests.support.image_server import BusyServer
 
+
+@dataclass(frozen=True)
+class Answer:
+    """What the gate answers in Antenna's place, with these very words."""
+
+    status: int
+    content: bytes
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 # hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
-Fault = Literal["hold", "withhold", "reset", "cut"] | int
+Fault = Literal["hold", "withhold", "reset", "cut"] | int | Answer
+INVALID_TOKEN = Answer(401, b'{"detail":"Invalid token."}')
+FORBIDDEN = Answer(403, b'{"detail":"You do not have permission to perform this action."}')
+TOO_LARGE = Answer(413, b"<html><title>413 Request Entity Too Large</title></html>", "text/html")
 BODY_SHOWN = b"<html>fault of the gate</html>"
 
 
 class Gate:
-    """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path."""
+    """Forwards to `upstream`. `fault` is asked for every request, by method and last word of the path.
+
+    `job_fault` is asked before it where the path names a job, by the same words and the job's number. A request body
+    above `max_body_bytes` is answered with 413, as a proxy does.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.fault: Callable[[str], Fault | None] = lambda _route: None
+        self.job_fault: Callable[[str, int], Fault | None] = lambda _route, _job_id: None
+        self.max_body_bytes: int | None = None
         self.released = threading.Event()
         self.held: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
@@ -73,6 +95,7 @@ class Gate:
     def open(self) -> None:
         """Let everything through from now on, also what is held."""
         self.fault = lambda _route: None
+        self.job_fault = lambda _route, _job_id: None
         self.released.set()
 
     def died_on_the_way(self, journal: Path, processed: Collection[str]) -> set[str]:
@@ -99,7 +122,14 @@ class Gate:
             self.under_way[route] -= 1
 
     def _follow(self, handler: BaseHTTPRequestHandler, route: str, body: bytes) -> None:
-        fault = self.fault(route)
+        named_job = re.search(r"/jobs/(\d+)/", urlsplit(handler.path).path)
+        fault = self.job_fault(route, int(named_job[1])) if named_job else None
+        fault = fault or self.fault(route)
+        if self.max_body_bytes is not None and len(body) > self.max_body_bytes:
+            fault = TOO_LARGE
+        if isinstance(fault, Answer):
+            _answer(handler, fault.status, fault.content, fault.content_type, headers=fault.headers)
+            return
         if isinstance(fault, int):
             _answer(handler, fault, BODY_SHOWN, "text/html")
             return
@@ -138,11 +168,18 @@ class Gate:
 
 
 def _answer(
-    handler: BaseHTTPRequestHandler, status: int, content: bytes, content_type: str, length: int | None = None
+    handler: BaseHTTPRequestHandler,
+    status: int,
+    content: bytes,
+    content_type: str,
+    length: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     try:
         handler.send_response(status)
         handler.send_header("Content-Type", content_type)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content) if length is None else length))
         handler.end_headers()
         handler.wfile.write(content)

@@ -183,7 +183,7 @@ def test_a_crop_waits_for_the_device_as_an_image_does() -> None:
 def test_an_image_that_waited_in_vain_is_left_to_its_lease() -> None:
     """As a batch of a job: no error is kept for it, and its neighbours have their results."""
     staged: Any = [SimpleNamespace(id=number, task=task(number)) for number in (1, 2)]
-    reports: Any = [SimpleNamespace(decode_s=0.1, truncated=False)] * 2
+    reports = [DecodeReport(0.1, truncated=False)] * 2
     ends: dict[int, str] = {}
     outcomes: Any = SimpleNamespace(
         succeed=lambda results: ends.update({one.task_id: "kept" for one in results}),

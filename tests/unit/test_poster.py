@@ -11,8 +11,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from adc_worker.antenna.wire import Task
-from adc_worker.errors import AntennaRefused, AntennaRejected, AntennaUnavailable
+from adc_worker.antenna.wire import DELETED, PostEntry, Task
+from adc_worker.errors import AntennaBodyTooLarge, AntennaRefused, AntennaRejected, AntennaUnavailable, NotAntenna
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import RESULTS_PER_POST, Poster, PosterLimits
 from tests.support.fakes import Receiver, is_error, recorded, result, task
@@ -52,13 +52,14 @@ def sizes(receiver: Receiver) -> list[int]:
     return [len(entries) for _job_id, entries in receiver.posts]
 
 
-def bad(*numbers: int) -> Callable[[int, Entries], None]:
-    """Refuse every post that holds a result of these images, as Antenna refuses whole posts."""
+def bad(*numbers: int, names: bool = True) -> Callable[[int, Entries], None]:
+    """Refuse every post that holds a result of these images, as Antenna refuses whole posts, naming them or not."""
+    spoilt = {result(number) for number in numbers}
 
     def fault(_job_id: int, entries: Entries) -> None:
-        refused = [body for _subject, body in entries if body in {result(number) for number in numbers}]
-        if refused:
-            raise AntennaRejected("answered 400: invalid box", 400)
+        places = {place for place, (_subject, body) in enumerate(entries) if body in spoilt}
+        if places:
+            raise AntennaRejected("answered 400: invalid box", 400, places if names else (), blames_result=True)
 
     return fault
 
@@ -136,17 +137,18 @@ def test_a_post_holds_no_more_results_than_allowed(journal: Journal) -> None:
     assert sizes(receiver) == [RESULTS_PER_POST, 1]
 
 
-def test_one_bad_result_costs_itself_alone(journal: Journal) -> None:
-    """Antenna refuses whole posts; halving finds the one, which becomes an error of its image."""
+@pytest.mark.parametrize(("names", "attempts"), [(True, 4), (False, 8)])
+def test_one_bad_result_costs_itself_alone(journal: Journal, names: bool, attempts: int) -> None:
+    """Antenna refuses whole posts; its answer names the one, or halving finds it, and it becomes an error."""
     kept = keep(journal, range(8))
-    receiver = Receiver(bad(5))
+    receiver = Receiver(bad(5, names=names))
     with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
     good = [body for body in kept if body != result(5)]
     (error,) = [body for body in receiver.bodies if is_error(body)]
     assert orjson.loads(error) == {"error": "Antenna refused the result: answered 400: invalid box", "image_id": "5"}
     assert receiver.bodies == {**dict.fromkeys(good, 1), error: 1}
-    assert receiver.attempts <= 1 + 2 * 3 + 1
+    assert receiver.attempts == attempts
     assert recorded(journal) == set()
 
 
@@ -165,7 +167,7 @@ def test_a_post_too_large_for_a_proxy_is_halved(journal: Journal) -> None:
 
     def at_most_two(_job_id: int, entries: Entries) -> None:
         if len(entries) > 2:
-            raise AntennaRejected("answered 413", 413)
+            raise AntennaBodyTooLarge("answered 413")
 
     kept = keep(journal, range(7))
     receiver = Receiver(at_most_two)
@@ -174,27 +176,29 @@ def test_a_post_too_large_for_a_proxy_is_halved(journal: Journal) -> None:
     assert receiver.bodies == dict.fromkeys(kept, 1)
 
 
-def test_a_result_too_large_by_itself_becomes_an_error_with_both_numbers(journal: Journal) -> None:
-    """The image's users learn why it has no detections."""
+def test_a_result_too_large_by_itself_stays_kept_and_holds_up_no_other(journal: Journal) -> None:
+    """Its limit is the way's, not the image's: once that takes it, it is accepted as it is."""
+    limit_bytes = [400]
 
-    def at_most_400_bytes(_job_id: int, entries: Entries) -> None:
-        if sum(len(body) for _subject, body in entries) > 400:
-            raise AntennaRejected("answered 413", 413)
+    def at_most(_job_id: int, entries: Entries) -> None:
+        if sum(len(body) for _subject, body in entries) > limit_bytes[0]:
+            raise AntennaBodyTooLarge("answered 413")
 
-    keep(journal, [1], size_bytes=500)
-    receiver = Receiver(at_most_400_bytes)
+    (large,) = keep(journal, [1], size_bytes=500)
+    others = keep(journal, range(2, 12))
+    receiver = Receiver(at_most)
     with posting(journal, receiver, post_bytes=9999) as poster:
-        assert poster.wait_idle(5)
-    (body,) = receiver.bodies
-    assert orjson.loads(body) == {
-        "error": "Antenna refused a result of 500 bytes as too large (AMI_ANTENNA_MAX_POST_BYTES is 9999)",
-        "image_id": "1",
-    }
+        wait_until(lambda: len(receiver.bodies) == len(others))
+        assert receiver.bodies == dict.fromkeys(others, 1)
+        assert journal.unposted_count() == 1
+        limit_bytes[0] = 9999
+        assert poster.wait_idle(20)
+    assert receiver.bodies == dict.fromkeys([large, *others], 1)
 
 
 def test_an_error_that_is_refused_itself_is_given_up(journal: Journal) -> None:
     """There is nothing left to say about that image, and the others wait."""
-    receiver = Receiver(times(2, AntennaRejected("answered 400", 400)))
+    receiver = Receiver(times(2, AntennaRejected("answered 400", 400, {0})))
     keep(journal, [1])
     with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
@@ -207,8 +211,8 @@ def test_an_error_that_is_refused_itself_is_given_up(journal: Journal) -> None:
     [
         AntennaUnavailable("answered 503"),
         AntennaRefused("answered 403"),
-        AntennaRejected("answered 301", 301),
         AntennaRejected("answered 405", 405),
+        NotAntenna("answered 400 with text/html"),
     ],
 )
 def test_what_tells_nothing_about_a_result_costs_none(journal: Journal, error: Exception) -> None:
@@ -221,37 +225,119 @@ def test_what_tells_nothing_about_a_result_costs_none(journal: Journal, error: E
     assert receiver.bodies == dict.fromkeys(kept, 1)
 
 
-def test_results_of_a_job_that_is_gone_are_dropped(journal: Journal) -> None:
-    """404: nobody wants them; other jobs' results go on."""
+@pytest.mark.parametrize("reason", ["its fields are required", "the third of one is invalid"])
+def test_a_400_that_is_not_about_the_result_costs_none(journal: Journal, reason: str) -> None:
+    """A proxy that drops the body, or places that no post of ours has: each result is tried again by itself."""
+    error = AntennaRejected(f"answered 400: {reason}", 400, {2} if "third" in reason else ())
+    kept = keep(journal, [1, 2])
+    receiver = Receiver(times(3, error))
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(20)
+    assert receiver.bodies == dict.fromkeys(kept, 1)
 
-    def no_job_7(job_id: int, _entries: Entries) -> None:
-        if job_id == 7:
-            raise AntennaRejected("answered 404", 404)
 
+def no_job_7(job_id: int, _entries: Entries) -> None:
+    if job_id == 7:
+        raise AntennaRejected("answered 404", 404)
+
+
+def test_results_of_a_job_that_is_gone_are_given_up(journal: Journal) -> None:
+    """404 at the post, and at the job itself: nobody wants them; other jobs' results go on."""
     keep(journal, [1, 2], job_id=7)
     kept = keep(journal, [3], job_id=8)
     receiver = Receiver(no_job_7)
+    receiver.status = DELETED
     with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
-    assert receiver.attempts == 2
     assert list(receiver.bodies) == kept
     assert recorded(journal) == set()
 
 
-def test_a_refused_token_shows_until_it_is_accepted_again(journal: Journal) -> None:
-    """Fetching stops on that flag."""
-    accept = threading.Event()
-
-    def refuse(_job_id: int, _entries: Entries) -> None:
-        if not accept.is_set():
-            raise AntennaRefused("answered 403")
-
-    keep(journal, [1])
-    with posting(journal, Receiver(refuse)) as poster:
-        wait_until(lambda: poster.refused)
-        accept.set()
+def test_results_of_a_job_that_antenna_still_shows_are_kept(journal: Journal) -> None:
+    """One 404 ends no job: while its detail is there, the post is tried until it is accepted."""
+    kept = keep(journal, [1, 2], job_id=7)
+    receiver = Receiver(times(4, AntennaRejected("answered 404", 404)))
+    with posting(journal, receiver) as poster:
         assert poster.wait_idle(5)
-        assert not poster.refused
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+class Refusing(Receiver):
+    """Refuses what is posted for some jobs."""
+
+    def __init__(self, jobs: dict[int, AntennaRefused]) -> None:
+        super().__init__(self._refuse)
+        self.jobs = jobs
+
+    def _refuse(self, job_id: int, _entries: Entries) -> None:
+        if job_id in self.jobs:
+            raise self.jobs[job_id]
+
+
+def test_a_job_that_is_refused_stops_itself_alone_until_it_is_accepted_again(journal: Journal) -> None:
+    """403: fetching goes on for the others."""
+    kept = keep(journal, [1], job_id=7)
+    receiver = Refusing({7: AntennaRefused("answered 403", 403)})
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: poster.refuses(7))
+        assert not poster.refuses(8)
+        assert poster.refused_jobs() == {7}
+        assert poster.is_done(besides=[7])
+        assert not poster.is_done()
+        receiver.jobs = {}
+        assert poster.wait_idle(5)
+        wait_until(lambda: not poster.refuses(7))
+    assert receiver.bodies == dict.fromkeys(kept, 1)
+
+
+def test_a_refused_token_stops_every_job_until_it_is_accepted_for_any(journal: Journal) -> None:
+    """401: what is fetched for another job could not be posted either."""
+    keep(journal, [1], job_id=7)
+    receiver = Refusing({7: AntennaRefused("answered 401", 401), 8: AntennaRefused("answered 401", 401)})
+    with posting(journal, receiver, posts=2) as poster:
+        wait_until(lambda: poster.refuses(8))
+        assert poster.refused_jobs() == set()
+        keep(journal, [2], job_id=8)
+        receiver.jobs = {7: AntennaRefused("answered 403", 403)}
+        poster.wake()
+        wait_until(lambda: not poster.refuses(8))
+        wait_until(lambda: poster.refused_jobs() == {7})
+
+
+def test_a_refusal_ends_with_the_last_result_that_it_concerns(journal: Journal) -> None:
+    """The job is cancelled meanwhile: nothing is left that could be tried, and fetching goes on."""
+    keep(journal, [1], job_id=7)
+    receiver = Refusing({7: AntennaRefused("answered 401", 401)})
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: poster.refuses(8))
+        journal.bury(7)
+        wait_until(lambda: not poster.refuses(8))
+
+
+class Forgetful(Receiver):
+    """Takes posts, and does not name the results of some reply subjects in its answer."""
+
+    def __init__(self, unnamed: set[str]) -> None:
+        super().__init__()
+        self.unnamed = unnamed
+
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
+        return super().post_results(job_id, entries) - self.unnamed
+
+
+@pytest.mark.parametrize("unnamed", [{2}, {1, 2, 3}])
+def test_only_results_that_the_answer_names_count_as_accepted(journal: Journal, unnamed: set[int]) -> None:
+    """The others stay kept and are posted again."""
+    kept = keep(journal, [1, 2, 3])
+    receiver = Forgetful({task(number).reply_subject for number in unnamed})
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: receiver.attempts >= 3)
+        assert poster.accepted[7] == 3 - len(unnamed)
+        assert journal.unposted_count() == len(unnamed)
+        receiver.unnamed = set()
+        assert poster.wait_idle(20)
+        assert poster.accepted[7] == 3
+    assert set(receiver.bodies) == set(kept)
 
 
 def test_no_more_posts_are_under_way_than_allowed_and_no_fewer(journal: Journal) -> None:

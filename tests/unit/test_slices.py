@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from adc_worker.antenna.client import AntennaClient
-from adc_worker.antenna.wire import JobRef, JobState
-from adc_worker.errors import AntennaError, AntennaUnreachable
+from adc_worker.antenna.wire import DELETED, JobRef, JobState
+from adc_worker.errors import AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable, AntennaUnreachable
 from adc_worker.journal.journal import Journal
 from adc_worker.runtime.slices import BUSY_POLL_S, POLL_BACKOFF_MAX_S, JobBoard, JobPoller, Turn
 from tests.support.fakes import task
@@ -218,7 +218,7 @@ class Antenna(AntennaClient):
 
     def __init__(self) -> None:
         self.listed: list[JobRef] = []
-        self.states: dict[int, JobState] = {}
+        self.states: dict[int, JobState | AntennaError] = {}
         self.polls = 0
         self.fault: AntennaError | None = None
 
@@ -230,7 +230,10 @@ class Antenna(AntennaClient):
         return self.listed
 
     def job(self, job_id: int) -> JobState:
-        return self.states[job_id]
+        told = self.states[job_id]
+        if isinstance(told, AntennaError):
+            raise told
+        return told
 
 
 def state(job_id: int, **changes: Any) -> JobState:
@@ -270,6 +273,50 @@ def test_what_is_kept_for_a_job_that_takes_nothing_is_never_posted(journal: Jour
         wait_until(lambda: not journal.unposted_count())
         wait_until(lambda: poller._lost)
     assert poller.take_lost() == [(7, [])], "a computed image has no staged file"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AntennaRefused("answered 403", 403), AntennaUnavailable("answered 500"), AntennaRejected("answered 405", 405)],
+)
+def test_a_job_that_cannot_be_seen_costs_no_other_its_look(journal: Journal, error: AntennaError) -> None:
+    """Its project was made private, or Antenna fails at it: that another is over is noticed, and the poll counts."""
+    journal.record(5, [task(1)])
+    journal.record(9, [task(2)])
+    antenna = Antenna()
+    antenna.states = {5: error, 9: state(9, status="REVOKED")}
+    with polling(antenna, journal) as (poller, _board):
+        wait_until(lambda: journal.job_ids() == {5})
+        wait_until(lambda: poller.is_fresh)
+        assert poller.failure is None
+        assert poller.refused_jobs == ({5} if isinstance(error, AntennaRefused) else set())
+        antenna.states[5] = state(5)
+        wait_until(lambda: not poller.refused_jobs)
+
+
+@pytest.mark.parametrize("error", [AntennaUnreachable("reset"), AntennaRefused("answered 401", 401)])
+def test_a_poll_fails_where_no_job_can_be_seen_any_more(journal: Journal, error: AntennaError) -> None:
+    """The way to Antenna, or the token: each further look would only wait as long again."""
+    journal.record(5, [task(1)])
+    antenna = Antenna()
+    antenna.states = {5: error}
+    with polling(antenna, journal) as (poller, _board):
+        wait_until(lambda: poller.failure is error)
+        assert not poller.is_fresh
+
+
+def test_a_job_is_deleted_when_antenna_says_so_twice(journal: Journal) -> None:
+    """One answer may come from an Antenna that is being set up anew; the second one is of another poll."""
+    (held,) = journal.record(7, [task(1)])
+    journal.keep([(held.id, [b"result"])])
+    antenna = Antenna()
+    antenna.states = {7: JobState(id=7, status=DELETED)}
+    with polling(antenna, journal, idle_s=600.0) as (poller, _board):
+        wait_until(lambda: poller.is_fresh)
+        assert journal.unposted_count() == 1
+        with poller.busy():
+            pass  # its end makes the next poll due
+        wait_until(lambda: not journal.unposted_count())
 
 
 def test_a_job_that_antenna_serves_and_does_not_list_gets_its_turn(journal: Journal) -> None:

@@ -100,11 +100,12 @@ class Antenna:
         self.fetches += 1
         return self.take(count)
 
-    def post_results(self, _job_id: int, entries: Sequence[PostEntry]) -> None:
+    def post_results(self, _job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
         for entry in entries:
             if not self.holds(entry.reply_subject):
                 self.wrongly_acknowledged.append(entry.reply_subject)
             self.posts.append((entry.reply_subject, b"".join(entry.parts())))
+        return frozenset(entry.reply_subject for entry in entries)
 
 
 @pytest.fixture

@@ -149,12 +149,21 @@ def test_ids_may_be_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"<html>", b"[]", b'{"tasks": null}', b'{"tasks": {}}', b'{"tasks": ' + b"[" * 200_000]
+    "body",
+    [b"", b"<html>", b"[]", b"{}", b'{"tasks": null}', b'{"tasks": {}}', b'{"tasks": ' + b"[" * 200_000],
 )
 def test_an_answer_of_another_form_is_an_error(body: bytes) -> None:
     """It must not be taken for 'no tasks'."""
-    with pytest.raises(ValueError, match=r"Expecting value|_Lists|nested too deeply"):
+    with pytest.raises(ValueError, match=r"Expecting value|_TaskList|nested too deeply"):
         parse_tasks(body)
+
+
+def test_an_answer_of_which_nothing_can_be_read_is_an_error() -> None:
+    """It is a list of something else, or all its tasks are spent: neither means that there are none."""
+    with pytest.raises(ValueError, match="none of its 2 entries"):
+        parse_tasks(fetch_answer("text", {"name": "a row of another list"}))
+    with pytest.raises(ValueError, match="none of its 1 entries"):
+        parse_jobs(b'{"results": [{"id": 7, "name": "a project"}]}')
 
 
 def test_the_job_list_is_read_and_a_malformed_row_is_skipped() -> None:
@@ -186,6 +195,13 @@ def test_tasks_are_served_in_two_states(status: str, served: bool) -> None:
     """The contract names ten."""
     job = parse_job(orjson.dumps({"id": 1, "status": status, "progress": {"stages": []}}))
     assert job.is_served is served
+
+
+@pytest.mark.parametrize("status", ["ok", "DELETED", ""])
+def test_a_status_that_antenna_does_not_give_is_no_detail_of_a_job(status: str) -> None:
+    """A health check says `ok`, and that a job is gone nobody but Antenna says, with a 404."""
+    with pytest.raises(ValueError, match="none of Antenna's"):
+        parse_job(orjson.dumps({"id": 1, "status": status}))
 
 
 def test_a_success_is_written_as_the_contract_says() -> None:
