@@ -205,7 +205,10 @@ def test_a_program_that_holds_the_journal_for_a_while_costs_nothing(desk: Desk) 
 
 
 def test_a_journal_that_is_damaged_while_the_worker_runs_costs_no_task(desk: Desk) -> None:
-    """It is set aside and made anew beside the running job: one line, no restart, no second delivery or inference."""
+    """It is set aside and made anew beside the running job: one line, no restart, no second delivery.
+
+    Only results that were on their way to Antenna, and were lost with the file, are computed again.
+    """
     job_id = desk.add_job(60)
     env = desk.environment({"COUNTING_SECONDS": "0.05"})
     journal = Path(env["AMI_USER_DATA_PATH"]) / "adc_journal.db"
@@ -221,7 +224,9 @@ def test_a_journal_that_is_damaged_while_the_worker_runs_costs_no_task(desk: Des
         job = desk.done(job_id)
     assert not running.events("child_ended")
     assert set(job.deliveries.values()) == {1}
-    assert set(desk.inferred.values()) == {1}
+    lost = sum(line["results_to_compute_again"] for line in running.events("tasks_restored"))
+    computed_again = desk.inferred.total() - len(desk.inferred)
+    assert computed_again <= lost
 
 
 def test_a_damaged_journal_is_set_aside_at_the_start(desk: Desk) -> None:

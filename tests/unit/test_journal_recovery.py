@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -75,10 +76,10 @@ def damage_page(path: Path, table_or_index: str) -> None:
         file.write(b"\xa5" * PAGE_BYTES)
 
 
-def change(path: Path, statement: str) -> None:
+def change(path: Path, statement: str, *arguments: object) -> None:
     """Change what is in the file as a disk does that returns wrong bytes: no checksum is made for it."""
     with closing(sqlite3.connect(path)) as db:
-        db.execute(statement)
+        db.execute(statement, arguments)
         db.commit()
 
 
@@ -161,8 +162,11 @@ def test_an_identity_that_is_not_what_was_written_is_damage(opened: Opened, path
     assert len(damaged_files(path)) == 1
 
 
-def test_a_damaged_journal_of_the_version_before_still_finds_what_it_staged(path: Path) -> None:
-    """Its folder was named by the inode of the file that was set aside."""
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_damaged_journal_of_the_version_before_still_finds_what_it_staged(
+    path: Path, tmp_path: Path, beside: bool
+) -> None:
+    """A folder that does not lie beside the file was named by the inode of the one that was set aside."""
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as db:
         db.executescript(VERSION_1)
@@ -172,12 +176,13 @@ def test_a_damaged_journal_of_the_version_before_still_finds_what_it_staged(path
         )
         db.commit()
     damage_page(path, "adc_task_slot")
-    folder = path.parent / "staging"
-    folder.mkdir()
+    folder = (path.parent if beside else tmp_path) / "staging"
+    earlier = folder if beside else folder / f"journal-{zlib.crc32(bytes(path)):08x}-{path.stat().st_ino:x}"
+    earlier.mkdir(parents=True)
     with closing(Journal(path)) as journal:
         assert len(damaged_files(path)) == 1
         assert list(journal.unfinished_tasks()) == [1]
-        assert journal.own_earlier_staging(folder) == folder
+        assert journal.own_earlier_staging(folder) == earlier
 
 
 # Which run its results are of
@@ -250,6 +255,20 @@ def test_what_is_said_of_an_accepted_result_is_sealed(opened: Opened, path: Path
     assert len(damaged_files(path)) == 1
 
 
+def test_a_wrong_run_of_an_accepted_result_proves_no_other_subject(opened: Opened, path: Path, clock: Clock) -> None:
+    """What was published later is taken to be in the same stream."""
+    journal = opened()
+    number = keep_result(journal, 1, "created/run 1", clock())
+    journal.settle([number])
+    (held,) = journal.record(JOB, [task_of(2, 2, 1_760_000_000_000_000_001)], clock())
+    journal.keep([(held.id, [result(2)])])
+    change(path, "UPDATE adc_finished SET incarnation = 'created/run 2'")
+    journal = opened()
+    journal.note_served(JOB, "created/run 2", clock())
+    assert live(journal) == [False]
+    assert len(damaged_files(path)) == 1
+
+
 def test_an_accepted_result_whose_subject_is_retired_is_no_damage(opened: Opened, path: Path, clock: Clock) -> None:
     """Its image may come again in the next run, and is answered from here."""
     journal = opened()
@@ -274,7 +293,7 @@ def test_damage_to_an_accepted_result_stays_damage_when_its_subject_is_retired(
     journal = opened()
     number = keep_result(journal, 1, "created/run 1", clock())
     journal.settle([number])
-    change(path, "UPDATE adc_finished SET body = (SELECT zeroblob(length(body)) FROM adc_finished)")
+    change(path, "UPDATE adc_finished SET body = ?", zlib.compress(result(2)))
     journal.bury(JOB)
     journal.note_served(JOB, "created/run 2", clock())
     (held,) = journal.record(JOB, [task_of(1, 3, 1_770_000_000_000_000_000)], clock())

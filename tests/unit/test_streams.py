@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,6 +211,21 @@ def test_a_fault_of_the_journal_lets_no_old_subject_through(journals: Callable[[
     with posting(journal, antenna) as poster:
         wait_until(lambda: poster.wait_idle(0))
     assert (antenna.posts, antenna.fetches, journal.unposted_count()) == ([], 0, 2)
+
+
+def test_a_disk_that_is_low_lets_no_old_subject_through(tmp_path: Path, clock: Clock) -> None:
+    """Results can be kept still, but no task is fetched that could prove a subject."""
+    antenna = Antenna()
+    with closing(Journal(tmp_path / "journal.db", now=clock)) as journal:
+        keep(journal, fetch(journal, antenna, 2, clock))
+    antenna.restart()
+    free = [1 << 40]
+    with closing(Journal(tmp_path / "journal.db", free_bytes=lambda _folder: free[0], now=clock)) as journal:
+        free[0] = 1000
+        with posting(journal, antenna) as poster:
+            wait_until(lambda: poster.wait_idle(0))
+        assert journal.fault is None
+        assert (antenna.posts, antenna.fetches, journal.unposted_count()) == ([], 0, 2)
 
 
 @pytest.mark.parametrize("left", [0, 1], ids=["peers have every task", "a task with a higher number comes"])
