@@ -157,9 +157,16 @@ class Poster:
             return not under_way and not self._journal.unposted(self._unproven, 1, self._limits.post_bytes, besides)
 
     def wake(self) -> None:
-        """Tell the poster that results were kept."""
+        """Tell the poster that there may be more to post: results were kept, or tasks were fetched."""
         with self._changed:
+            waiting = self._unproven.items()
+            self._unproven = {task_id: until for task_id, until in waiting if not self._is_live(task_id)}
             self._changed.notify_all()
+
+    def _is_live(self, task_id: int) -> bool:
+        """Whether what was fetched meanwhile proves the subject of a result that waits for that."""
+        kept = self._journal.held(task_id)
+        return kept is not None and self._journal.is_live(kept)
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
         """Wait until every result that may be posted is accepted; False on time-out, or when `cut_short` is set."""
