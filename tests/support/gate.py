@@ -24,12 +24,16 @@ from tests.support.image_server import BusyServer
 
 @dataclass(frozen=True)
 class Answer:
-    """What the gate answers in Antenna's place, with these very words."""
+    """What the gate answers in Antenna's place, with these very words.
+
+    `forwards`: Antenna has done what was asked all the same.
+    """
 
     status: int
     content: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    forwards: bool = False
 
 
 # hold: forwarded only once released; withhold: forwarded, answered never; reset: neither; cut: half an answer.
@@ -128,6 +132,8 @@ class Gate:
         if self.max_body_bytes is not None and len(body) > self.max_body_bytes:
             fault = TOO_LARGE
         if isinstance(fault, Answer):
+            if fault.forwards:
+                self._forward(handler, body)
             _answer(handler, fault.status, fault.content, fault.content_type, headers=fault.headers)
             return
         if isinstance(fault, int):
