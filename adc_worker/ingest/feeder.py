@@ -105,6 +105,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         has_memory_for: Callable[[int], bool] = lambda _needed_bytes: True,
         *,
         memory_look_s: float = MEMORY_LOOK_S,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -115,6 +116,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         self._isolate = isolate
         self._has_memory_for = has_memory_for
         self._memory_look_s = memory_look_s
+        self._now = now  # the clock of `StagedImage.staged_at`
         self._look_again_at: dict[int, float] = {}  # monotonic seconds, by image: those that wait for memory
         self._granted: int | None = None  # the image for which there was memory when it was looked for
         self._short_of_memory: set[int] = set()  # images whose decoder found none: they run alone next time
@@ -244,11 +246,11 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
             elif fits:
                 self._granted = image.id
             else:
-                self._look_again_at[image.id] = time.monotonic() + self._memory_look_s
+                self._look_again_at[image.id] = self._now() + self._memory_look_s
 
     def _candidates(self) -> list[StagedImage]:
         """Return the queued images but for those that wait for memory."""
-        now = time.monotonic()
+        now = self._now()
         return [image for image in self._source.images if self._look_again_at.get(image.id, now) <= now]
 
     def _may_admit(self) -> bool:
@@ -274,7 +276,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
     def _seconds_to_next_close(self) -> float | None:
         if not self._source.images or not self._may_admit():
             return None
-        now = time.monotonic()
+        now = self._now()
         images = self._candidates()
         times_s = [at - now for at in self._look_again_at.values() if at > now]
         if images:
@@ -404,7 +406,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         with self._changed:
             self._short_of_memory.add(image.id)
             self._granted = None
-            self._look_again_at[image.id] = time.monotonic() + self._memory_look_s
+            self._look_again_at[image.id] = self._now() + self._memory_look_s
         self._source.put(image)
 
     def _fail(self, error: BaseException) -> None:

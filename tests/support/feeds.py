@@ -98,6 +98,8 @@ class Feed:
         at_once: bool = False,
         on_failure: Callable[[StagedImage, ImageError], None] | None = None,
         has_memory_for: Callable[[int], bool] = lambda _needed_bytes: True,
+        now: Callable[[], float] = time.monotonic,
+        memory_look_s: float = 0.001,
         **changes: Any,
     ) -> None:
         self.plan = ingest_plan(**changes)
@@ -116,7 +118,8 @@ class Feed:
             self.admitted.append,
             self._isolate,
             has_memory_for,
-            memory_look_s=0.001,
+            memory_look_s=memory_look_s,
+            now=now,
         )
         self._batches = iter(self.feeder)
 

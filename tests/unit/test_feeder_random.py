@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -32,11 +31,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from adc_worker.ingest.header import ImageHeader
     from adc_worker.ingest.staging import StagedImage
     from adc_worker.planning.plan import IngestPlan
 
 SHAPES = [PAGE_SHAPE, LONG_SHAPE, LARGE_SHAPE, (256, 128)]
 BATCH_SIZES = st.integers(1, 4)
+LOOK_S = 100.0
 
 
 class FeederMachine(RuleBasedStateMachine):
@@ -49,6 +50,7 @@ class FeederMachine(RuleBasedStateMachine):
         self.held: list[DecodedBatch] = []
         self.used: list[int] = []
         self.ended = self.stopped = self.died = self.memory_is_short = False
+        self.now_s = 1000.0  # moves when a rule says so: what happens must not depend on how fast this machine is
         self.plans: list[IngestPlan] = []  # all that ever held; what is held may come from any of them
 
     @initialize(
@@ -83,6 +85,8 @@ class FeederMachine(RuleBasedStateMachine):
             batch_wait_s=1e6 if patient else 0,
             scratch_bytes=scratch_bytes,
             has_memory_for=lambda _needed_bytes: not self.memory_is_short,
+            now=lambda: self.now_s,
+            memory_look_s=LOOK_S,
         )
         self.plans.append(self.feed.plan)
 
@@ -111,11 +115,26 @@ class FeederMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.ended)
     @rule(shape=st.sampled_from(SHAPES), count=st.integers(1, 5), image_format=st.sampled_from(["JPEG", "PNG"]))
     def stage(self, shape: tuple[int, int], count: int, image_format: str) -> None:
-        for _image in range(count):
-            number = len(self.staged)
-            self.staged.append(number)
-            image_header = header(*shape, image_format=image_format)  # a PNG's decoder may need more than is set aside
-            self._feed().put_image(staged(number, Path(f"{number}.img"), image_header, time.monotonic() + number))
+        with self._feed().source.changed:  # all at once, or which of them share a batch would be chance
+            for _image in range(count):
+                self._stage_one(header(*shape, image_format=image_format))
+
+    def _stage_one(self, image_header: ImageHeader) -> None:
+        """Stage an image; a PNG's decoder may need more than is set aside."""
+        number = len(self.staged)
+        self.staged.append(number)
+        image = staged(number, Path(f"{number}.img"), image_header, self.now_s + number)
+        self._feed().put_image(image)
+
+    @rule()
+    def time_passes(self) -> None:
+        """Images that wait for memory are looked at again."""
+        self.now_s += 2 * LOOK_S
+        self._wake()
+
+    def _wake(self) -> None:
+        feed = self._feed()
+        feed.feeder.apply(feed.plan)
 
     @rule(short=st.booleans())
     def others_take_or_leave_memory(self, *, short: bool) -> None:
@@ -245,6 +264,8 @@ class FeederMachine(RuleBasedStateMachine):
     def _run_dry(self) -> None:
         feed = self._feed()
         while True:
+            self.now_s += 2 * LOOK_S
+            self._wake()
             feed.settle()
             feed.engine.succeed_all()
             feed.settle()
