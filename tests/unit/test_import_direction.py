@@ -18,12 +18,11 @@ MODULES = {
 }
 
 # What each part may import besides itself; a sibling is not in the list.
-BASE = {"", "backoff", "settings", "errors", "log", "redaction"}
+BASE = {"", "settings", "errors", "log", "redaction"}
 LOWER = BASE | {"host", "antenna"}
 MIDDLE = LOWER | {"planning"}
 ALLOWED = {
     "": {""},
-    "backoff": set(),
     "errors": set(),
     "redaction": set(),
     "settings": {"", "errors", "redaction"},
