@@ -76,6 +76,7 @@ class Gate:
 
         self._http = BusyServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = False  # closing waits for them
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a worker that is killed resets
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property
