@@ -22,6 +22,7 @@ AdcError
 │       └── AntennaBodyTooLarge 413, from whatever stands on the way: send less at once
 ├── StagingFull            the disk is full: pause, then try again
 ├── DeviceMemoryShort      other programs hold the GPU's memory: leave the task to its lease
+├── ResultGone             a kept result is not there any more while it is posted: break that post off
 ├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
     └── ModelsAway         a store, a disk or a GPU's memory that may come back: the jobs of that pipeline wait
@@ -136,6 +137,10 @@ class StagingFull(AdcError):
 
 class DeviceMemoryShort(AdcError):
     """An image needs memory of the GPU that other programs hold; it is not the image that is too large."""
+
+
+class ResultGone(AdcError):
+    """A kept result ended too early while it was posted: its job was dropped, or the journal was damaged."""
 
 
 class StagedFileLost(AdcError):

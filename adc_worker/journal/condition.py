@@ -56,6 +56,15 @@ def condition_after(error: Exception) -> Condition:
     return Condition.SUSPECT
 
 
+def is_locked(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that another program holds the file."""
+    while error is not None:
+        if isinstance(error, sqlite3.Error) and condition_after(error) is Condition.LOCKED:
+            return True
+        error = error.__cause__
+    return False
+
+
 def may_pass(error: Exception) -> bool:
     """Whether an error at the start may be over by itself, so that it is worth waiting for."""
     if isinstance(error, WorkerFault):

@@ -272,12 +272,15 @@ class Journal:
         self._contacts: dict[int, _Stream] = {}
         self._remembered: dict[int, dict[str, Any]] = {}  # this slot's tasks as they were last written
         self._remembers = False  # not before they were read once
+        self._to_restore = False  # the file was exchanged, and has not got yet what is remembered
+        self._closed = False
         self._changed: set[int] = set()  # tasks that the transaction under way inserts, changes or removes
         self._file_id = (0, 0)  # device and inode of the file that is open
         self._identity: str | None = None  # None until the file was read once
         # As the file was found: the version it was of, and its inode. An exchange of a damaged file changes neither.
         self._found_version: int | None = None
         self._found_inode: int | None = None
+        self._opened = 0  # how often a file was opened: what failed may be over when a thread gets to mend it
         self._connection: sqlite3.Connection | None = None
         try:
             # Locks lie beside the file: whoever names it by another way must find the same ones.
@@ -304,6 +307,7 @@ class Journal:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             clean = self._connection is not None
             try:
                 # An orderly end accuses nobody.
@@ -1133,7 +1137,7 @@ class Journal:
 
     @property
     def _db(self) -> sqlite3.Connection:
-        if self._connection is None:  # its damaged file could not be exchanged: the next start tries that again
+        if self._connection is None:
             raise WorkerFault(f"the journal {self._path} is not open any more")
         return self._connection
 
@@ -1317,18 +1321,23 @@ class Journal:
         self._calls.inside = True
         try:
             while True:
+                self._follow_file()
+                opened = self._opened
                 try:
-                    self._follow_file()
                     return operation()
                 except _FileReplaced:
                     continue
                 except (sqlite3.Error, zlib.error, TypeError, ValueError) as error:
                     # The last two come of values that no row of ours has, or of what the caller brought.
-                    self._mend(error, give_up_at)
+                    with self._lock:
+                        if self._opened == opened:  # else another thread has exchanged the file meanwhile
+                            self._mend(error)
+                    if condition_after(error) in {Condition.LOCKED, Condition.UNWRITABLE}:
+                        self._wait_to_read(error, give_up_at)
         finally:
             self._calls.inside = False
 
-    def _mend(self, error: Exception, give_up_at: float) -> None:
+    def _mend(self, error: Exception) -> None:
         """Do what makes it worthwhile to repeat an operation after an error; raise the error where nothing does."""
         condition = condition_after(error)
         if isinstance(error, _NotTaken):
@@ -1337,7 +1346,10 @@ class Journal:
             raise error
         if condition in {Condition.DAMAGED, Condition.SUSPECT}:
             self._exchange(error)
-        elif time.monotonic() < give_up_at:
+
+    def _wait_to_read(self, error: Exception, give_up_at: float) -> None:
+        """Wait before a file that could not be read is read again; other threads may try meanwhile."""
+        if time.monotonic() < give_up_at:
             _log.warning("journal_unreadable", path=str(self._path), error=str(error), effect="this is tried again")
             self._pause()
         else:
@@ -1370,22 +1382,38 @@ class Journal:
             return True
 
     def _follow_file(self) -> None:
+        """Open the file that has taken the place of the one that was open; where an exchange failed, go on with it.
+
+        Under one lock: no other thread sees the journal without its file, or without what is remembered.
+        """
         with self._lock:
-            if not self._is_replaced():
+            if self._closed:
                 return
-            if not self._path.exists():
-                self._exchange(FileNotFoundError(f"{self._path} was removed"))
-                return
-            with self._guard.shared():
-                self._reopen()
-            self._restore_rows()
+            try:
+                if self._connection is None or self._is_replaced():
+                    self._follow_replaced_file()
+                if self._to_restore:
+                    self._restore_rows()
+            except sqlite3.Error as error:
+                if condition_after(error) is not Condition.DAMAGED:
+                    raise
+                self._exchange(error)
+
+    def _follow_replaced_file(self) -> None:
+        if not self._path.exists():
+            self._exchange(FileNotFoundError(f"{self._path} was removed"))
+            return
+        with self._guard.shared():
+            self._reopen()
 
     def _reopen(self) -> None:
         self._close_file()
+        self._to_restore = self._remembers
         self._open_own()
 
     def _open_own(self) -> None:
         _create(self._path)
+        self._opened += 1
         self._file_id = _device_and_inode(self._path)  # before it is read: what fails then is to be exchanged
         if self._found_inode is None:
             self._found_inode = self._path.stat().st_ino
@@ -1410,7 +1438,7 @@ class Journal:
                 if not self._is_replaced() or not self._path.exists():
                     self._set_aside(error)
                 self._reopen()
-            if self._remembers:
+            if self._to_restore:
                 self._restore_rows()
             else:  # at the start: what was read of the damaged file is all there is
                 self._remember_rows()
@@ -1466,6 +1494,7 @@ class Journal:
                     to_compute_again += row["result_bytes"] is not None
                     self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
                 recovery.put_task(self._db, row if has_result else row | {"result_bytes": None})
+        self._to_restore = False
         if restored or to_compute_again:
             _log.warning("tasks_restored", from_memory=restored, results_to_compute_again=to_compute_again)
 

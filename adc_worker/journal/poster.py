@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -26,7 +26,14 @@ from adc_worker.antenna.wire import (
     error_result,
     is_error_result,
 )
-from adc_worker.errors import AntennaBodyTooLarge, AntennaError, AntennaRefused, AntennaRejected, AntennaUnavailable
+from adc_worker.errors import (
+    AntennaBodyTooLarge,
+    AntennaError,
+    AntennaRefused,
+    AntennaRejected,
+    AntennaUnavailable,
+    ResultGone,
+)
 from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.log import get_logger
 
@@ -292,6 +299,8 @@ class Poster:
             return
         try:
             accepted = self._receiver.post_results(job_id, [self._entry(kept) for kept in group])
+        except ResultGone as error:
+            _log.warning("post_broken_off", job_id=job_id, error=str(error), effect="the others of it are posted again")
         except AntennaRejected as error:
             self._heed_rejection(job_id, group, error)
         else:
@@ -492,7 +501,16 @@ class Poster:
         self._post(kept.job_id, [replace(kept, result_bytes=size_bytes)])
 
     def _entry(self, kept: HeldTask) -> PostEntry:
-        return PostEntry(kept.task.reply_subject, kept.result_bytes or 0, partial(self._journal.parts, kept.id))
+        return PostEntry(kept.task.reply_subject, kept.result_bytes or 0, partial(self._whole_parts, kept))
+
+    def _whole_parts(self, kept: HeldTask) -> Iterator[bytes]:
+        """Return a result's parts; what is shorter than announced must not look like the end of a post."""
+        size_bytes = 0
+        for part in self._journal.parts(kept.id):
+            size_bytes += len(part)
+            yield part
+        if size_bytes != kept.result_bytes:
+            raise ResultGone(f"of the {kept.result_bytes} bytes of a result {size_bytes} are there")
 
 
 def _hint(error: AntennaError) -> str:

@@ -111,15 +111,16 @@ class Faults:
         self._machine_since: dict[str, float] = {}
         self._machine_seen_at: dict[str, float] = {}
 
-    def watch(self, part: str, error: BaseException | None) -> None:
-        """Say how a part of the machine is.
+    def watch(self, part: str, error: BaseException | None, *, is_said: bool = False) -> None:
+        """Say how a part of the machine is; `is_said`: the log has a line about it already.
 
         Raises:
             WorkerFault: it has been at fault for five minutes, and was seen to be all the time.
         """
         with self._lock:
             if error is None:
-                if self._machine_since.pop(part, None) is not None:
+                was_at_fault = self._machine_since.pop(part, None) is not None
+                if was_at_fault and not is_said:
                     _log.info("machine_fault_over", part=part)
                 return
             now = self._now()
@@ -129,7 +130,7 @@ class Faults:
             self._machine_seen_at[part] = now
             new = part not in self._machine_since
             lasted_s = now - self._machine_since.setdefault(part, now)
-        if new:
+        if new and not is_said:
             _log.error("machine_fault", part=part, error=str(error), do=advice(error))
         if lasted_s >= MACHINE_FAULT_S:
             raise WorkerFault(f"{part} at fault for {MACHINE_FAULT_S:.0f} s: {error}", ExitCode.MACHINE_FAULT)

@@ -42,14 +42,14 @@ from adc_worker.host.share import MemoryShare
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
-from adc_worker.journal.condition import may_pass
+from adc_worker.journal.condition import is_locked, may_pass
 from adc_worker.journal.journal import Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from adc_worker.models import registry
 from adc_worker.models.pipeline import CallSizes, Pipeline
 from adc_worker.models.registry import PipelineSpec
 from adc_worker.planning.policy import IngestPolicy
-from adc_worker.runtime.faults import Faults
+from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.intake import TaskFetch
 from adc_worker.runtime.job import JobMemory, WorkerContext, _process_job, ceilings
 from adc_worker.runtime.known_antenna import KnownAntenna
@@ -103,15 +103,20 @@ def wait_for_machine(part: str, action: Callable[[], T], stopping: threading.Eve
         StoppedWhileWaiting: that was asked for meanwhile.
     """
     pause_s = START_RETRY_FIRST_S
+    locked = False
     while True:
         try:
             result = action()
         except (OSError, sqlite3.Error, WorkerFault) as error:
             if not may_pass(error):
                 raise
-            faults.watch(part, error)
+            was_locked = locked
+            locked = is_locked(error)
+            if locked and not was_locked:  # no fault of the machine, unless it lasts
+                _log.warning("start_waits", part=part, error=str(error), do=advice(error))
+            faults.watch(part, error, is_said=locked)
         else:
-            faults.watch(part, None)
+            faults.watch(part, None, is_said=locked)
             return result
         if stopping.wait(pause_s):
             raise StoppedWhileWaiting(part)

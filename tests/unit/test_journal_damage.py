@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -278,6 +279,66 @@ def test_after_an_unclean_end_all_of_the_file_is_checked(path: Path, ended: Call
     set_aside = len(damaged_files(path))
     journal.close()
     assert set_aside == files
+
+
+def _noise_throughout(path: Path) -> None:
+    """Damage every page of the file that is open."""
+    size_bytes = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(noise(3, size_bytes))
+
+
+def _another_file(path: Path) -> None:
+    """Put a file that is no journal in the place of the one that is open."""
+    other = path.with_name("other")
+    other.write_bytes(b"holiday photographs " * 1000)
+    other.rename(path)
+
+
+@pytest.mark.parametrize("spoil", [_noise_throughout, _another_file] * 3)
+def test_damage_that_many_threads_meet_is_mended_once(path: Path, spoil: Callable[[Path], None]) -> None:
+    """None of them sees a journal without its file, and none sets the fresh file aside."""
+    with closing(Journal(path)) as journal:
+        held = journal.record(JOB_ID, [task(number) for number in range(1, 41)])
+        # Each thread reads a result of its own: all of them are more than a connection keeps in memory.
+        journal.keep([(one.id, [noise(one.id, 900_000)]) for one in held[:8]])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        spoil(path)
+        together = threading.Barrier(8)
+
+        def work(number: int) -> None:
+            together.wait()
+            b"".join(journal.parts(held[number].id))
+            for one in held[8 + 4 * number : 12 + 4 * number]:
+                journal.keep([(one.id, [noise(one.id, 1000)])])
+                journal.unposted([], 100, ALL)
+                journal.is_full()
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+        kept = {one.id for one in journal.unposted([], 100, ALL)}
+        again = {one.id for one in journal.unfinished(JOB_ID)}
+        assert kept >= {one.id for one in held[8:]}
+        assert kept | again == {one.id for one in held}
+    assert len(damaged_files(path)) == 1
+
+
+def test_an_exchange_that_fails_is_tried_again_with_all_that_is_remembered(path: Path) -> None:
+    """The disk may be full just then."""
+    with closing(Journal(path)) as journal:
+        held = journal.record(JOB_ID, [task(1), task(2)])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        obstacle = path.with_name(f"{path.name}.incomplete")
+        obstacle.mkdir()
+        _another_file(path)
+        for _time in range(2):
+            with pytest.raises(IsADirectoryError):
+                journal.unfinished(JOB_ID)
+        obstacle.rmdir()
+        assert journal.unfinished(JOB_ID) == held
+    assert len(damaged_files(path)) == 1
 
 
 def _empty(path: Path) -> None:

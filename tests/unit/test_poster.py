@@ -569,3 +569,30 @@ def test_a_job_that_another_worker_is_at_is_not_ended_by_this_one(
     journal.forget([left.id])
     with posting(journal, receiver):
         wait_until(lambda: not receiver.tasks, 5)
+
+
+class LosesOne(Receiver):
+    """An Antenna during whose first post the journal loses a result: its page is damaged, or its job was dropped."""
+
+    def __init__(self, journal: Journal, task_id: int) -> None:
+        super().__init__()
+        self._journal = journal
+        self._lost = [task_id]
+
+    def post_results(self, job_id: int, entries: Sequence[PostEntry]) -> frozenset[str]:
+        if self._lost:
+            self._journal.forget([self._lost.pop()])
+        return super().post_results(job_id, entries)
+
+
+def test_a_result_that_is_gone_while_it_is_posted_breaks_off_its_post_and_nothing_else(
+    journal: Journal, died: list[threading.ExceptHookArgs]
+) -> None:
+    """The others are posted again, whole; no thread dies of it, and no half result counts as a post."""
+    gone, *others = keep(journal, range(1, 5))
+    receiver = LosesOne(journal, 1)
+    with posting(journal, receiver) as poster:
+        assert poster.wait_idle(20)
+    assert receiver.bodies == dict.fromkeys(others, 1)
+    assert gone not in receiver.bodies
+    assert not died

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 
 import pytest
+from structlog.testing import capture_logs
 
 from adc_worker.errors import ConfigurationError, ExitCode, WorkerFault
 from adc_worker.journal.condition import may_pass
@@ -101,6 +102,20 @@ def test_a_start_goes_on_when_what_held_it_up_is_over() -> None:
     """However it ended."""
     opening = Opening(5, FULL)
     assert wait_for_machine("journal", opening, Never(), Faults(opening.now)) == "opened"
+
+
+def test_a_journal_that_another_program_holds_is_said_once_and_is_no_fault() -> None:
+    """Unless that lasts for five minutes, like any fault."""
+    fault = WorkerFault("the journal cannot be opened: database is locked", ExitCode.MACHINE_FAULT)
+    fault.__cause__ = sqlite_error(sqlite3.SQLITE_BUSY)
+    opening = Opening(5, fault, step_s=10.0)
+    with capture_logs() as said:
+        assert wait_for_machine("journal", opening, Never(), Faults(opening.now)) == "opened"
+    assert [one["event"] for one in said] == ["start_waits"]
+    assert "end whatever program holds the file" in said[0]["do"]
+    opening = Opening(1000, fault, step_s=20.0)
+    with pytest.raises(WorkerFault, match=f"journal at fault for {MACHINE_FAULT_S:.0f} s"):
+        wait_for_machine("journal", opening, Never(), Faults(opening.now))
 
 
 def test_a_start_that_the_machine_does_not_allow_for_five_minutes_ends_by_name() -> None:
