@@ -419,7 +419,7 @@ class LongTruthMachine(TruthMachine):
 
 TestTruthMachine = TruthMachine.TestCase
 TestTruthMachine.settings = settings(
-    max_examples=80,
+    max_examples=20,
     stateful_step_count=20,
     derandomize=True,
     deadline=None,
