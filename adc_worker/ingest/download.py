@@ -82,13 +82,15 @@ _this_thread = threading.local()  # its download: until (monotonic seconds), can
 class DownloadStats:
     """Seconds to the first byte of the body and to its last, the bytes of the body, and the seconds of connecting.
 
-    A connection that is new takes names, TCP and TLS; the next download over it does not.
+    A connection that is new takes names, TCP and TLS; the next download over it does not. `end_told`: whether the host
+    says where the body ends. Where it does not, a connection that breaks off looks like the end.
     """
 
     first_byte_s: float
     total_s: float
     size_bytes: int
     set_up_s: float = 0.0
+    end_told: bool = True
 
 
 class _UntilDeadline(io.RawIOBase):
@@ -223,10 +225,13 @@ class ImageClient:
                 raise _error_for(response, redirects)
             _check_coding(response)
             first_byte_s = time.monotonic() - started
+            is_chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+            end_told = is_chunked or response.length_remaining is not None
             size_bytes = self._copy(response, fd)
         finally:
             _release(response)
-        return DownloadStats(first_byte_s, time.monotonic() - started, size_bytes, _this_thread.set_up_s)
+        total_s = time.monotonic() - started
+        return DownloadStats(first_byte_s, total_s, size_bytes, _this_thread.set_up_s, end_told)
 
     def _open(self, url: str, urls: list[str]) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Ask for a URL, follow its redirects, and return the answer and how many there were.

@@ -179,6 +179,16 @@ def count_scans(data: Data) -> int:
     return scans
 
 
+def has_end(data: Data) -> bool:
+    """Whether it is a JPEG that can be followed up to its end marker."""
+    if data[: len(START_OF_IMAGE)] != START_OF_IMAGE:
+        return False
+    try:
+        return any(segment.marker == _EOI for segment in segments(data))
+    except (SegmentCut, SegmentBroken, ImageUnreadable):
+        return False
+
+
 def find_cut(data: Data) -> Cut | None:
     """Return where the file ends early; None where it does not."""
     pixels_at = len(data)

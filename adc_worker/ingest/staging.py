@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ from adc_worker.errors import (
     ImageError,
     ImageRefused,
     ImageUnreadable,
+    LinkError,
     NotAnImage,
     StagedFileLost,
     StagingFull,
@@ -30,6 +32,7 @@ from adc_worker.errors import (
 from adc_worker.ingest.disk_budget import DiskBudget
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.header import ImageHeader, read_header
+from adc_worker.ingest.jpeg_segments import has_end
 from adc_worker.redaction import public_url
 
 _WHOLE = ".img"
@@ -275,7 +278,7 @@ class StagingArea:
         partial = path.with_suffix(self._partial)
         fd = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            stats = self._client.download(task.image_url, fd, cancelled)
+            stats = self._download(partial, fd, task.image_url, cancelled)
             if self.disk.used_bytes > CACHED_AHEAD_BYTES:
                 os.fdatasync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -286,6 +289,36 @@ class StagingArea:
             os.close(fd)
         partial.rename(path)
         return stats
+
+    def _download(self, partial: Path, fd: int, url: str, cancelled: Callable[[], bool]) -> DownloadStats:
+        """Download into a file that is new.
+
+        Where the host does not say how long the image is, one that was cut off on the way looks like one that is stored
+        so. It is taken for the latter when it ends at the same place twice.
+
+        Raises:
+            LinkError: it ended at different places.
+        """
+        stats = self._client.download(url, fd, cancelled)
+        if stats.end_told or _has_end(partial):
+            return stats
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.ftruncate(fd, 0)
+        again = self._client.download(url, fd, cancelled)
+        if again.size_bytes != stats.size_bytes and not _has_end(partial):
+            raise LinkError(
+                f"the image's host does not say how long the image is, and its body ended after {stats.size_bytes}"
+                f" bytes and then after {again.size_bytes}"
+            )
+        return again
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a file is known to be whole; only of JPEGs this is looked into."""
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return has_end(data)
 
 
 def _is_page(path: Path) -> bool:

@@ -21,6 +21,7 @@ _log = get_logger(__name__)
 TRIAL_FIRST_S = 1.0  # between two trials of a host at fault, at first and at most
 TRIAL_MAX_S = 30.0
 CONTROLS = SHOWN_SERVED  # images of a host that can be asked for again
+QUIET_S = 60.0  # after others of a host came when asked for: that it seems to be at fault again is not said again
 IN_A_ROW_S = 600.0  # failures of an image that are further apart have nothing to do with each other
 # Bounds for what is remembered, so that no job's URLs can fill the memory.
 HOSTS_MAX = 1000
@@ -49,6 +50,8 @@ class _Host:
     controls: OrderedDict[str, str] = field(default_factory=OrderedDict)  # URLs of the images that came last
     at_fault: Failure | None = None  # the last failure, while it is held at fault
     at_fault_since: float = -math.inf
+    is_told: bool = False  # that it is at fault
+    quiet_until: float = -math.inf
     trial_at: float = -math.inf
     trial_pause_s: float = TRIAL_FIRST_S
 
@@ -83,13 +86,15 @@ class Evidence:
                 recovered_s=now - known.recovered_at,
             )
             newly_at_fault = seen.host_at_fault and known.at_fault is None
+            is_to_be_told = newly_at_fault and now >= known.quiet_until
             if newly_at_fault:
                 known.at_fault_since = now
+                known.is_told = is_to_be_told
             if seen.host_at_fault or known.at_fault is not None:
                 known.at_fault = failure
                 known.trial_at = now + known.trial_pause_s
                 known.trial_pause_s = min(2 * known.trial_pause_s, TRIAL_MAX_S)
-        if newly_at_fault:
+        if is_to_be_told:
             error = failure.error
             images = seen.images_failing
             _log.error("image_host_at_fault", host=host, images=images, error=str(error), do=advice(error))
@@ -119,8 +124,15 @@ class Evidence:
             known.failing.clear()
             known.unanswered = 0
             known.trial_pause_s = TRIAL_FIRST_S
-        if was_at_fault:
+            was_told = known.is_told
+            known.is_told = False
+        if was_told:
             _log.info("image_host_back", host=host)
+
+    def vouched_for(self, host: str) -> None:
+        """Take in that a host serves others while many of its images fail: these are many, and it is well."""
+        with self._lock:
+            self._host(host).quiet_until = self.now() + QUIET_S
 
     def doubt(self, host: str) -> None:
         """Take in that an image which a host had served does not come any more: its answers change."""

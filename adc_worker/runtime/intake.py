@@ -587,10 +587,19 @@ class Intake:
                 do=advice(failure.error),
             )
         if isinstance(verdict, verdicts.RetryAt):
-            self._ask_for_others(host, held, verdicts.controls_wanted(failure, seen))
+            self._others_come(host, held, verdicts.controls_wanted(failure, seen))
+        if isinstance(verdict, verdicts.Park) and self._is_well(host, held, verdicts.controls_wanted(failure, seen)):
+            self._evidence.vouched_for(host)
+            self._unpark(host)
+            verdict = verdicts.RetryAt(self._evidence.now() + verdicts.RETRY_FIRST_S)
         self._apply(host, held, verdict)
 
-    def _ask_for_others(self, host: str, held: HeldTask, count: int) -> None:
+    def _is_well(self, host: str, held: HeldTask, count: int) -> bool:
+        """Whether a host that seems to be at fault serves as many different images that came before."""
+        enough = count > 0 and len(self._evidence.controls(host, count)) == count
+        return enough and self._others_come(host, held, count)
+
+    def _others_come(self, host: str, held: HeldTask, count: int) -> bool:
         """See whether a host still serves images that came before: this one may be the last of its job.
 
         All of them count, or none: one that does not come now shows that the host's answers change.
@@ -600,12 +609,13 @@ class Intake:
             all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
         except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
             _log.info("others_not_asked", job_id=self._job_id, host=host, error=str(error))
-            return
+            return False
         if not all_come:
             self._evidence.doubt(host)
-            return
+            return False
         for image_id, url in controls:
             self._evidence.came(host, image_id, url)
+        return True
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id

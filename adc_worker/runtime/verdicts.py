@@ -223,10 +223,14 @@ def judge(failure: Failure, lease: LeaseView, seen: Seen) -> Verdict:
 def controls_wanted(failure: Failure, seen: Seen) -> int:
     """Return how many images that came before should be asked for again, to see whether their host still serves any.
 
-    The last images of a job have no others behind them that could show that they alone are at fault.
+    The last images of a job have no others behind them that could show that they alone are at fault. Several of them
+    that the host says are missing or broken look like a fault of the host, until it serves others again.
     """
     row = TABLE[failure.kind]
-    is_open = row.by_others and not row.by_repetition and not seen.host_at_fault
+    if seen.host_at_fault:
+        is_word_about_image = row.by_others and row.by_repetition
+        return SHOWN_SERVED if is_word_about_image else 0
+    is_open = row.by_others and not row.by_repetition
     is_time = seen.tries >= CONTROL_TRIES and seen.tries % SHOWN_TRIES == 0
     return max(0, SHOWN_SERVED - seen.others_served) if is_open and is_time else 0
 

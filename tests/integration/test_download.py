@@ -84,6 +84,7 @@ def test_a_body_reaches_the_file(server: ImageServer, fetch: Fetch, *, chunked: 
     assert body == BODY
     assert stats.size_bytes == len(BODY)
     assert 0 < stats.first_byte_s <= stats.total_s
+    assert stats.end_told
 
 
 def test_a_body_whose_connection_ends_with_it_reaches_the_file(server: ImageServer, fetch: Fetch) -> None:
@@ -455,6 +456,17 @@ def test_whatever_bytes_a_host_sends_are_the_links_fault(tmp_path: Path, answer:
         ):
             client.download(url, file.fileno(), lambda: False)
         said.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\n\r\nab", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nab"])
+def test_a_body_that_ends_with_its_connection_is_not_known_to_be_whole(tmp_path: Path, answer: bytes) -> None:
+    """A link that breaks looks the same: whoever reads the body is told."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as executor:
+        executor.submit(_say, listener, answer)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.jpg"
+        with ImageClient(MAX_BYTES, NEAR) as client, (tmp_path / "body").open("wb") as file:
+            stats = client.download(url, file.fileno(), lambda: False)
+    assert (stats.size_bytes, stats.end_told) == (2, False)
 
 
 def _say(listener: socket.socket, answer: bytes) -> None:

@@ -165,6 +165,22 @@ def test_a_fault_is_said_once_with_what_to_do(evidence: Evidence, capsys: pytest
     assert "check the image host" in told
 
 
+def test_a_fault_that_others_disprove_is_said_once(
+    evidence: Evidence, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a thousand missing images every fifth would say it; a fault much later is another one."""
+    for _round in range(3):
+        fail(evidence, *[GONE] * 5)
+        evidence.came(HOST, "before")
+        evidence.vouched_for(HOST)
+    told = "".join(capsys.readouterr())
+    assert told.count("image_host_at_fault") == 1
+    assert told.count("image_host_back") == 1
+    clock.now_s += 3600.0
+    fail(evidence, *[GONE] * 5)
+    assert "".join(capsys.readouterr()).count("image_host_at_fault") == 1
+
+
 def test_the_images_that_came_last_can_be_asked_for_again(evidence: Evidence) -> None:
     """Three of each host."""
     for number in range(5):

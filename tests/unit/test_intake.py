@@ -451,6 +451,44 @@ def test_the_last_image_of_a_job_is_held_against_others_that_came_before(
     assert list((job.folder / "staging").iterdir()) == []
 
 
+def _work_off(job: Job, turns: int) -> None:
+    """Give a job as many more turns as it needs, each as soon as one of its parked tasks may be tried."""
+    for _turn in range(turns):
+        if not job.journal.unfinished(JOB):
+            return
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        job.start_with([])
+        job.infer_all()
+
+
+def test_many_missing_images_at_the_end_of_a_job_do_not_wait_for_their_leases(jobs: Callable[..., Job]) -> None:
+    """Nothing else of the job is left that could come; the host serves again what it served, and is not at fault."""
+    job = jobs()
+    missing = [task(number).image_url for number in range(11, 24)]
+    job.images.lasting = dict.fromkeys(missing, ImageMissing("404"))
+    job.start(tasks=23, downloads=4)
+    assert len(job.infer_all()) == 10
+    _work_off(job, turns=8)
+    assert job.journal.unfinished(JOB) == []
+    assert max(job.images.asked.values()) < 50
+    assert sum(job.images.asked[url] for url in missing) < 10 * len(missing)
+
+
+def test_a_host_that_answers_404_for_whatever_it_is_asked_blames_no_image(jobs: Callable[..., Job]) -> None:
+    """Not even when it had served some before: they do not come again either."""
+    job = jobs()
+    job.start(tasks=10, downloads=4)
+    assert len(job.infer_all()) == 10
+    job.images.lasting = {task(number).image_url: ImageMissing("404") for number in range(1, 24)}
+    job.intake.close()
+    job.start_with([task(number) for number in range(11, 24)], downloads=4)
+    assert job.infer_all() == []
+    _work_off(job, turns=5)
+    assert len(job.journal.unfinished(JOB)) == 13
+    assert job.outcomes.failed.total() == 0
+
+
 @pytest.mark.parametrize("answer", [ImageMissing("404"), NotAnImage("a page"), ImageRefused("403"), LinkError("503")])
 def test_a_host_that_serves_no_image_is_at_fault_and_none_of_its_images(
     jobs: Callable[..., Job], answer: Exception

@@ -24,7 +24,7 @@ from adc_worker.errors import (
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
 from adc_worker.ingest.staging import StagingArea
-from tests.support.images import jpeg, task, written
+from tests.support.images import encoded, jpeg, picture, task, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ class FakeClient(ImageClient):
 
     def __init__(self, folder: Path, *answers: bytes | BaseException) -> None:
         self.answers = list(answers)
+        self.tells_end = True
         self.urls: list[str] = []
         self.names_meanwhile: list[str] = []
         self._folder = folder
@@ -50,7 +51,7 @@ class FakeClient(ImageClient):
             raise answer
         os.write(fd, answer)
         self.names_meanwhile = _names(self._folder)
-        return DownloadStats(0.1, 0.2, len(answer))
+        return DownloadStats(0.1, 0.2, len(answer), end_told=self.tells_end)
 
 
 def _names(folder: Path) -> list[str]:
@@ -92,6 +93,41 @@ def test_two_owners_of_one_folder_never_see_each_others_files(tmp_path: Path) ->
     assert small.sweep(set) == 0
     assert small.stage(1, task(1), lambda: False).header.shape == (10, 10, 3)
     assert first.path.exists()
+
+
+def _silent_client(folder: Path, *answers: bytes) -> FakeClient:
+    """Return the client of a host that does not say how long its images are."""
+    client = FakeClient(folder, *answers)
+    client.tells_end = False
+    return client
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_an_image_that_may_have_been_cut_off_on_the_way_is_asked_for_once_more(tmp_path: Path, kind: str) -> None:
+    """What is decoded as far as it goes must be what is stored, and not what came of it."""
+    data = encoded(picture(60, 40), kind)
+    client = _silent_client(tmp_path, data[:-70], data)
+    if kind == "JPEG":  # the second time it is seen to be whole
+        assert _stage(tmp_path, client).path.read_bytes() == data
+    else:
+        with pytest.raises(LinkError, match="ended after"):
+            _stage(tmp_path, client)
+        assert _names(tmp_path) == []
+
+
+def test_an_image_that_is_stored_without_its_end_is_taken_when_it_ends_there_twice(tmp_path: Path) -> None:
+    """Cameras run out of power; what came before is a picture."""
+    data = jpeg(60, 40)[:-70]
+    client = _silent_client(tmp_path, data, data)
+    assert _stage(tmp_path, client).path.read_bytes() == data
+    assert len(client.urls) == 2
+
+
+def test_a_jpeg_that_has_its_end_is_asked_for_once(tmp_path: Path) -> None:
+    """Whether or not its host says how long it is."""
+    client = _silent_client(tmp_path, jpeg(60, 40))
+    _stage(tmp_path, client)
+    assert len(client.urls) == 1
 
 
 def test_a_partial_file_never_has_the_name_of_a_whole_one(tmp_path: Path) -> None:

@@ -215,3 +215,10 @@ def test_others_are_asked_for_again_where_an_image_is_the_last_of_its_job() -> N
         replace(last, tries=5), replace(last, tries=7), replace(last, others_served=3), replace(last, images_failing=5)
     ]  # fmt: skip
     assert [controls_wanted(page, seen) for seen in others] == [0, 0, 0, 0]
+
+
+def test_others_are_asked_for_again_where_missing_images_make_their_host_look_at_fault() -> None:
+    """At the end of a job nothing but missing and broken images is left; nobody vouches for a sign-in page."""
+    wanted = {kind for kind in ERRORS if controls_wanted(failure(kind), HOST_DOWN) > 0}
+    assert wanted >= {Kind.MISSING, Kind.BROKEN, Kind.TOO_LARGE}
+    assert not wanted & {Kind.PAGE, Kind.REFUSED, Kind.EXPIRED, Kind.LINK, Kind.UNREACHABLE, Kind.ADDRESS}
