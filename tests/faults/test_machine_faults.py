@@ -252,12 +252,12 @@ def test_below_the_reserve_for_fetching_what_is_staged_is_worked_off(desk: Desk,
     job_id = desk.add_job(30, size_px=64)
     env = desk.environment({"AMI_USER_DATA_PATH": str(data), "AMI_ANTENNA_API_BATCH_SIZE": "8"})
     with worker(env) as running:
-        wait_until(lambda: len(list((data / "staging").glob("*.img"))) >= 4, timeout_s=90)
+        wait_until(lambda: len(list((data / "staging").rglob("*.img"))) >= 4, timeout_s=90)
         filler = small_disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 5_000_000))
         running.wait_for("journal_disk_low")
         fetches = desk.gate.requests["POST tasks"]
-        staged = len(list((data / "staging").glob("*.img")))
+        staged = len(list((data / "staging").rglob("*.img")))
         desk.switch("hold", on=False)
         wait_until(lambda: desk.antenna.job(job_id).processed >= staged, timeout_s=60)
         assert desk.gate.requests["POST tasks"] <= fetches + 1, "one may have been under way"
