@@ -45,6 +45,9 @@ _NOTHING_CAME = "the file ends before its first pixel"
 _ONES = 1
 _EDGES = (0, -1)  # first and last pixel of a row
 _BAND_PIXELS = 1 << 17
+_BYTE_MAX = 255
+_FLOATING_POINT = "F"
+_MODES_OF_ANY_SCALE = frozenset({_FLOATING_POINT, "I"})  # Pillow's names; "I" is of 32-bit integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,10 +266,30 @@ def _load_rows(path: Path, stored: _Rows) -> tuple[bool, npt.NDArray[np.bool_]]:
     blank_rows = np.zeros(len(stored), np.bool_)
     with _opened(path, stored) as image:
         truncated = _load(image)
+        _check_scale(image, stored)
         for rows, band in _bands(image, stored):
             blank_rows[rows] = ~np.asarray(band).reshape(band.height, -1).any(axis=1)
             stored[rows] = np.asarray(_as_rgb(band))
     return truncated, blank_rows
+
+
+def _check_scale(image: Image.Image, stored: _Rows) -> None:
+    """Refuse numbers on another scale than 0 to 255: Pillow clips them, and a photograph is all white or all black.
+
+    No header tells the scale of 32-bit integers and of floating-point numbers.
+    """
+    if image.mode not in _MODES_OF_ANY_SCALE:
+        return
+    lowest = np.inf
+    highest = -np.inf
+    for _rows, band in _bands(image, stored):
+        numbers = np.asarray(band)
+        lowest = np.minimum(lowest, numbers.min())  # a NaN stays one, and is in no range
+        highest = np.maximum(highest, numbers.max())
+    fits_a_byte = lowest >= 0 and highest <= _BYTE_MAX
+    is_from_0_to_1 = image.mode == _FLOATING_POINT and 0 < highest <= 1
+    if not fits_a_byte or is_from_0_to_1:
+        raise ValueError(f"its pixels are numbers from {lowest:.6g} to {highest:.6g}, on no scale from 0 to 255")
 
 
 def _written_rows(path: Path, stored: _Rows) -> npt.NDArray[np.bool_]:

@@ -27,6 +27,12 @@ from adc_worker.redaction import redact
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP")
 CHANNELS = 3
 _SNIFF_BYTES = 64
+_SHOWN_BYTES = 12
+_SIGNATURES = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG",), "GIF": (b"GIF8",), "TIFF": (b"II*\0", b"MM\0*")}
+_APPLE_DOUBLE = b"\0\x05\x16\x07"
+_ISO_MEDIA = b"ftyp"  # ISO/IEC 14496-12: behind the size of the first box, and before the file's brand
+_BRAND_AT = 8
+_BRAND_BYTES = 4
 JPEG_FORMATS = frozenset({"JPEG", "MPO"})  # MPO is a JPEG with more pictures behind it
 
 # Decoder's own memory in bytes per pixel, beside the output; measured figures from benchmarks/decode.py in brackets.
@@ -47,6 +53,8 @@ SCANS_MAX = 100
 TIFF_VALUES = 1 << 16
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_OFFSETS, _TIFF_TILE = 256, 257, {273, 324}, (322, 323)
 _TIFF_ORIENTATION = 274
+_TIFF_NEW_SUBFILE_TYPE, _TIFF_SUB_DIRECTORIES = 254, 330
+_IS_REDUCED = 1  # the bit of NewSubfileType that says "a reduced-resolution version of another image in this file"
 _UPRIGHT = 1
 _ORIENTATIONS = range(1, 9)
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # rows and columns change places
@@ -264,6 +272,7 @@ def _check_tiff(path: Path) -> None:
         file.seek(*struct.unpack_from(order + offset, start))
         (entries,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
         directory = file.read(min(entries, TIFF_VALUES) * struct.calcsize(order + entry))
+        next_directory = file.read(struct.calcsize(order + entry[-1]))
     largest: defaultdict[int, int] = defaultdict(int)
     for tag, kind, values, value in struct.iter_unpack(order + entry, directory):
         if values > TIFF_VALUES and (kind not in _TIFF_BYTES or tag in _TIFF_OFFSETS):
@@ -274,11 +283,29 @@ def _check_tiff(path: Path) -> None:
     tile_px = largest[_TIFF_TILE[0]] * largest[_TIFF_TILE[1]]
     if tile_px > max(_TILE_PIXELS, largest[_TIFF_WIDTH] * largest[_TIFF_HEIGHT]):
         raise ImageUnreadable(f"a TIFF with tiles of {tile_px} pixels, larger than itself")
+    is_reduced = bool(largest[_TIFF_NEW_SUBFILE_TYPE] & _IS_REDUCED)
+    holds_others = _TIFF_SUB_DIRECTORIES in largest or any(next_directory)
+    if is_reduced and holds_others:
+        raise ImageUnreadable(
+            "a raw photograph, or another TIFF whose first picture is a preview of one that is not read: raw formats"
+            " (DNG, NEF, ARW) are not taken"
+        )
 
 
 def _what_it_is(path: Path, size_bytes: int) -> str:
+    """Say what came in place of an image, or which format it claims to be of."""
     with path.open("rb") as file:
-        start = file.read(_SNIFF_BYTES).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
+        start = file.read(_SNIFF_BYTES).lstrip()
+    if start.startswith(b"<"):
         return f"received an HTML or XML page of {size_bytes} bytes instead of an image"
-    return f"not an image this worker takes ({', '.join(FORMATS)}): {size_bytes} bytes starting with {start[:12]!r}"
+    for image_format, signatures in _SIGNATURES.items():
+        if start.startswith(signatures):
+            return f"broken image header: {size_bytes} bytes that begin as a {image_format} does, and cannot be read"
+    shown = start[:_SHOWN_BYTES]
+    not_taken = f"not an image this worker takes ({', '.join(FORMATS)}): {size_bytes} bytes starting with {shown!r}"
+    if start.startswith(_APPLE_DOUBLE):
+        return f"{not_taken}, which is what macOS writes beside a file, under ._ and its name"
+    if start[_BRAND_AT - len(_ISO_MEDIA) : _BRAND_AT] == _ISO_MEDIA:
+        brand = start[_BRAND_AT : _BRAND_AT + _BRAND_BYTES].decode("ascii", "replace").strip()
+        return f"{not_taken}, which is HEIC, AVIF or a video: ISO media of brand {brand}"
+    return not_taken

@@ -180,6 +180,38 @@ def test_sixteen_bits_keep_their_upper_byte(tmp_path: Path, image_format: str) -
     np.testing.assert_array_equal(out, np.repeat((np.asarray(image) >> 8)[..., None], 3, axis=2))
 
 
+_BETWEEN = np.linspace(0.0, 1.0, 400 * 300, dtype=np.float32).reshape(300, 400)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (_BETWEEN, "from 0 to 1"),
+        (_BETWEEN * 4095, "from 0 to 4095"),
+        (_BETWEEN * 200 - 100, "from -100 to 100"),
+        (np.where(_BETWEEN > 0.5, np.float32("nan"), _BETWEEN), "nan"),
+        ((_BETWEEN * 65535).astype(np.int32), "from 0 to 65535"),
+    ],
+)
+def test_numbers_on_a_scale_that_no_header_tells_are_an_error(
+    tmp_path: Path, numbers: npt.NDArray[Any], told: str
+) -> None:
+    """Clipped at 255 they would be a black sheet or a white one, on which nothing is found."""
+    file = written(tmp_path / "1.img", encoded(Image.fromarray(numbers), "TIFF"))
+    with pytest.raises(ImageUnreadable, match=f"its pixels are numbers .*{told}"):
+        _decoded(file)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+@pytest.mark.parametrize("darkest", [0, 100])
+def test_numbers_that_bytes_hold_are_decoded(tmp_path: Path, kind: type, darkest: int) -> None:
+    """As they are, also where a part of the picture is black."""
+    numbers = (_BETWEEN * 155).astype(np.uint8) + np.uint8(darkest)
+    data = encoded(Image.fromarray(numbers.astype(kind)), "TIFF")
+    out, _report = _decoded(written(tmp_path / "1.img", data))
+    np.testing.assert_array_equal(out, np.repeat(numbers[:, :, np.newaxis], 3, axis=2))
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_not_applied_but_to_tiff(tmp_path: Path, image_format: str) -> None:
     """The rows are those of the file, as with Pillow."""

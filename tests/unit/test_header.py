@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,12 @@ def test_a_phone_photograph_with_a_second_frame_is_a_jpeg(tmp_path: Path) -> Non
         (b"<!DOCTYPE html><html></html>", "HTML or XML page of 28 bytes"),
         (b"\n  <html><body>Sign in</body></html>", "HTML or XML page"),
         (b"<?xml version='1.0'?><Error/>", "HTML or XML page"),
-        (b"Not found", "not an image this worker takes .*: 9 bytes starting with b'not found'"),
+        (b"Not found", "not an image this worker takes .*: 9 bytes starting with b'Not found'"),
         (b"\x00" * 100, "not an image"),
         (b"\xff", "not an image"),
-        (b"\xff\xd8\xff", "not an image"),
+        (b"\xff\xd8\xff", "broken image header: 3 bytes that begin as a JPEG does"),
+        (b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(80), "not an image .* macOS writes beside a file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(80), "not an image .* HEIC, AVIF or a video: .* brand heic"),
         (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "not an image|broken image header"),
         (b"BM\x40\x00\x00\x00\x00\x00\x00\x00\x36\x00\x00\x00", "not an image|broken image header"),
         (b"\x89PNG\r\n\x1a\n", "not an image|broken image header"),
@@ -142,6 +145,59 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, data: bytes, messag
     """The message tells Antenna's users what came instead."""
     with pytest.raises(ImageUnreadable, match=message):
         _read(tmp_path, data)
+
+
+def test_a_png_with_a_damaged_chunk_before_its_pixels_is_called_broken(tmp_path: Path) -> None:
+    """Whoever looks for the fault must not be told that PNG is not taken."""
+    data = encoded(picture(), "PNG")
+    first_chunk_bytes = 33
+    text = b"tEXtComment\0field 7"
+    wrong_checksum = bytes(4)
+    chunk = struct.pack(">I", len(text) - 4) + text + wrong_checksum
+    damaged = data[:first_chunk_bytes] + chunk + data[first_chunk_bytes:]
+    with pytest.raises(ImageUnreadable, match=rf"broken image header: {len(damaged)} bytes that begin as a PNG does"):
+        _read(tmp_path, damaged)
+
+
+def _tiff(order: str, subfile_type: int, *, with_sub_directory: bool = False, with_next: bool = False) -> bytes:
+    """Return a TIFF of one grey strip whose only directory says what kind of picture it is of."""
+    width_px = 20
+    height_px = 10
+    pixels_at = 8
+    directory_at = pixels_at + width_px * height_px
+    long_number = 4
+    values = {
+        254: subfile_type, 256: width_px, 257: height_px, 258: 8, 259: 1, 262: 1,
+        273: pixels_at, 277: 1, 278: height_px, 279: width_px * height_px,
+    }  # fmt: skip
+    if with_sub_directory:
+        values[330] = directory_at
+    entries = [struct.pack(f"{order}HHII", tag, long_number, 1, value) for tag, value in values.items()]
+    following = directory_at if with_next else 0
+    marks = {"<": b"II*\0", ">": b"MM\0*"}
+    start = marks[order] + struct.pack(f"{order}I", directory_at)
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + struct.pack(f"{order}I", following)
+    return start + bytes(range(width_px * height_px)) + directory
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("where", ["with_sub_directory", "with_next"])
+def test_a_preview_is_not_taken_for_the_raw_photograph_behind_it(tmp_path: Path, order: str, where: str) -> None:
+    """A raw photograph is a TIFF that begins with a thumbnail, in which small insects cannot be found."""
+    with pytest.raises(
+        ImageUnreadable, match=r"a raw photograph, .* whose first picture is a preview .* are not taken"
+    ):
+        _read(tmp_path, _tiff(order, 1, **{where: True}))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_that_shows_its_picture_first_is_taken(tmp_path: Path, order: str) -> None:
+    """Whatever lies behind it; and one that calls its only picture a preview has no other to show."""
+    whole = _tiff(order, 0, with_sub_directory=True, with_next=True)
+    page = _tiff(order, 2, with_next=True)
+    only_one = _tiff(order, 1)
+    for data in (whole, page, only_one):
+        assert _read(tmp_path, data).shape == (10, 20, 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
