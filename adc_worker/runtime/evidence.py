@@ -80,6 +80,7 @@ class Evidence:
                 others_served=known.served - image.served_before,
                 images_failing=len(known.failing),
                 unanswered=known.unanswered,
+                has_served=known.served > 0,
                 recovered_s=now - known.recovered_at,
             )
             newly_at_fault = seen.host_at_fault and known.at_fault is None
