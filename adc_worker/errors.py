@@ -21,7 +21,7 @@ AdcError
 │   └── AntennaRejected    the request is wrong, in Antenna's own words: 400, 404, 405, 415
 │       └── AntennaBodyTooLarge 413, from whatever stands on the way: send less at once
 ├── StagingFull            the disk is full: pause, then try again
-├── DeviceMemoryShort      other programs hold the GPU's memory: leave the task to its lease
+├── DeviceMemoryShort      other programs hold the GPU's memory: try the image again later
 ├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
     └── ModelsAway         a store, a disk or a GPU's memory that may come back: the jobs of that pipeline wait

@@ -29,7 +29,7 @@ IMAGES_MAX = 10_000
 
 @dataclass(slots=True)
 class _Image:
-    """An image that failed last."""
+    """An image that failed last, or that waits for another attempt."""
 
     first_failed_at: float
     last_failed_at: float
@@ -151,12 +151,13 @@ class Evidence:
             return None
 
     def postpone(self, host: str, image_id: str, at_s: float) -> None:
-        """Remember when an image is to be tried again: the job may have another turn by then."""
+        """Remember when an image is to be tried again, also one that has not failed: the job may have another turn."""
         with self._lock:
-            known = self._hosts.get(host)
-            image = known.images.get(image_id) if known is not None else None
-            if image is not None:
-                image.retry_at = at_s
+            known = self._host(host)
+            image = known.images.get(image_id)
+            if image is None:
+                image = self._image(known, image_id, self.now())
+            image.retry_at = at_s
 
     def own_retry_at(self, host: str, image_id: str) -> float:
         """Return when an image is to be tried again, whatever the state of its host."""
@@ -195,7 +196,8 @@ class Evidence:
     def _image(known: _Host, image_id: str, now: float) -> _Image:
         """Return what is known of an image, anew where its last failure is long ago: it may have come since."""
         image = known.images.get(image_id)
-        if image is None or now - image.last_failed_at > IN_A_ROW_S:
+        has_failed = image is not None and image.tries > 0
+        if image is None or not has_failed or now - image.last_failed_at > IN_A_ROW_S:
             image = _Image(now, now, known.served)
             known.images[image_id] = image
         known.images.move_to_end(image_id)

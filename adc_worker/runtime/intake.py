@@ -42,6 +42,8 @@ STOP_CHECK_S = 0.5
 SAVES_CHECK_S = 0.1  # between two attempts to fetch while the saves allow no more
 # A turn in which nothing is left but images to be tried again later ends, unless one of them is due so soon.
 WAIT_IN_TURN_S = 2.0
+# Chosen: of a lease, the time until an image for which other programs left no memory of the GPU is tried again.
+GPU_MEMORY_RETRY_SHARE = 1 / 15
 RETRY_JITTER = (0.75, 1.0)  # of the time until another attempt: images that failed together are not all due at once
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
@@ -237,7 +239,7 @@ class Intake:
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
-        self._outcomes.listen(self.wake, self._judge)
+        self._outcomes.listen(self.wake, self._judge, self._try_again_later)
         # A job that was restarted meanwhile leaves files that no task needs; their room on the disk goes with them.
         self._staging.sweep(self._journal.unfinished_ids)
         self._thread.start()
@@ -574,6 +576,23 @@ class Intake:
             self._decide(self._here, held, verdicts.staged_failure(error))
         else:  # the job was restarted meanwhile
             self._outcomes.fail(image.id, image.task, error)
+
+    def _try_again_later(self, image: StagedImage) -> None:
+        """The GPU has no memory for a staged image, because other programs hold it; other images go on meanwhile.
+
+        Its file stays. Once its lease is over the task is given up, unless this is its last delivery.
+        """
+        held = self._journal.held(image.id)
+        if held is None:  # the job was restarted or cancelled meanwhile
+            self._outcomes.give_up(image.id, image.task, "its task is no longer on record")
+            return
+        self._held[held.id] = held
+        if not self._is_ours(held):
+            return
+        due_at = self._evidence.now() + GPU_MEMORY_RETRY_SHARE * self._lease.ack_wait_s
+        self._evidence.postpone(self._here, held.task.image_id, due_at)
+        self._wait(held, due_at)
+        self.wake()
 
     def _decide(self, host: str, held: HeldTask, failure: Failure) -> None:
         seen = self._evidence.failed(host, held.task.image_id, failure)

@@ -56,13 +56,13 @@ class JobOutcomes:
     def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
         self._job_id = job_id
         self._log = _log.bind(job_id=job_id)
-        self._job_id = job_id
         self._journal = journal
         self._staging = staging
         self._poster = poster
         self._lock = threading.Lock()
         self._on_settled: Callable[[], None] | None = None
         self._judge: Callable[[StagedImage, ImageError], None] | None = None
+        self._try_again_later: Callable[[StagedImage], None] | None = None
         self.done = 0
         self.detections = 0
         self.truncated = 0
@@ -84,10 +84,18 @@ class JobOutcomes:
         return self.done + self.failed.total() + self.given_up
 
     def listen(
-        self, on_settled: Callable[[], None] | None, judge: Callable[[StagedImage, ImageError], None] | None = None
+        self,
+        on_settled: Callable[[], None] | None,
+        judge: Callable[[StagedImage, ImageError], None] | None = None,
+        try_again_later: Callable[[StagedImage], None] | None = None,
     ) -> None:
-        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails."""
-        self._on_settled, self._judge = on_settled, judge
+        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails.
+
+        `try_again_later` takes back a staged image for which the GPU has no memory now.
+        """
+        self._on_settled = on_settled
+        self._judge = judge
+        self._try_again_later = try_again_later
 
     def may_take_more(self) -> bool:
         """Whether what is fetched now can be recorded and posted: the journal is writable, the job not refused."""
@@ -133,8 +141,13 @@ class JobOutcomes:
             self.fail(image.id, image.task, error)
 
     def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
-        """An image cannot be inferred for want of memory that other programs hold."""
-        self.give_up(image.id, image.task, str(error))
+        """An image cannot be inferred now, for want of memory that other programs hold: that is no outcome.
+
+        Its task and its file stay where they are, for another attempt in this turn or in the job's next.
+        """
+        self._log.warning("image_waits_for_gpu_memory", image_id=image.task.image_id, error=str(error))
+        if self._try_again_later is not None:
+            self._try_again_later(image)
 
     def fail_struck_out(self) -> None:
         """Make errors of the images that ended the worker twice."""

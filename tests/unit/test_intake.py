@@ -18,6 +18,7 @@ from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
 from adc_worker.errors import (
     AddressRefused,
+    DeviceMemoryShort,
     HostUnreachable,
     ImageError,
     ImageMissing,
@@ -414,6 +415,48 @@ def test_an_image_that_cannot_be_decoded_while_others_can_gets_its_error(jobs: C
             intake.pace(1.0)
     assert (job.outcomes.done, dict(job.outcomes.failed)) == (5, {"ImageUnreadable": 1})
     assert job.images.asked[task(1).image_url] == 1, "its file is here"
+
+
+@pytest.mark.parametrize("delivery", [1, 2])
+def test_an_image_for_which_the_gpu_has_no_memory_is_tried_again_later(jobs: Callable[..., Job], delivery: int) -> None:
+    """Its file stays and others go on; that other programs hold the memory is no outcome."""
+    job = jobs()
+    short = task(1) if delivery == 1 else second_delivery(1)
+    intake = job.start_with([short, task(2)])
+    (image,) = _staged(intake, 1)
+    assert image.task.image_id == "1"
+    for _attempt in range(2):
+        job.outcomes.leave_staged(image, DeviceMemoryShort("other programs hold the memory"))
+        job.infer_all()
+        assert image.path.exists()
+        assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0)
+        assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["1"]
+        assert intake.due_in_s > 0, "it is not tried again at once"
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        intake = job.start_with([])
+        (image,) = _staged(intake, 1)
+    job.outcomes.succeed([ImageResult(image.id, [result(1)], detections=0, truncated=False)])
+    assert job.infer_all() == []
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (1, 0, 0)
+    assert job.images.asked[short.image_url] == 1
+
+
+def test_an_image_without_memory_of_the_gpu_is_given_up_only_when_another_worker_gets_it(
+    jobs: Callable[..., Job],
+) -> None:
+    """Its lease is over and more deliveries follow; the last delivery is kept."""
+    job = jobs()
+    intake = job.start_with([task(1), second_delivery(2)])
+    images = _staged(intake, 2)
+    job.lease.ack_wait_s = 0.001
+    leases = job.journal.unfinished(JOB)
+    wait_until(lambda: all(job.lease.left_s(one.fetched_at, lease_clock()) < 0 for one in leases))
+    for image in images:
+        job.outcomes.leave_staged(image, DeviceMemoryShort("other programs hold the memory"))
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
+    assert job.infer_all() == ["2"]
+    assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 1)
 
 
 def test_one_image_that_its_host_refuses_is_its_own_fault_and_holds_nothing_up(jobs: Callable[..., Job]) -> None:
