@@ -5,6 +5,7 @@ For images that may crash a decoder, and for jobs whose inference decode threads
 
 from __future__ import annotations
 
+import errno
 import json
 import queue
 import signal
@@ -131,6 +132,8 @@ class ProcessEngine(ThreadEngine):
             except subprocess.CalledProcessError as died:
                 process = self._replace(process)
                 code = died.returncode
+                if code >= 0 and not path.exists():
+                    raise FileNotFoundError(errno.ENOENT, "the staged file is gone", str(path)) from None
                 if code >= 0:  # an exception, told on stderr; as in a decode thread it is ours, not the image's
                     raise WorkerFault(str(died)) from None
                 # Beside other decodes, whose memory it was says nothing.

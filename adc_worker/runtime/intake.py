@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.antenna.wire import JobState, Task
-from adc_worker.errors import AntennaError, ImageError, ImageUrlUnusable, LinkError, StagedFileLost, StagingFull
+from adc_worker.errors import (
+    AntennaError,
+    DeviceMemoryShort,
+    ImageError,
+    ImageUrlUnusable,
+    LinkError,
+    StagedFileLost,
+    StagingFull,
+)
 from adc_worker.ingest.addresses import image_host
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
@@ -241,7 +249,7 @@ class Intake:
     def start(self) -> None:
         self._outcomes.listen(self.wake, self._judge, self._try_again_later)
         # A job that was restarted meanwhile leaves files that no task needs; their room on the disk goes with them.
-        self._staging.sweep(self._journal.unfinished_ids)
+        self._staging.discard_forgotten(self._journal.unfinished_ids)
         self._thread.start()
 
     @property
@@ -577,10 +585,11 @@ class Intake:
         else:  # the job was restarted meanwhile
             self._outcomes.fail(image.id, image.task, error)
 
-    def _try_again_later(self, image: StagedImage) -> None:
-        """The GPU has no memory for a staged image, because other programs hold it; other images go on meanwhile.
+    def _try_again_later(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None:
+        """A staged image cannot be inferred now, for no reason of its own; other images go on meanwhile.
 
-        Its file stays. Once its lease is over the task is given up, unless this is its last delivery.
+        Without memory of the GPU it waits, and its file stays. Without its file it is downloaded again at once.
+        When its lease is over the task is given up, unless this is its last delivery.
         """
         held = self._journal.held(image.id)
         if held is None:  # the job was restarted or cancelled meanwhile
@@ -589,8 +598,10 @@ class Intake:
         self._held[held.id] = held
         if not self._is_ours(held):
             return
-        due_at = self._evidence.now() + GPU_MEMORY_RETRY_SHARE * self._lease.ack_wait_s
-        self._evidence.postpone(self._here, held.task.image_id, due_at)
+        due_at = self._evidence.now()
+        if isinstance(error, DeviceMemoryShort):
+            due_at += GPU_MEMORY_RETRY_SHARE * self._lease.ack_wait_s
+            self._evidence.postpone(self._here, held.task.image_id, due_at)
         self._wait(held, due_at)
         self.wake()
 

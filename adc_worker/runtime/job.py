@@ -309,7 +309,9 @@ class _JobRun:
             loaded = governor.plan
             self.context.share.claim(loaded.peak_bytes, busy=True)
             staged, outcomes = self.intake.staged, self.outcomes
-            made = build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin, self._has_memory_for)
+            made = build_dataloader(
+                loaded, staged, outcomes.fail_staged, outcomes.begin, self._has_memory_for, outcomes.leave_staged
+            )
             with closing(made) as loader:
                 loaded = self._feed(loader, governor, begun)
 

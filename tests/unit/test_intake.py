@@ -26,6 +26,7 @@ from adc_worker.errors import (
     ImageUnreadable,
     LinkError,
     NotAnImage,
+    StagedFileLost,
 )
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
@@ -457,6 +458,30 @@ def test_an_image_without_memory_of_the_gpu_is_given_up_only_when_another_worker
     assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
     assert job.infer_all() == ["2"]
     assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 1)
+
+
+def test_a_staged_image_whose_file_is_gone_is_downloaded_again(jobs: Callable[..., Job]) -> None:
+    """Another worker of the journal, or somebody else, removed it; a task that is on record no more is dropped."""
+    job = jobs()
+    intake = job.start(tasks=2, downloads=1)
+    images = _staged(intake, 2)
+    job.journal.forget([images[1].id])
+    for image in images:
+        image.path.unlink()
+        job.outcomes.leave_staged(image, StagedFileLost("the staged file is gone"))
+    assert job.infer_all() == ["1"]
+    assert job.images.asked[task(1).image_url] == 2
+    assert job.outcomes.failed.total() == 0
+
+
+def test_a_turn_removes_no_file_of_another_worker_of_its_journal(jobs: Callable[..., Job]) -> None:
+    """A job that was cancelled is off the record before the other worker hears of it."""
+    job = jobs()
+    other = StagingArea(job.folder / "staging", job.images, 1_000_000)
+    image = other.stage(999, task(999), lambda: False)
+    job.start(tasks=1, downloads=1)
+    assert job.infer_all() == ["1"]
+    assert image.path.exists()
 
 
 def test_one_image_that_its_host_refuses_is_its_own_fault_and_holds_nothing_up(jobs: Callable[..., Job]) -> None:
