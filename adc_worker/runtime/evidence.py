@@ -42,6 +42,7 @@ class _Image:
 @dataclass(slots=True)
 class _Host:
     served: int = 0
+    served_last: OrderedDict[str, int] = field(default_factory=OrderedDict)  # the last different images: what number
     failing: set[str] = field(default_factory=set)  # since it last served an image
     unanswered: int = 0
     recovered_at: float = -math.inf  # when it was last seen to answer differently for one image
@@ -77,7 +78,7 @@ class Evidence:
                 at_s=now,
                 tries=image.tries,
                 failing_s=now - image.first_failed_at,
-                others_served=known.served - image.served_before,
+                others_served=sum(number > image.served_before for number in known.served_last.values()),
                 images_failing=len(known.failing),
                 unanswered=known.unanswered,
                 has_served=known.served > 0,
@@ -105,6 +106,10 @@ class Evidence:
         with self._lock:
             known = self._host(host)
             known.served += 1
+            known.served_last[image_id] = known.served
+            known.served_last.move_to_end(image_id)
+            while len(known.served_last) > SHOWN_SERVED:  # more than that show nothing more
+                known.served_last.popitem(last=False)
             if url:
                 known.controls[image_id] = url
                 known.controls.move_to_end(image_id)

@@ -6,6 +6,7 @@ Decides nothing about memory or batches; what it stages goes to a queue that has
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 import threading
@@ -56,6 +57,9 @@ RETRY_JITTER = (0.75, 1.0)  # of the time until another attempt: images that fai
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
 FETCH_GRACE_S = 10.0  # a worker that stops waits so long for a fetch under way: its tasks would be lost
+
+
+_success_numbers = itertools.count()  # of this process: one of another turn or job is another image
 
 
 @dataclass(frozen=True, slots=True)
@@ -623,9 +627,12 @@ class Intake:
     def _ask_for_others(self, host: str, held: HeldTask, count: int) -> None:
         """See whether a host still serves images that came before: this one may be the last of its job.
 
-        All of them count, or none: one that does not come now shows that the host's answers change.
+        All of them count, or none: one that does not come now shows that the host's answers change. Where fewer came
+        before, they could not show enough, and the last delivery decides.
         """
         controls = self._evidence.controls(host, count)
+        if len(controls) < count:
+            return
         try:
             all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
         except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
@@ -661,10 +668,15 @@ class Intake:
             heapq.heappush(self._waiting, (due_at, held.id, held))
 
     def _note_success(self) -> None:
-        """Tell of images that were inferred since this was last asked; each is another one."""
-        done = self._outcomes.done
-        for number in range(self._done_before, done):
-            self._evidence.came(self._here, f"{self._job_id}/{number}")
-        if done > self._done_before:
+        """Tell of images that were inferred since this was last asked; each is another one.
+
+        The threads that decode and the one that infers come here.
+        """
+        with self._lock:
+            done = self._outcomes.done
+            new = done - self._done_before
             self._done_before = done
+        for _image in range(new):
+            self._evidence.came(self._here, f"success {next(_success_numbers)}")
+        if new > 0:
             self._unpark(self._here)

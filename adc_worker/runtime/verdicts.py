@@ -89,7 +89,7 @@ class Seen:
         at_s: when that was, on the evidence's clock.
         tries: failures of this image in a row.
         failing_s: seconds since the first of them.
-        others_served: images that the host served since then.
+        others_served: different images that the host served since then, counted up to SHOWN_SERVED.
         images_failing: different images that failed since the host last served one.
         unanswered: attempts in a row, of whatever image, that brought no answer of the host.
         has_served: whether the host ever served an image to this process; of decoder and model, whether one succeeded.
@@ -227,13 +227,15 @@ def judge(failure: Failure, lease: LeaseView, seen: Seen) -> Verdict:
 def controls_wanted(failure: Failure, seen: Seen) -> int:
     """Return how many images that came before should be asked for again, to see whether their host still serves any.
 
-    The last images of a job have no others behind them that could show that they alone are at fault.
+    The last images of a job have no others behind them that could show that they alone are at fault. All of them are
+    asked for: one that came since the first failure already counts once, however often it comes.
     """
     row = TABLE[failure.kind]
     can_be_asked = row.by_others and not row.by_repetition and not row.of_this_machine
     is_open = can_be_asked and not seen.host_at_fault
     is_time = seen.tries >= CONTROL_TRIES and seen.tries % SHOWN_TRIES == 0
-    return max(0, SHOWN_SERVED - seen.others_served) if is_open and is_time else 0
+    is_needed = seen.others_served < SHOWN_SERVED
+    return SHOWN_SERVED if is_open and is_time and is_needed else 0
 
 
 def judge_url(error: ImageUrlUnusable) -> Verdict:

@@ -519,6 +519,23 @@ def test_the_last_image_of_a_job_is_held_against_others_that_came_before(
     assert list((job.folder / "staging").iterdir()) == []
 
 
+def test_an_image_is_not_held_against_one_other_that_is_asked_for_often(jobs: Callable[..., Job]) -> None:
+    """With one image that came before, a refusal waits for the last delivery, however often it is repeated."""
+    job = jobs()
+    job.evidence = Evidence(lambda: 200 * time.monotonic())  # minutes are over in seconds
+    bad = task(2).image_url
+    job.images.lasting[bad] = ImageRefused("403")
+    job.start(tasks=2, downloads=1)
+    assert job.infer_all() == ["1"]
+    while job.images.asked[bad] < 13 and job.journal.unfinished(JOB):
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        job.start_with([])
+        assert job.infer_all() == []
+    assert job.outcomes.failed.total() == 0
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
+
+
 @pytest.mark.parametrize("answer", [ImageMissing("404"), NotAnImage("a page"), ImageRefused("403"), LinkError("503")])
 def test_a_host_that_serves_no_image_is_at_fault_and_none_of_its_images(
     jobs: Callable[..., Job], answer: Exception

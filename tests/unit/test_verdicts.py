@@ -221,7 +221,7 @@ def test_others_are_asked_for_again_where_an_image_is_the_last_of_its_job() -> N
     last = replace(AGAIN, tries=6, others_served=1)
     wanted = {kind: controls_wanted(failure(kind), last) for kind in ERRORS}
     asking = {Kind.PAGE, Kind.REFUSED}
-    assert wanted == {kind: 2 if kind in asking else 0 for kind in ERRORS}
+    assert wanted == {kind: 3 if kind in asking else 0 for kind in ERRORS}
     page = failure(Kind.PAGE)
     others = [
         replace(last, tries=5), replace(last, tries=7), replace(last, others_served=3), replace(last, images_failing=5)
