@@ -28,7 +28,7 @@ _log = get_logger(__name__)
 
 # A death of the process's own making is evidence against the image; a kill from outside is not.
 _OWN_DEATHS = frozenset({-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE})
-STRIKES = 2  # design, "The journal": two strikes make an error result
+STRIKES = 2  # deaths of its decoder that make an error result of an image
 KILLS_MAX = 10  # of one image's decoders by another's hand: then something on this machine is set on it
 
 
