@@ -13,7 +13,8 @@ from adc_worker.log import get_logger
 _log = get_logger(__name__)
 
 # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>, named as Antenna does
-# (docs/antenna.md, "Taking tasks"). Strict, because what matches is also published to; numbers are such as SQLite can store.
+# (docs/antenna.md, "Taking tasks"). Strict, because what matches is also published to; numbers are such as SQLite can
+# store.
 _SUBJECT = re.compile(
     r"\$JS\.ACK\.job_(\d{1,18})\.job-\1-consumer\.(\d{1,18})\.(\d{1,18})\.\d{1,18}\.([1-8]?\d{1,18})\.(\d{1,18})",
     re.ASCII,
@@ -201,7 +202,9 @@ class ArrivalWatch:
 
 
 class SaveWatch:
-    """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (docs/antenna.md, "Returning results").
+    """How fast Antenna saves what this worker posts, from a job's counters.
+
+    Accepted is not saved (docs/antenna.md, "Returning results").
 
     The counters are those of the job: what peers post is counted, too, so that the rate of a job that several workers
     share is known as a whole, and what waits of ours is known as too little.

@@ -278,6 +278,11 @@ class Intake:
         self._note_success()
         return self._evidence.has_served(self._here)
 
+    @property
+    def has_no_more(self) -> bool:
+        """Whether no other image of the job is left here that could show whether decoder and model are well."""
+        return self.ended_empty and self.parked == 0
+
     def apply(self, limits: IntakeLimits) -> None:
         self._limits, self._probing = limits, False
         self.wake()

@@ -460,6 +460,20 @@ def test_an_image_without_memory_of_the_gpu_is_given_up_only_when_another_worker
     assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 1)
 
 
+@pytest.mark.parametrize("host_fails", [False, True])
+def test_it_is_known_whether_other_images_are_left_that_could_show_that_the_worker_is_well(
+    jobs: Callable[..., Job], *, host_fails: bool
+) -> None:
+    """Those that wait for their host are left; what is on record from before counts only where none is."""
+    job = jobs()
+    if host_fails:
+        job.images.lasting[task(1).image_url] = LinkError("503")
+    intake = job.start(tasks=1, downloads=1)
+    assert not intake.has_no_more
+    job.infer_all()
+    assert intake.has_no_more is not host_fails
+
+
 def test_a_staged_image_whose_file_is_gone_is_downloaded_again(jobs: Callable[..., Job]) -> None:
     """Another worker of the journal, or somebody else, removed it; a task that is on record no more is dropped."""
     job = jobs()
