@@ -21,9 +21,9 @@ AdcError
 │   └── AntennaRejected    the request is wrong, in Antenna's own words: 400, 404, 405, 415
 │       └── AntennaBodyTooLarge 413, from whatever stands on the way: send less at once
 ├── StagingFull            the disk is full: pause, then try again
-├── DeviceMemoryShort      other programs hold the GPU's memory: leave the task to its lease
+├── DeviceMemoryShort      other programs hold the GPU's memory: try the image again later
 ├── ResultGone             a kept result is not there any more while it is posted: break that post off
-├── StagedFileLost         a staged file is gone, and with it the way to get it again: leave the task to its lease
+├── StagedFileLost         a staged file is gone: download the image again, or leave the task to its lease
 └── WorkerFault            this machine's fault: exit with the code it carries, never an error result
     └── ModelsAway         a store, a disk or a GPU's memory that may come back: the jobs of that pipeline wait
 """
@@ -144,7 +144,7 @@ class ResultGone(AdcError):
 
 
 class StagedFileLost(AdcError):
-    """An image was staged, its file is lost, and what opened its URL was erased then: another delivery brings it."""
+    """An image was staged and its file is lost: it is downloaded again, or comes with another delivery."""
 
 
 class AntennaError(AdcError):

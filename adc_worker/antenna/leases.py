@@ -13,20 +13,21 @@ from adc_worker.log import get_logger
 _log = get_logger(__name__)
 
 # $JS.ACK.<stream>.<consumer>.<delivered>.<stream_seq>.<consumer_seq>.<timestamp_ns>.<pending>, named as Antenna does
-# (contract). Strict, because what matches is also published to; numbers are such as SQLite can store.
+# (docs/antenna.md, "Taking tasks"). Strict, because what matches is also published to; numbers are such as SQLite can
+# store.
 _SUBJECT = re.compile(
     r"\$JS\.ACK\.job_(\d{1,18})\.job-\1-consumer\.(\d{1,18})\.(\d{1,18})\.\d{1,18}\.([1-8]?\d{1,18})\.(\d{1,18})",
     re.ASCII,
 )
 
 # Share of ack_wait that held tasks may fill: the other half covers a batch that takes twice as long as measured
-# and the server's own queue (design, "Leases").
+# and the server's own queue.
 HORIZON_SHARE = 0.5
 ACK_WAIT_MIN_S = 1.0  # the smallest that AMI_ANTENNA_ACK_WAIT_SECONDS takes, too
 # A shorter ack_wait, learnt from redeliveries, is in force for an hour at 300 s and then put to the test again: a true
 # one costs a few second deliveries an hour, a mistake does not last as long as the process.
 CORRECTION_LEASES = 12
-ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed (contract)
+ASSUMED_SAVES_PER_S = 0.5  # until the job's counters tell: half the slowest saving observed
 # Shares of ack_wait: most between two looks at a job whose saves may hold fetching up, the window that the rate is
 # taken from, and how long a result may wait to be saved before the server counts as the slower one.
 LOOK_SHARE, SAVE_WINDOW_SHARE, SAVE_LAG_SHARE = 1 / 150, 1 / 5, 1 / 10
@@ -90,7 +91,7 @@ class LeaseTerms:
     """How long a fetched task is ours, and how often it is handed out: as configured, then as redeliveries show.
 
     Attributes:
-        renewed_at: Unix seconds at which every lease held then began anew; 0 where nothing can extend them.
+        renewed_at: Unix seconds at which all leases held then last began anew together; 0 where they never did.
         configured_s: the ack_wait to go back to.
         corrected_at: Unix seconds of the last correction of ack_wait; 0 when none is in force.
         early_s: age of the last lease that ended before ack_wait; 0 when there was none.
@@ -116,7 +117,7 @@ class LeaseTerms:
     def unproven_limit(self) -> int:
         """How many tasks may be held before any was worked off: ten keep within half of 300 s at up to 15 s an image.
 
-        At least two, the probe's: today's worker needs 2 s an image (measurements).
+        At least two, the probe's: today's worker needs 2 s an image.
         """
         return max(2, min(10, int(self.ack_wait_s / 30)))
 
@@ -201,7 +202,9 @@ class ArrivalWatch:
 
 
 class SaveWatch:
-    """How fast Antenna saves what this worker posts, from a job's counters. Accepted is not saved (contract).
+    """How fast Antenna saves what this worker posts, from a job's counters.
+
+    Accepted is not saved (docs/antenna.md, "Returning results").
 
     The counters are those of the job: what peers post is counted, too, so that the rate of a job that several workers
     share is known as a whole, and what waits of ours is known as too little.

@@ -28,17 +28,28 @@ class LeaseKeeper:
     """A thread with an event loop of its own that extends every lease held, for as long as NATS can be reached.
 
     A lease is held until Antenna has saved the result: its acknowledgement comes last. `held` returns the leases of
-    tasks without an accepted result; `unsaved` looks at Antenna for those accepted and not saved, and may take long.
+    tasks without an accepted result that are known to be good; `held_count` counts these tasks with those whose leases
+    are not known to be. `unsaved` looks at Antenna for those accepted and not saved, and may take long.
+
+    The terms say that all leases began anew only when all of them were extended. Else one that was not would be
+    believed to last, and its next delivery would show a wrong ack_wait.
     """
 
     def __init__(
-        self, url: str, lease: LeaseTerms, held: Callable[[], Sequence[str]], unsaved: Callable[[], Sequence[str]]
+        self,
+        url: str,
+        lease: LeaseTerms,
+        held: Callable[[], Sequence[str]],
+        unsaved: Callable[[], Sequence[str]],
+        held_count: Callable[[], int],
     ) -> None:
         parts = urlsplit(url)
         self._url = url
         self._shown = f"{parts.hostname}:{parts.port or 4222}"  # the URL may carry a password
         self._lease = lease
-        self._held, self._unsaved = held, unsaved
+        self._held = held
+        self._unsaved = unsaved
+        self._held_count = held_count
         self._nats = Client()
         self._warned = False
         self._loop = asyncio.new_event_loop()
@@ -71,10 +82,12 @@ class LeaseKeeper:
             while not closing.done():
                 pause_s, started = self._lease.ack_wait_s / RENEWALS_PER_LEASE, lease_clock()
                 held = await asyncio.to_thread(self._held)
+                held_count = await asyncio.to_thread(self._held_count)
                 if not held:  # leases from before a restart are named once it is known that they are good
                     pause_s = min(RECONNECT_S, pause_s)
                 if await self._publish(held, IN_PROGRESS):
-                    if held:
+                    extended = [subject for subject in held if parse_reply_subject(subject)]
+                    if extended and len(extended) == held_count:
                         self._lease.renewed_at = started
                     await self._publish(await asyncio.to_thread(self._unsaved), IN_PROGRESS)
                 else:

@@ -5,6 +5,7 @@ For images that may crash a decoder, and for jobs whose inference decode threads
 
 from __future__ import annotations
 
+import errno
 import json
 import queue
 import signal
@@ -27,7 +28,7 @@ _log = get_logger(__name__)
 
 # A death of the process's own making is evidence against the image; a kill from outside is not.
 _OWN_DEATHS = frozenset({-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE})
-STRIKES = 2  # design, "The journal": two strikes make an error result
+STRIKES = 2  # deaths of its decoder that make an error result of an image
 KILLS_MAX = 10  # of one image's decoders by another's hand: then something on this machine is set on it
 
 
@@ -131,6 +132,8 @@ class ProcessEngine(ThreadEngine):
             except subprocess.CalledProcessError as died:
                 process = self._replace(process)
                 code = died.returncode
+                if code >= 0 and not path.exists():
+                    raise FileNotFoundError(errno.ENOENT, "the staged file is gone", str(path)) from None
                 if code >= 0:  # an exception, told on stderr; as in a decode thread it is ours, not the image's
                     raise WorkerFault(str(died)) from None
                 # Beside other decodes, whose memory it was says nothing.

@@ -19,7 +19,7 @@ from typing import Self
 import torch
 from torch.utils.data import IterableDataset
 
-from adc_worker.errors import ImageError, ImageTooLarge
+from adc_worker.errors import ImageError, ImageTooLarge, StagedFileLost
 from adc_worker.ingest.arena import Arena, Region
 from adc_worker.ingest.decode import DecodeEngine, DecodeReport
 from adc_worker.ingest.header import ImageHeader
@@ -91,6 +91,8 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
 
     An image that needs more memory than the plan holds runs alone, and only once `has_memory_for` says that so many
     bytes can be had at the moment; until then it waits in the queue, and the others go on.
+
+    `on_lost` takes back an image whose staged file is gone; without it that ends the feeder.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         isolate: Callable[[], DecodeEngine],
         has_memory_for: Callable[[int], bool] = lambda _needed_bytes: True,
         *,
+        on_lost: Callable[[StagedImage, StagedFileLost], None] | None = None,
         memory_look_s: float = MEMORY_LOOK_S,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -115,6 +118,7 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
         self._on_admit = on_admit
         self._isolate = isolate
         self._has_memory_for = has_memory_for
+        self._on_lost = on_lost
         self._memory_look_s = memory_look_s
         self._now = now  # the clock of `StagedImage.staged_at`
         self._look_again_at: dict[int, float] = {}  # monotonic seconds, by image: those that wait for memory
@@ -376,6 +380,8 @@ class BatchFeeder(IterableDataset[DecodedBatch]):
                 self._put_back(image)
             elif isinstance(error, ImageError):
                 self._on_failure(image, error)
+            elif isinstance(error, FileNotFoundError) and self._on_lost is not None:
+                self._on_lost(image, StagedFileLost(str(error)))
             elif error is not None:
                 self._fail(error)
             else:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import torch
 from torch.utils.data import DataLoader
 
-from adc_worker.errors import ImageError
+from adc_worker.errors import ImageError, StagedFileLost
 from adc_worker.ingest.arena import Arena
 from adc_worker.ingest.decode import ThreadEngine
 from adc_worker.ingest.decode_processes import ProcessEngine
@@ -54,10 +54,12 @@ def build_dataloader(
     on_failure: Callable[[StagedImage, ImageError], None],
     on_admit: Callable[[Sequence[StagedImage]], None] = lambda _images: None,
     has_memory_for: Callable[[JobDataLoader, int], bool] = lambda _loader, _needed_bytes: True,
+    on_lost: Callable[[StagedImage, StagedFileLost], None] | None = None,
 ) -> JobDataLoader:
     """Build the loader of a job; whoever takes it closes it.
 
     `on_failure` hears of images that cannot be decoded, from a decode thread; `on_admit` of those that are about to be.
+    `on_lost` takes back those whose staged file is gone.
     `has_memory_for` says of the loader whether so many bytes can be had now, for an image that exceeds the plan.
     """
     made: Future[JobDataLoader] = Future()  # the feeder's thread starts before its loader is there
@@ -77,6 +79,7 @@ def build_dataloader(
         on_admit,
         lambda: ProcessEngine(arena, 1, plan.scratch_bytes),
         has_memory,
+        on_lost=on_lost,
     )
     loader = JobDataLoader(plan, feeder, arena)
     made.set_result(loader)

@@ -258,10 +258,23 @@ class StagingArea:
             leftovers += _named_by_number(self._shared_folder)
             leftovers += self._abandoned()
         for file in leftovers:
-            file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)  # another worker of this host may sweep at the same time
         for _file, task_id in unknown:
+            self._files.pop(task_id, None)
             self.disk.release(task_id)
         return len(leftovers)
+
+    def discard_forgotten(self, known_ids: Callable[[], set[int]]) -> int:
+        """Remove the files of this process whose tasks the journal does not know any more; return how many.
+
+        Files of other workers of the same journal are theirs: they may be decoding them.
+        """
+        ours = list(self._files)  # first: a task is on record before its file exists
+        known = known_ids()
+        forgotten = [task_id for task_id in ours if task_id not in known]
+        for task_id in forgotten:
+            self.discard(task_id)
+        return len(forgotten)
 
     def _abandoned(self) -> list[Path]:
         """Return the files of other journals in which nothing happened for days: Antenna forgets tasks after a day."""
@@ -347,7 +360,15 @@ def _named_by_number(folder: Path) -> list[Path]:
     """
     newest_s = time.time() - ADOPTION_S
     files = [file for file in folder.iterdir() if _FILE_NAME_BY_NUMBER.fullmatch(file.name)]
-    return [file for file in files if file.stat().st_mtime < newest_s]
+    return [file for file in files if _changed_before(file, newest_s)]
+
+
+def _changed_before(file: Path, unix_s: float) -> bool:
+    """Whether a file is there and was changed last before a time; another worker may remove it at any moment."""
+    try:
+        return file.stat().st_mtime < unix_s
+    except FileNotFoundError:
+        return False
 
 
 def _file_name(task_id: int, image_id: str, url: str) -> str:

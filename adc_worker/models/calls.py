@@ -21,8 +21,9 @@ _T = TypeVar("_T")
 ModelAndShape = tuple[str, tuple[int, ...]]  # an algorithm's key and the shape of one item
 
 
-# Chosen: so long a batch waits for memory of the GPU that other programs hold; well below what a watchdog allows it.
-PATIENCE_S = 30.0
+# Chosen: so long a batch waits for memory of the GPU that other programs hold. It is short, because the images behind
+# it wait as long; an image that finds no memory is tried again later.
+PATIENCE_S = 2.0
 _LOOK_S = 1.0
 # What this process takes of a GPU beside torch's allocator: CUDA's context and the libraries' workspaces. Chosen.
 _OWN_CONTEXT_BYTES = 1 << 30
@@ -48,7 +49,7 @@ class DeviceNeighbours:
             held_mb = self.held_bytes() / 1e6
             note = (
                 f"other programs hold {held_mb:.0f} MB of this GPU: the batch waits {PATIENCE_S:.0f} s for it, then"
-                " leaves its image to its lease; stop them, or give this worker a GPU of its own"
+                " its image is tried again later and others go on; stop them, or give this worker a GPU of its own"
             )
             _log.warning("waiting_for_gpu_memory", note=note)
         self.left_s -= _LOOK_S

@@ -30,7 +30,7 @@ IMAGES_MAX = 10_000
 
 @dataclass(slots=True)
 class _Image:
-    """An image that failed last."""
+    """An image that failed last, or that waits for another attempt."""
 
     first_failed_at: float
     last_failed_at: float
@@ -43,6 +43,7 @@ class _Image:
 @dataclass(slots=True)
 class _Host:
     served: int = 0
+    served_last: OrderedDict[str, int] = field(default_factory=OrderedDict)  # the last different images: what number
     failing: set[str] = field(default_factory=set)  # since it last served an image
     unanswered: int = 0
     recovered_at: float = -math.inf  # when it was last seen to answer differently for one image
@@ -80,9 +81,10 @@ class Evidence:
                 at_s=now,
                 tries=image.tries,
                 failing_s=now - image.first_failed_at,
-                others_served=known.served - image.served_before,
+                others_served=sum(number > image.served_before for number in known.served_last.values()),
                 images_failing=len(known.failing),
                 unanswered=known.unanswered,
+                has_served=known.served > 0,
                 recovered_s=now - known.recovered_at,
             )
             newly_at_fault = seen.host_at_fault and known.at_fault is None
@@ -109,6 +111,10 @@ class Evidence:
         with self._lock:
             known = self._host(host)
             known.served += 1
+            known.served_last[image_id] = known.served
+            known.served_last.move_to_end(image_id)
+            while len(known.served_last) > SHOWN_SERVED:  # more than that show nothing more
+                known.served_last.popitem(last=False)
             if url:
                 known.controls[image_id] = url
                 known.controls.move_to_end(image_id)
@@ -162,12 +168,13 @@ class Evidence:
             return None
 
     def postpone(self, host: str, image_id: str, at_s: float) -> None:
-        """Remember when an image is to be tried again: the job may have another turn by then."""
+        """Remember when an image is to be tried again, also one that has not failed: the job may have another turn."""
         with self._lock:
-            known = self._hosts.get(host)
-            image = known.images.get(image_id) if known is not None else None
-            if image is not None:
-                image.retry_at = at_s
+            known = self._host(host)
+            image = known.images.get(image_id)
+            if image is None:
+                image = self._image(known, image_id, self.now())
+            image.retry_at = at_s
 
     def own_retry_at(self, host: str, image_id: str) -> float:
         """Return when an image is to be tried again, whatever the state of its host."""
@@ -206,7 +213,8 @@ class Evidence:
     def _image(known: _Host, image_id: str, now: float) -> _Image:
         """Return what is known of an image, anew where its last failure is long ago: it may have come since."""
         image = known.images.get(image_id)
-        if image is None or now - image.last_failed_at > IN_A_ROW_S:
+        has_failed = image is not None and image.tries > 0
+        if image is None or not has_failed or now - image.last_failed_at > IN_A_ROW_S:
             image = _Image(now, now, known.served)
             known.images[image_id] = image
         known.images.move_to_end(image_id)

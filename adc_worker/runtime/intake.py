@@ -6,6 +6,7 @@ Decides nothing about memory or batches; what it stages goes to a queue that has
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 import threading
@@ -17,7 +18,15 @@ from dataclasses import dataclass, replace
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.leases import ArrivalWatch, LeaseTerms, SaveWatch, lease_clock, parse_reply_subject
 from adc_worker.antenna.wire import JobState, Task
-from adc_worker.errors import AntennaError, ImageError, ImageUrlUnusable, LinkError, StagedFileLost, StagingFull
+from adc_worker.errors import (
+    AntennaError,
+    DeviceMemoryShort,
+    ImageError,
+    ImageUrlUnusable,
+    LinkError,
+    StagedFileLost,
+    StagingFull,
+)
 from adc_worker.ingest.addresses import image_host
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.staging import StagedImage, StagedQueue, StagingArea
@@ -42,10 +51,15 @@ STOP_CHECK_S = 0.5
 SAVES_CHECK_S = 0.1  # between two attempts to fetch while the saves allow no more
 # A turn in which nothing is left but images to be tried again later ends, unless one of them is due so soon.
 WAIT_IN_TURN_S = 2.0
+# Chosen: of a lease, the time until an image for which other programs left no memory of the GPU is tried again.
+GPU_MEMORY_RETRY_SHARE = 1 / 15
 RETRY_JITTER = (0.75, 1.0)  # of the time until another attempt: images that failed together are not all due at once
 EMPTY_RETRY_FIRST_S, EMPTY_RETRY_MAX_S = 2.0, 60.0  # an empty answer takes Antenna 0.6 s and may mean six things
 WIND_DOWN_MAX_S = 60.0  # a turn that is over finishes what is in hand; an image host that fails must not prolong it
 FETCH_GRACE_S = 10.0  # a worker that stops waits so long for a fetch under way: its tasks would be lost
+
+
+_success_numbers = itertools.count()  # of this process: one of another turn or job is another image
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +251,9 @@ class Intake:
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
-        self._outcomes.listen(self.wake, self._judge)
+        self._outcomes.listen(self.wake, self._judge, self._try_again_later)
         # A job that was restarted meanwhile leaves files that no task needs; their room on the disk goes with them.
-        self._staging.sweep(self._journal.unfinished_ids)
+        self._staging.discard_forgotten(self._journal.unfinished_ids)
         self._thread.start()
 
     @property
@@ -263,6 +277,11 @@ class Intake:
         """Whether this process has decoded and inferred an image with the job's pipeline."""
         self._note_success()
         return self._evidence.has_served(self._here)
+
+    @property
+    def has_no_more(self) -> bool:
+        """Whether no other image of the job is left here that could show whether decoder and model are well."""
+        return self.ended_empty and self.parked == 0
 
     def apply(self, limits: IntakeLimits) -> None:
         self._limits, self._probing = limits, False
@@ -575,6 +594,26 @@ class Intake:
         else:  # the job was restarted meanwhile
             self._outcomes.fail(image.id, image.task, error)
 
+    def _try_again_later(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None:
+        """A staged image cannot be inferred now, for no reason of its own; other images go on meanwhile.
+
+        Without memory of the GPU it waits, and its file stays. Without its file it is downloaded again at once.
+        When its lease is over the task is given up, unless this is its last delivery.
+        """
+        held = self._journal.held(image.id)
+        if held is None:  # the job was restarted or cancelled meanwhile
+            self._outcomes.give_up(image.id, image.task, "its task is no longer on record")
+            return
+        self._held[held.id] = held
+        if not self._is_ours(held):
+            return
+        due_at = self._evidence.now()
+        if isinstance(error, DeviceMemoryShort):
+            due_at += GPU_MEMORY_RETRY_SHARE * self._lease.ack_wait_s
+            self._evidence.postpone(self._here, held.task.image_id, due_at)
+        self._wait(held, due_at)
+        self.wake()
+
     def _decide(self, host: str, held: HeldTask, failure: Failure) -> None:
         seen = self._evidence.failed(host, held.task.image_id, failure)
         verdict = verdicts.judge(failure, self._lease_view(held), seen)
@@ -602,9 +641,12 @@ class Intake:
     def _others_come(self, host: str, held: HeldTask, count: int) -> bool:
         """See whether a host still serves images that came before: this one may be the last of its job.
 
-        All of them count, or none: one that does not come now shows that the host's answers change.
+        All of them count, or none: one that does not come now shows that the host's answers change. Where fewer came
+        before, they could not show enough, and the last delivery decides.
         """
         controls = self._evidence.controls(host, count)
+        if len(controls) < count:
+            return False
         try:
             all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
         except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
@@ -641,10 +683,15 @@ class Intake:
             heapq.heappush(self._waiting, (due_at, held.id, held))
 
     def _note_success(self) -> None:
-        """Tell of images that were inferred since this was last asked; each is another one."""
-        done = self._outcomes.done
-        for number in range(self._done_before, done):
-            self._evidence.came(self._here, f"{self._job_id}/{number}")
-        if done > self._done_before:
+        """Tell of images that were inferred since this was last asked; each is another one.
+
+        The threads that decode and the one that infers come here.
+        """
+        with self._lock:
+            done = self._outcomes.done
+            new = done - self._done_before
             self._done_before = done
+        for _image in range(new):
+            self._evidence.came(self._here, f"success {next(_success_numbers)}")
+        if new > 0:
             self._unpark(self._here)

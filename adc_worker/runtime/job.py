@@ -270,8 +270,13 @@ class _JobRun:
             self._end_struck_out()
 
     def _end_struck_out(self) -> None:
-        """Make errors of images that ended the worker, once another image shows that machine and model are sound."""
-        if self.intake.worker_is_proven or self.outcomes.job_has_succeeded():
+        """Make errors of images that ended the worker, once another image shows that machine and model are sound.
+
+        This process shows it by other images of the job. Where none is left for that, a result on record of an earlier
+        image of the job does, or the job would never end.
+        """
+        is_shown_before = self.intake.has_no_more and self.outcomes.job_has_succeeded()
+        if self.intake.worker_is_proven or is_shown_before:
             self.outcomes.fail_struck_out()
         else:
             self.outcomes.give_up_struck_out(self.context.lease)
@@ -309,7 +314,9 @@ class _JobRun:
             loaded = governor.plan
             self.context.share.claim(loaded.peak_bytes, busy=True)
             staged, outcomes = self.intake.staged, self.outcomes
-            made = build_dataloader(loaded, staged, outcomes.fail_staged, outcomes.begin, self._has_memory_for)
+            made = build_dataloader(
+                loaded, staged, outcomes.fail_staged, outcomes.begin, self._has_memory_for, outcomes.leave_staged
+            )
             with closing(made) as loader:
                 loaded = self._feed(loader, governor, begun)
 

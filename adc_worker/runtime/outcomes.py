@@ -10,7 +10,7 @@ from typing import Protocol
 
 from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import SuccessResult, Task, error_result
-from adc_worker.errors import DeviceMemoryShort, ImageError, WorkerFault
+from adc_worker.errors import DeviceMemoryShort, ImageError, StagedFileLost, WorkerFault
 from adc_worker.host.memory import oom_kills
 from adc_worker.ingest.staging import StagedImage, StagingArea
 from adc_worker.journal.journal import Journal
@@ -19,6 +19,8 @@ from adc_worker.log import get_logger
 from adc_worker.redaction import knowing, public_url, redact
 
 _log = get_logger(__name__)
+
+_TakeBack = Callable[[StagedImage, DeviceMemoryShort | StagedFileLost], None]
 
 STRUCK_OUT_MAX = 3  # images in a row that end the worker alike, none between them succeeding, point to the machine
 
@@ -40,7 +42,7 @@ class Outcomes(Protocol):
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None: ...
     def succeed(self, results: Sequence[ImageResult]) -> None: ...
     def fail_staged(self, image: StagedImage, error: ImageError) -> None: ...
-    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None: ...
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None: ...
 
 
 class JobOutcomes:
@@ -56,13 +58,13 @@ class JobOutcomes:
     def __init__(self, job_id: int, journal: Journal, staging: StagingArea, poster: Poster) -> None:
         self._job_id = job_id
         self._log = _log.bind(job_id=job_id)
-        self._job_id = job_id
         self._journal = journal
         self._staging = staging
         self._poster = poster
         self._lock = threading.Lock()
         self._on_settled: Callable[[], None] | None = None
         self._judge: Callable[[StagedImage, ImageError], None] | None = None
+        self._try_again_later: _TakeBack | None = None
         self.done = 0
         self.detections = 0
         self.truncated = 0
@@ -84,10 +86,18 @@ class JobOutcomes:
         return self.done + self.failed.total() + self.given_up
 
     def listen(
-        self, on_settled: Callable[[], None] | None, judge: Callable[[StagedImage, ImageError], None] | None = None
+        self,
+        on_settled: Callable[[], None] | None,
+        judge: Callable[[StagedImage, ImageError], None] | None = None,
+        try_again_later: _TakeBack | None = None,
     ) -> None:
-        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails."""
-        self._on_settled, self._judge = on_settled, judge
+        """Call `on_settled` after every outcome; `judge` says whose fault it is that a staged image fails.
+
+        `try_again_later` takes back a staged image that cannot be inferred now.
+        """
+        self._on_settled = on_settled
+        self._judge = judge
+        self._try_again_later = try_again_later
 
     def may_take_more(self) -> bool:
         """Whether what is fetched now can be recorded and posted: the journal is writable, the job not refused."""
@@ -132,9 +142,15 @@ class JobOutcomes:
         else:
             self.fail(image.id, image.task, error)
 
-    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
-        """An image cannot be inferred for want of memory that other programs hold."""
-        self.give_up(image.id, image.task, str(error))
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None:
+        """An image cannot be inferred now, for a reason that lies in this machine: that is no outcome.
+
+        Other programs hold the GPU's memory, or its staged file is gone. Its task stays on record, and its file where
+        it is, for another attempt in this turn or in the job's next.
+        """
+        self._log.warning("image_tried_again_later", image_id=image.task.image_id, error=str(error))
+        if self._try_again_later is not None:
+            self._try_again_later(image, error)
 
     def fail_struck_out(self) -> None:
         """Make errors of the images that ended the worker twice."""

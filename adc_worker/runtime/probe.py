@@ -11,7 +11,7 @@ import torch
 
 from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.wire import Capture
-from adc_worker.errors import AntennaError, ImageError, ImageTooLarge
+from adc_worker.errors import AntennaError, ImageError, ImageTooLarge, StagedFileLost
 from adc_worker.host.budget import HostBudget
 from adc_worker.host.memory import PeakResidentMemory
 from adc_worker.ingest.arena import Arena, Region
@@ -87,6 +87,9 @@ def probe(
             continue
         except ImageError as error:
             outcomes.fail_staged(image, error)
+            continue
+        except FileNotFoundError as error:
+            outcomes.leave_staged(image, StagedFileLost(str(error)))
             continue
         probes.append(measured)
         downloaded.append(image)

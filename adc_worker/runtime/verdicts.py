@@ -89,9 +89,10 @@ class Seen:
         at_s: when that was, on the evidence's clock.
         tries: failures of this image in a row.
         failing_s: seconds since the first of them.
-        others_served: images that the host served since then.
+        others_served: different images that the host served since then, counted up to SHOWN_SERVED.
         images_failing: different images that failed since the host last served one.
         unanswered: attempts in a row, of whatever image, that brought no answer of the host.
+        has_served: whether the host ever served an image to this process; of decoder and model, whether one succeeded.
         recovered_s: seconds since an image came that the host had answered otherwise before; infinite when none did.
     """
 
@@ -101,6 +102,7 @@ class Seen:
     others_served: int
     images_failing: int
     unanswered: int
+    has_served: bool
     recovered_s: float = math.inf
 
     @property
@@ -147,14 +149,14 @@ class Row:
         by_others: that the host served others meanwhile, and this image failed again and again.
         by_repetition: that it lasts, while few images of the host fail: the host's word is about the image.
         at_the_end: that it lasts until shortly before the last delivery lapses.
-        while_at_fault: the last also holds while the host is at fault; not so where the "host" is this machine.
+        of_this_machine: the "host" is this machine: at the end, too, it takes evidence that it is well.
     """
 
     at_once: bool = False
     by_others: bool = False
     by_repetition: bool = False
     at_the_end: bool = True
-    while_at_fault: bool = True
+    of_this_machine: bool = False
 
 
 TABLE = {
@@ -163,7 +165,9 @@ TABLE = {
     Kind.BROKEN: Row(by_others=True, by_repetition=True),
     Kind.TOO_LARGE: Row(by_others=True, by_repetition=True),
     Kind.UNDECODABLE: Row(by_others=True, by_repetition=True),
-    Kind.UNINFERABLE: Row(by_others=True, by_repetition=True, while_at_fault=False),
+    # A broken GPU fails at the one image of a small job, too, and for as long as that is repeated. Only what else was
+    # inferred here tells them apart. A decode runs on the CPU and gives the same each time: its repetition is evidence.
+    Kind.UNINFERABLE: Row(by_others=True, of_this_machine=True),
     Kind.PAGE: Row(by_others=True),
     Kind.REFUSED: Row(by_others=True),  # S3 answers 403 for a key that is gone, unless the bucket may be listed
     Kind.EXPIRED: Row(),  # another delivery may bring a fresh URL
@@ -224,15 +228,19 @@ def controls_wanted(failure: Failure, seen: Seen) -> int:
     """Return how many images that came before should be asked for again, to see whether their host still serves any.
 
     The last images of a job have no others behind them that could show that they alone are at fault. Several of them
-    that the host says are missing or broken look like a fault of the host, until it serves others again.
+    that the host says are missing or broken look like a fault of the host, until it serves others again. All of those
+    that came before are asked for: one that came since the first failure already counts once, however often it comes.
     """
     row = TABLE[failure.kind]
+    if row.of_this_machine:
+        return 0
     if seen.host_at_fault:
         is_word_about_image = row.by_others and row.by_repetition
         return SHOWN_SERVED if is_word_about_image else 0
     is_open = row.by_others and not row.by_repetition
     is_time = seen.tries >= CONTROL_TRIES and seen.tries % SHOWN_TRIES == 0
-    return max(0, SHOWN_SERVED - seen.others_served) if is_open and is_time else 0
+    is_needed = seen.others_served < SHOWN_SERVED
+    return SHOWN_SERVED if is_open and is_time and is_needed else 0
 
 
 def judge_url(error: ImageUrlUnusable) -> Verdict:
@@ -270,8 +278,9 @@ def _confirm_s(lease: LeaseView) -> float:
 def _at_the_end(row: Row, failure: Failure, lease: LeaseView, seen: Seen) -> Verdict:
     """Return what follows when another attempt would come too late."""
     error = failure.error
-    postable = row.at_the_end and (row.while_at_fault or not seen.host_at_fault)
-    if not lease.is_last or not postable:
+    is_well = seen.has_served and not seen.host_at_fault
+    is_postable = row.at_the_end and (is_well or not row.of_this_machine)
+    if not lease.is_last or not is_postable:
         return GiveUp(str(error))
     what = "downloadable" if isinstance(error, LinkError) else "readable"
     return Fail(ImageError(f"not {what} in {lease.max_deliver} deliveries: {error}"))

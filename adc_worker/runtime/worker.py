@@ -141,8 +141,8 @@ class WorkerLoop:
         self._memories: dict[int, JobMemory] = {}
         self._poller = JobPoller(self._board, context.client, context.journal, list(self._specs), options.project)
         self._jobs_done = 0
-        url, held = config.antenna_nats_url, context.journal.subjects
-        self._keeper = LeaseKeeper(url.get_secret_value(), context.lease, held, self._unsaved) if url else None
+        url = config.antenna_nats_url
+        self._keeper = self._keep_leases(url.get_secret_value()) if url else None
         self._sizes = CallSizes(config.localization_batch_size, config.classification_batch_size)
 
     def run(self) -> ExitCode:
@@ -252,6 +252,14 @@ class WorkerLoop:
             return ExitCode.MACHINE_FAULT
         _log.info("idle", reason="no job has tasks for this worker, and every result was accepted")
         return ExitCode.OK
+
+    def _keep_leases(self, nats_url: str) -> LeaseKeeper:
+        journal = self._context.journal
+
+        def held_count() -> int:
+            return sum(journal.held_count(job_id) for job_id in journal.job_ids())
+
+        return LeaseKeeper(nats_url, self._context.lease, journal.subjects, self._unsaved, held_count)
 
     def _discard_lost(self) -> None:
         """Remove what is staged of jobs that were cancelled or are over; the journal has forgotten it."""

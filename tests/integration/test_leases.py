@@ -122,7 +122,13 @@ def test_over_nats_a_lease_lasts_until_its_result_is_saved(
         stack.callback(poster.close, 0.0)
         fetch = TaskFetch(job_id, client, journal, poster, lease)
         if extended:
-            stack.enter_context(closing(LeaseKeeper(server.nats_url, lease, journal.subjects, fetch.unsaved)))
+            stack.enter_context(
+                closing(
+                    LeaseKeeper(
+                        server.nats_url, lease, journal.subjects, fetch.unsaved, lambda: journal.held_count(job_id)
+                    )
+                )
+            )
         fetch.begin_turn(answered.set)
         fetch.start(1)
         assert answered.wait(10)
@@ -154,11 +160,31 @@ def test_nothing_is_published_but_to_subjects_of_acknowledgements(serve: Serve) 
     listener.start()
     assert ready.wait(10)
     good = "$JS.ACK.job_1.job-1-consumer.1.1.1.1760000000000000000.0"
-    with closing(LeaseKeeper(server.nats_url, LeaseTerms(), list, list)) as keeper:
+    with closing(LeaseKeeper(server.nats_url, LeaseTerms(), list, list, lambda: 0)) as keeper:
         wait_until(lambda: keeper.hand_back(["orders", f"{good} job.2.tasks 4\r\nPUB orders 0", "$JS.ACK.>", good]))
     enough.set()
     listener.join()
     assert [subject for subject in heard if not subject.startswith(("_INBOX", "$SYS"))] == [good]
+
+
+def test_leases_count_as_extended_only_when_all_of_them_were(serve: Serve) -> None:
+    """One of a stream that was not seen since a restart is not extended, and must not be believed to last."""
+    server = serve()
+    lease = LeaseTerms(1.0)
+    good = "$JS.ACK.job_1.job-1-consumer.1.1.1.1760000000000000000.0"
+    held_count = 2  # one more than is known to be good
+    rounds = 0
+
+    def look() -> list[str]:
+        nonlocal rounds
+        rounds += 1
+        return [good]
+
+    with closing(LeaseKeeper(server.nats_url, lease, look, list, lambda: held_count)):
+        wait_until(lambda: rounds >= 6)
+        assert lease.renewed_at == 0
+        held_count = 1
+        wait_until(lambda: lease.renewed_at > 0)
 
 
 def test_over_nats_a_drain_hands_back_what_was_not_started(serve: Serve, sheet: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from adc_worker.errors import DeviceMemoryShort, ImageError
+from adc_worker.errors import DeviceMemoryShort, ImageError, StagedFileLost
 from adc_worker.ingest.decode import decode
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.loader import build_dataloader
@@ -93,7 +93,7 @@ class CollectedOutcomes:
     def fail_staged(self, image: StagedImage, error: ImageError) -> None:
         self.failed[image.id] = str(error)
 
-    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None:
         raise AssertionError(f"no other program holds memory here, yet image {image.id} met {error}")
 
 

@@ -109,6 +109,7 @@ class Feed:
         self.isolated: FakeEngine | None = None
         self.admitted: list[Sequence[StagedImage]] = []
         self.failures: list[tuple[int, ImageError]] = []
+        self.lost: list[int] = []
         self.feeder = BatchFeeder(
             self.plan,
             self.source,
@@ -118,6 +119,7 @@ class Feed:
             self.admitted.append,
             self._isolate,
             has_memory_for,
+            on_lost=lambda image, _error: self.lost.append(image.id),
             memory_look_s=memory_look_s,
             now=now,
         )

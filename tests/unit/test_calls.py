@@ -156,31 +156,31 @@ class Neighbour:
 def test_an_image_waits_for_memory_of_the_device_that_another_program_holds() -> None:
     """It is no error of the image, and when the other one is gone it has its detections."""
     detector = Hungry(0)
-    neighbour = Neighbour(detector, 5)
+    neighbour = Neighbour(detector, 2)
     found = infer(replace(Pipeline("hungry", detector, CPU), neighbours_on=neighbour.on), 1)
     assert [len(one) for one in found if isinstance(one, list)] == [5]
-    assert neighbour.waited_s == 5
+    assert neighbour.waited_s == 2
 
 
 def test_images_for_which_another_program_leaves_no_memory_are_no_errors_either() -> None:
-    """A batch is not held up for longer than its watchdog allows: its images are left to their leases."""
+    """A batch is held up for a moment only, because others wait behind it: its images are tried again later."""
     detector = Hungry(0)
     neighbour = Neighbour(detector, 1e9)
     found = infer(replace(Pipeline("hungry", detector, CPU), neighbours_on=neighbour.on), 3)
     assert [type(one) for one in found] == [DeviceMemoryShort] * 3
-    assert 20 <= neighbour.waited_s <= 60
+    assert 1 <= neighbour.waited_s <= 2
     assert "other programs on this GPU" in str(found[0])
 
 
 def test_a_crop_waits_for_the_device_as_an_image_does() -> None:
-    """Its image, too, is left to its lease, and keeps no half of its answer."""
+    """Its image, too, is tried again later, and keeps no half of its answer."""
     classifier = Hungry(0)
     pipeline = Pipeline("hungry", Hungry(8), CPU, classifier=classifier)
     (found,) = infer(replace(pipeline, neighbours_on=Neighbour(classifier, 1e9).on), 1)
     assert isinstance(found, DeviceMemoryShort)
 
 
-def test_an_image_that_waited_in_vain_is_left_to_its_lease() -> None:
+def test_an_image_that_waited_in_vain_is_given_back_without_an_error() -> None:
     """As a batch of a job: no error is kept for it, and its neighbours have their results."""
     staged: Any = [SimpleNamespace(id=number, task=task(number)) for number in (1, 2)]
     reports = [DecodeReport(0.1, truncated=False)] * 2

@@ -91,6 +91,19 @@ def test_what_others_show_is_counted_from_an_images_first_failure(evidence: Evid
     assert (seen.tries, seen.others_served, seen.failing_s) == (2, 3, 4.0)
 
 
+def test_an_image_that_comes_again_and_again_shows_no_more_than_once(evidence: Evidence) -> None:
+    """Three of a host show that it is well, and not one that is asked for three times."""
+    evidence.came(HOST, "only", "https://images.test/only.jpg")
+    evidence.failed(HOST, "bad", REFUSED)
+    for _attempt in range(5):
+        evidence.came(HOST, "only", "https://images.test/only.jpg")
+    assert evidence.failed(HOST, "bad", REFUSED).others_served == 1
+    evidence.came(HOST, "second")
+    evidence.came(HOST, "only")
+    evidence.came(HOST, "third")
+    assert evidence.failed(HOST, "bad", REFUSED).others_served == 3
+
+
 @pytest.mark.parametrize(("failure", "recovered"), [(PAGE, True), (GONE, True), (REFUSED, True), (BUSY, False)])
 def test_a_host_that_takes_an_answer_back_is_remembered(
     evidence: Evidence, clock: Clock, failure: Failure, *, recovered: bool

@@ -740,3 +740,16 @@ def test_a_suspect_is_decoded_elsewhere_and_alone(feed: MakeFeed) -> None:
     assert one.use(suspect) == [2]
     assert one.drain() == [[3]]
     assert [[image.id for image in images] for images in one.admitted] == [[1], [2], [3]]
+
+
+def test_an_image_whose_file_is_gone_is_given_back_and_ends_nothing(feed: MakeFeed) -> None:
+    """Another worker of the journal removed it: the others of its batch have their pixels."""
+    one = feed(batch_size=3)
+    with one.source.changed:
+        one.put(1, 2, 3)
+    one.settle()
+    one.engine.fail(one.engine.decodes[1], FileNotFoundError(2, "No such file or directory"))
+    one.engine.succeed_all()
+    one.source.end()
+    assert one.drain() == [[1, 3]]
+    assert (one.lost, one.failures) == ([2], [])

@@ -18,6 +18,7 @@ from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import JobRef, JobState, Task, error_result
 from adc_worker.errors import (
     AddressRefused,
+    DeviceMemoryShort,
     HostUnreachable,
     ImageError,
     ImageMissing,
@@ -25,6 +26,7 @@ from adc_worker.errors import (
     ImageUnreadable,
     LinkError,
     NotAnImage,
+    StagedFileLost,
 )
 from adc_worker.ingest.disk_budget import PAUSE_S
 from adc_worker.ingest.download import DownloadStats, ImageClient
@@ -416,6 +418,86 @@ def test_an_image_that_cannot_be_decoded_while_others_can_gets_its_error(jobs: C
     assert job.images.asked[task(1).image_url] == 1, "its file is here"
 
 
+@pytest.mark.parametrize("delivery", [1, 2])
+def test_an_image_for_which_the_gpu_has_no_memory_is_tried_again_later(jobs: Callable[..., Job], delivery: int) -> None:
+    """Its file stays and others go on; that other programs hold the memory is no outcome."""
+    job = jobs()
+    short = task(1) if delivery == 1 else second_delivery(1)
+    intake = job.start_with([short, task(2)])
+    (image,) = _staged(intake, 1)
+    assert image.task.image_id == "1"
+    for _attempt in range(2):
+        job.outcomes.leave_staged(image, DeviceMemoryShort("other programs hold the memory"))
+        job.infer_all()
+        assert image.path.exists()
+        assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 0)
+        assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["1"]
+        assert intake.due_in_s > 0, "it is not tried again at once"
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        intake = job.start_with([])
+        (image,) = _staged(intake, 1)
+    job.outcomes.succeed([ImageResult(image.id, [result(1)], detections=0, truncated=False)])
+    assert job.infer_all() == []
+    assert (job.outcomes.done, job.outcomes.failed.total(), job.outcomes.given_up) == (1, 0, 0)
+    assert job.images.asked[short.image_url] == 1
+
+
+def test_an_image_without_memory_of_the_gpu_is_given_up_only_when_another_worker_gets_it(
+    jobs: Callable[..., Job],
+) -> None:
+    """Its lease is over and more deliveries follow; the last delivery is kept."""
+    job = jobs()
+    intake = job.start_with([task(1), second_delivery(2)])
+    images = _staged(intake, 2)
+    job.lease.ack_wait_s = 0.001
+    leases = job.journal.unfinished(JOB)
+    wait_until(lambda: all(job.lease.left_s(one.fetched_at, lease_clock()) < 0 for one in leases))
+    for image in images:
+        job.outcomes.leave_staged(image, DeviceMemoryShort("other programs hold the memory"))
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
+    assert job.infer_all() == ["2"]
+    assert (job.outcomes.failed.total(), job.outcomes.given_up) == (0, 1)
+
+
+@pytest.mark.parametrize("host_fails", [False, True])
+def test_it_is_known_whether_other_images_are_left_that_could_show_that_the_worker_is_well(
+    jobs: Callable[..., Job], *, host_fails: bool
+) -> None:
+    """Those that wait for their host are left; what is on record from before counts only where none is."""
+    job = jobs()
+    if host_fails:
+        job.images.lasting[task(1).image_url] = LinkError("503")
+    intake = job.start(tasks=1, downloads=1)
+    assert not intake.has_no_more
+    job.infer_all()
+    assert intake.has_no_more is not host_fails
+
+
+def test_a_staged_image_whose_file_is_gone_is_downloaded_again(jobs: Callable[..., Job]) -> None:
+    """Another worker of the journal, or somebody else, removed it; a task that is on record no more is dropped."""
+    job = jobs()
+    intake = job.start(tasks=2, downloads=1)
+    images = _staged(intake, 2)
+    job.journal.forget([images[1].id])
+    for image in images:
+        image.path.unlink()
+        job.outcomes.leave_staged(image, StagedFileLost("the staged file is gone"))
+    assert job.infer_all() == ["1"]
+    assert job.images.asked[task(1).image_url] == 2
+    assert job.outcomes.failed.total() == 0
+
+
+def test_a_turn_removes_no_file_of_another_worker_of_its_journal(jobs: Callable[..., Job]) -> None:
+    """A job that was cancelled is off the record before the other worker hears of it."""
+    job = jobs()
+    other = StagingArea(job.folder / "staging", job.images, 1_000_000)
+    image = other.stage(999, task(999), lambda: False)
+    job.start(tasks=1, downloads=1)
+    assert job.infer_all() == ["1"]
+    assert image.path.exists()
+
+
 def test_one_image_that_its_host_refuses_is_its_own_fault_and_holds_nothing_up(jobs: Callable[..., Job]) -> None:
     """S3 answers 403 for a key that is gone: three tries of one URL are not three failures of its host."""
     job = jobs()
@@ -487,6 +569,23 @@ def test_a_host_that_answers_404_for_whatever_it_is_asked_blames_no_image(jobs: 
     _work_off(job, turns=5)
     assert len(job.journal.unfinished(JOB)) == 13
     assert job.outcomes.failed.total() == 0
+
+
+def test_an_image_is_not_held_against_one_other_that_is_asked_for_often(jobs: Callable[..., Job]) -> None:
+    """With one image that came before, a refusal waits for the last delivery, however often it is repeated."""
+    job = jobs()
+    job.evidence = Evidence(lambda: 200 * time.monotonic())  # minutes are over in seconds
+    bad = task(2).image_url
+    job.images.lasting[bad] = ImageRefused("403")
+    job.start(tasks=2, downloads=1)
+    assert job.infer_all() == ["1"]
+    while job.images.asked[bad] < 13 and job.journal.unfinished(JOB):
+        wait_until(lambda: job.intake.due_in_s == 0)
+        job.intake.close()
+        job.start_with([])
+        assert job.infer_all() == []
+    assert job.outcomes.failed.total() == 0
+    assert [held.task.image_id for held in job.journal.unfinished(JOB)] == ["2"]
 
 
 @pytest.mark.parametrize("answer", [ImageMissing("404"), NotAnImage("a page"), ImageRefused("403"), LinkError("503")])

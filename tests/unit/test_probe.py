@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adc_worker.antenna.client import CAPTURE_PAGES, CAPTURES_PER_PAGE, AntennaClient
 from adc_worker.antenna.wire import Capture
-from adc_worker.errors import DeviceMemoryShort, ImageError, ImageTooLarge
+from adc_worker.errors import DeviceMemoryShort, ImageError, ImageTooLarge, StagedFileLost
 from adc_worker.host.budget import HostBudget
 from adc_worker.ingest.header import read_header
 from adc_worker.ingest.staging import StagedImage, StagedQueue
@@ -35,6 +35,7 @@ class Sink:
     def __init__(self) -> None:
         self.done: list[int] = []
         self.failed: list[int] = []
+        self.lost: list[int] = []
 
     def begin(self, images: Sequence[StagedImage], *, alone: bool = False) -> None:
         assert alone
@@ -47,19 +48,24 @@ class Sink:
         del error
         self.failed.append(image.id)
 
-    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort) -> None:
-        raise AssertionError(f"no GPU is short of memory here: {image.id}: {error}")
+    def leave_staged(self, image: StagedImage, error: DeviceMemoryShort | StagedFileLost) -> None:
+        assert isinstance(error, StagedFileLost), "no GPU is short of memory here"
+        self.lost.append(image.id)
 
 
 class Probed:
     """What a probe of these files does."""
 
-    def __init__(self, folder: Path, files: Sequence[bytes], sizes: Sequence[Sighting] = ()) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[bytes], sizes: Sequence[Sighting] = (), removed: Sequence[int] = ()
+    ) -> None:
         self.queue, self.sink = StagedQueue(), Sink()
         for number, data in enumerate(files):
             path = written(folder / f"{number}.img", data)
             self.queue.put(staged(number, path, read_header(path, 1 << 40)))
         self.queue.end()
+        for number in removed:
+            (folder / f"{number}.img").unlink()
         pipeline = Pipeline("simulated", Simulated(0.0), torch.device("cpu"))
         self.report = probe(self.queue, pipeline, host, self.sink, SignsOfLife(), 60.0, lambda: True, lambda: sizes)
 
@@ -85,6 +91,12 @@ def test_an_image_that_fails_or_fits_nowhere_is_replaced(tmp_path: Path) -> None
     assert probed.sink.failed == [0, 1]
     assert probed.sink.done == [2, 3]
     assert probed.measured.tensor_bytes_per_image == 3 * 97 * 61
+
+
+def test_an_image_whose_file_is_gone_is_replaced_and_has_no_error(tmp_path: Path) -> None:
+    """Another worker of the journal removed it: it is downloaded again."""
+    probed = Probed(tmp_path, [jpeg(), jpeg(), jpeg()], removed=[0])
+    assert (probed.sink.done, probed.sink.failed, probed.sink.lost) == ([1, 2], [], [0])
 
 
 USUAL = image_probe(width_px=400, height_px=300)

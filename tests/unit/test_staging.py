@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,6 +375,29 @@ def test_sweeping_gives_back_the_room_of_what_it_removes(tmp_path: Path) -> None
     assert area.disk.used_bytes > 0
     assert area.sweep(set) == 1
     assert area.disk.used_bytes == 0
+
+
+def test_only_ones_own_files_are_discarded_when_the_journal_forgot_their_tasks(tmp_path: Path) -> None:
+    """Two workers of one journal share a folder: the other one may be decoding its file."""
+    ours, theirs = (StagingArea(tmp_path, FakeClient(tmp_path, *[jpeg()] * 2), MAX_PIXELS) for _ in range(2))
+    for number in (7, 8):
+        ours.stage(number, task(number), lambda: False)
+    other = theirs.stage(9, task(9), lambda: False)
+    assert ours.discard_forgotten(lambda: {8}) == 1
+    assert _names(tmp_path) == sorted([_file(tmp_path, 8).name, other.path.name])
+    assert ours.discard_forgotten(set) == 1
+    assert ours.disk.used_bytes == 0
+
+
+def test_workers_that_sweep_at_the_same_time_do_not_end_each_other(tmp_path: Path) -> None:
+    """A file that one of them has listed is removed by another before it is looked at."""
+    for number in range(200):
+        _old(tmp_path / f"{number}.img")
+    areas = [StagingArea(tmp_path, FakeClient(tmp_path), MAX_PIXELS, owner=f"journal-{name}") for name in "abcd"]
+    with ThreadPoolExecutor(len(areas)) as threads:
+        swept = list(threads.map(lambda area: area.sweep(set), areas))
+    assert sum(swept) >= 200
+    assert not list(tmp_path.glob("*.img"))
 
 
 def test_whether_an_image_still_comes_is_seen_without_keeping_it(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ FRESH = LeaseView(is_last=False, left_s=290.0, ack_wait_s=300.0, max_deliver=2)
 ENDING = replace(FRESH, left_s=50.0)
 LAST = replace(FRESH, is_last=True)
 LAST_ENDING = replace(ENDING, is_last=True)
-FIRST = Seen(at_s=1000.0, tries=1, failing_s=0.0, others_served=0, images_failing=1, unanswered=0)
+FIRST = Seen(at_s=1000.0, tries=1, failing_s=0.0, others_served=0, images_failing=1, unanswered=0, has_served=True)
 AGAIN = replace(FIRST, tries=4, failing_s=5.0)
 LASTING = replace(AGAIN, failing_s=60.0)
 OTHERS_SERVED = replace(AGAIN, others_served=5)
@@ -61,7 +61,7 @@ ERRORS: dict[Kind, ImageError | LinkError] = {
     Kind.UNDECODABLE: ImageUnreadable("cannot be decoded"),
     Kind.UNINFERABLE: ImageError("scores that are not numbers"),
 }
-OF_THE_IMAGE = {Kind.MISSING, Kind.BROKEN, Kind.TOO_LARGE, Kind.UNDECODABLE, Kind.UNINFERABLE}
+OF_THE_IMAGE = {Kind.MISSING, Kind.BROKEN, Kind.TOO_LARGE, Kind.UNDECODABLE}
 OF_A_HOST = set(ERRORS) - OF_THE_IMAGE
 
 
@@ -166,6 +166,17 @@ def test_a_fault_of_this_machine_is_never_posted() -> None:
     assert judged(LAST_ENDING, HOST_DOWN) == all_but("Fail", ADDRESS="GiveUp", UNINFERABLE="GiveUp")
 
 
+@pytest.mark.parametrize("images_failing", [1, 3])
+def test_a_model_that_never_had_a_result_here_makes_no_image_an_error(images_failing: int) -> None:
+    """A broken GPU fails at a job of few images, too, however often; a file that cannot be decoded has its error."""
+    never_served = replace(LASTING, has_served=False, images_failing=images_failing, tries=9)
+    assert judged(FRESH, never_served)[Kind.UNINFERABLE] == "RetryAt"
+    assert judged(ENDING, never_served)[Kind.UNINFERABLE] == "GiveUp"
+    assert judged(LAST_ENDING, never_served)[Kind.UNINFERABLE] == "GiveUp"
+    assert judged(FRESH, never_served)[Kind.UNDECODABLE] == "Fail"
+    assert judged(LAST_ENDING, replace(never_served, has_served=True))[Kind.UNINFERABLE] == "Fail"
+
+
 def test_a_task_whose_host_is_at_fault_waits_or_is_left_to_its_lease_untried() -> None:
     """It has no failure of its own."""
     assert judge_untried(failure(Kind.LINK), FRESH) == Park()
@@ -209,7 +220,8 @@ def test_others_are_asked_for_again_where_an_image_is_the_last_of_its_job() -> N
     """After it failed six times while fewer than three others came; never where its own word is enough."""
     last = replace(AGAIN, tries=6, others_served=1)
     wanted = {kind: controls_wanted(failure(kind), last) for kind in ERRORS}
-    assert wanted == {kind: 2 if kind in {Kind.PAGE, Kind.REFUSED} else 0 for kind in ERRORS}
+    asking = {Kind.PAGE, Kind.REFUSED}
+    assert wanted == {kind: 3 if kind in asking else 0 for kind in ERRORS}
     page = failure(Kind.PAGE)
     others = [
         replace(last, tries=5), replace(last, tries=7), replace(last, others_served=3), replace(last, images_failing=5)
