@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from adc_worker.antenna.client import AntennaClient
@@ -586,25 +586,22 @@ class Intake:
                 error=str(failure.error),
                 do=advice(failure.error),
             )
-        if isinstance(verdict, verdicts.RetryAt):
-            self._others_come(host, held, verdicts.controls_wanted(failure, seen))
-        if isinstance(verdict, verdicts.Park) and self._is_well(host, held, verdicts.controls_wanted(failure, seen)):
+        controls = self._evidence.controls(host, verdicts.controls_wanted(failure, self._lease_view(held), seen))
+        if isinstance(verdict, verdicts.RetryAt) and self._all_come(host, held, controls):
+            for image_id, url in controls:
+                self._evidence.came(host, image_id, url)
+        many = len(controls) == verdicts.SHOWN_SERVED
+        if isinstance(verdict, verdicts.Park) and many and self._all_come(host, held, controls):
             self._evidence.vouched_for(host)
             self._unpark(host)
             verdict = verdicts.RetryAt(self._evidence.now() + verdicts.RETRY_FIRST_S)
         self._apply(host, held, verdict)
 
-    def _is_well(self, host: str, held: HeldTask, count: int) -> bool:
-        """Whether a host that seems to be at fault serves as many different images that came before."""
-        enough = count > 0 and len(self._evidence.controls(host, count)) == count
-        return enough and self._others_come(host, held, count)
-
-    def _others_come(self, host: str, held: HeldTask, count: int) -> bool:
-        """See whether a host still serves images that came before: this one may be the last of its job.
+    def _all_come(self, host: str, held: HeldTask, controls: Sequence[tuple[str, str]]) -> bool:
+        """Whether a host still serves images that came before, by id and URL: this one may be the last of its job.
 
         All of them count, or none: one that does not come now shows that the host's answers change.
         """
-        controls = self._evidence.controls(host, count)
         try:
             all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
         except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
@@ -612,10 +609,7 @@ class Intake:
             return False
         if not all_come:
             self._evidence.doubt(host)
-            return False
-        for image_id, url in controls:
-            self._evidence.came(host, image_id, url)
-        return True
+        return all_come
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id
