@@ -56,6 +56,16 @@ class _Host:
     trial_at: float = -math.inf
     trial_pause_s: float = TRIAL_FIRST_S
 
+    def clear(self) -> bool:
+        """Hold it at fault no more; return whether it was said to be."""
+        was_told = self.is_told
+        self.at_fault = None
+        self.is_told = False
+        self.failing.clear()
+        self.unanswered = 0
+        self.trial_pause_s = TRIAL_FIRST_S
+        return was_told
+
 
 class Evidence:
     """What is known of hosts; safe to use from several threads."""
@@ -123,22 +133,23 @@ class Evidence:
             image = known.images.pop(image_id, None)
             if image is not None and image.kind in ANSWERED:
                 known.recovered_at = self.now()
-            was_at_fault = known.at_fault is not None
-            if was_at_fault and begun_at < known.at_fault_since:
+            if known.at_fault is not None and begun_at < known.at_fault_since:
                 return
-            known.at_fault = None
-            known.failing.clear()
-            known.unanswered = 0
-            known.trial_pause_s = TRIAL_FIRST_S
-            was_told = known.is_told
-            known.is_told = False
+            was_told = known.clear()
         if was_told:
             _log.info("image_host_back", host=host)
 
     def vouched_for(self, host: str) -> None:
-        """Take in that a host serves others while many of its images fail: these are many, and it is well."""
+        """Take in that a host still serves what it served before, while many other images fail: it is well.
+
+        It shows nothing more of those that fail.
+        """
         with self._lock:
-            self._host(host).quiet_until = self.now() + QUIET_S
+            known = self._host(host)
+            known.quiet_until = self.now() + QUIET_S
+            was_told = known.clear()
+        if was_told:
+            _log.info("image_host_back", host=host)
 
     def doubt(self, host: str) -> None:
         """Take in that an image which a host had served does not come any more: its answers change."""

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from adc_worker.antenna.client import AntennaClient
@@ -43,7 +43,7 @@ from adc_worker.runtime.faults import Faults, advice
 from adc_worker.runtime.outcomes import JobOutcomes
 from adc_worker.runtime.signs_of_life import TASKS_LEASES, SignsOfLife
 from adc_worker.runtime.slices import Turn
-from adc_worker.runtime.verdicts import Failure, LeaseView, Verdict
+from adc_worker.runtime.verdicts import Failure, LeaseView, Seen, Verdict
 
 _log = get_logger(__name__)
 
@@ -625,28 +625,33 @@ class Intake:
                 error=str(failure.error),
                 do=advice(failure.error),
             )
-        if isinstance(verdict, verdicts.RetryAt):
-            self._others_come(host, held, verdicts.controls_wanted(failure, seen))
-        if isinstance(verdict, verdicts.Park) and self._is_well(host, held, verdicts.controls_wanted(failure, seen)):
-            self._evidence.vouched_for(host)
-            self._unpark(host)
-            verdict = verdicts.RetryAt(self._evidence.now() + verdicts.RETRY_FIRST_S)
+        verdict = self._heed_others(host, held, failure, verdict, seen)
         self._apply(host, held, verdict)
 
-    def _is_well(self, host: str, held: HeldTask, count: int) -> bool:
-        """Whether a host that seems to be at fault serves as many different images that came before."""
-        enough = count > 0 and len(self._evidence.controls(host, count)) == count
-        return enough and self._others_come(host, held, count)
+    def _heed_others(self, host: str, held: HeldTask, failure: Failure, verdict: Verdict, seen: Seen) -> Verdict:
+        """Ask for images that came before, where the verdict depends on whether their host is well; return the verdict.
 
-    def _others_come(self, host: str, held: HeldTask, count: int) -> bool:
-        """See whether a host still serves images that came before: this one may be the last of its job.
-
-        All of them count, or none: one that does not come now shows that the host's answers change. Where fewer came
-        before, they could not show enough, and the last delivery decides.
+        Where fewer came before, they could not show enough, and the last delivery decides.
         """
-        controls = self._evidence.controls(host, count)
-        if len(controls) < count:
-            return False
+        wanted = verdicts.controls_wanted(failure, self._lease_view(held), seen)
+        controls = self._evidence.controls(host, wanted)
+        if wanted == 0 or len(controls) < wanted or isinstance(verdict, verdicts.Fail | verdicts.GiveUp):
+            return verdict
+        if not self._all_come(host, held, controls):
+            return verdict
+        if isinstance(verdict, verdicts.RetryAt):
+            for image_id, url in controls:
+                self._evidence.came(host, image_id, url)
+            return verdict
+        self._evidence.vouched_for(host)
+        self._unpark(host)
+        return verdicts.RetryAt(self._evidence.now() + verdicts.RETRY_FIRST_S)
+
+    def _all_come(self, host: str, held: HeldTask, controls: Sequence[tuple[str, str]]) -> bool:
+        """Whether a host still serves images that came before, by id and URL: this one may be the last of its job.
+
+        All of them count, or none: one that does not come now shows that the host's answers change.
+        """
         try:
             all_come = all(self._staging.serves(held.id, url, self._cancelled) for _image_id, url in controls)
         except (LinkError, OSError, MemoryError) as error:  # nothing is shown by that, and the next attempt meets it
@@ -654,10 +659,7 @@ class Intake:
             return False
         if not all_come:
             self._evidence.doubt(host)
-            return False
-        for image_id, url in controls:
-            self._evidence.came(host, image_id, url)
-        return True
+        return all_come
 
     def _apply(self, host: str, held: HeldTask, verdict: Verdict) -> None:
         image_id = held.task.image_id

@@ -32,6 +32,8 @@ SHOWN_SERVED = 3  # and its host served as many others since its first failure
 CONTROL_TRIES = 6  # so often an image fails before others are asked for again, where none came by itself
 CONFIRM_S = 10.0  # a host's word that one image is missing or broken stands when it says the same for so long
 CONFIRM_SHARE = 0.1  # or for this share of a lease, where that is shorter
+VOUCH_S = 30.0  # so long a host is held at fault for what it says of many images, before others may show it to be well
+VOUCH_SHARE = 0.1  # or this share of a lease
 LAST_CHANCE_SHARE = 0.2  # of a lease: what still fails then is decided, so that it can be saved in time
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 20.0
@@ -224,19 +226,21 @@ def judge(failure: Failure, lease: LeaseView, seen: Seen) -> Verdict:
     return RetryAt(seen.at_s + _wait_s(row, failure, lease, seen))
 
 
-def controls_wanted(failure: Failure, seen: Seen) -> int:
+def controls_wanted(failure: Failure, lease: LeaseView, seen: Seen) -> int:
     """Return how many images that came before should be asked for again, to see whether their host still serves any.
 
     The last images of a job have no others behind them that could show that they alone are at fault. Several of them
-    that the host says are missing or broken look like a fault of the host, until it serves others again. All of those
-    that came before are asked for: one that came since the first failure already counts once, however often it comes.
+    that the host says are missing or broken look like a fault of the host. Such a fault would soon be over, mostly, and
+    then one of them comes; when it lasts, others show whether the host is well. All of those that came before are asked
+    for: one that came since the first failure already counts once, however often it comes.
     """
     row = TABLE[failure.kind]
     if row.of_this_machine:
         return 0
     if seen.host_at_fault:
         is_word_about_image = row.by_others and row.by_repetition
-        return SHOWN_SERVED if is_word_about_image else 0
+        is_time = seen.failing_s >= min(VOUCH_S, VOUCH_SHARE * lease.ack_wait_s)
+        return SHOWN_SERVED if is_word_about_image and is_time else 0
     is_open = row.by_others and not row.by_repetition
     is_time = seen.tries >= CONTROL_TRIES and seen.tries % SHOWN_TRIES == 0
     is_needed = seen.others_served < SHOWN_SERVED

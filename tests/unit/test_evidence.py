@@ -184,8 +184,10 @@ def test_a_fault_that_others_disprove_is_said_once(
     """Of a thousand missing images every fifth would say it; a fault much later is another one."""
     for _round in range(3):
         fail(evidence, *[GONE] * 5)
-        evidence.came(HOST, "before")
         evidence.vouched_for(HOST)
+        assert evidence.may_try(HOST) is None
+        seen = evidence.failed(HOST, "0", GONE)
+        assert (seen.host_at_fault, seen.others_served) == (False, 0), "it shows nothing of those that fail"
     told = "".join(capsys.readouterr())
     assert told.count("image_host_at_fault") == 1
     assert told.count("image_host_back") == 1

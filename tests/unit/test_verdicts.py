@@ -219,18 +219,20 @@ def test_on_a_short_lease_attempts_still_come_before_it_lapses() -> None:
 def test_others_are_asked_for_again_where_an_image_is_the_last_of_its_job() -> None:
     """After it failed six times while fewer than three others came; never where its own word is enough."""
     last = replace(AGAIN, tries=6, others_served=1)
-    wanted = {kind: controls_wanted(failure(kind), last) for kind in ERRORS}
+    wanted = {kind: controls_wanted(failure(kind), FRESH, last) for kind in ERRORS}
     asking = {Kind.PAGE, Kind.REFUSED}
     assert wanted == {kind: 3 if kind in asking else 0 for kind in ERRORS}
     page = failure(Kind.PAGE)
     others = [
         replace(last, tries=5), replace(last, tries=7), replace(last, others_served=3), replace(last, images_failing=5)
     ]  # fmt: skip
-    assert [controls_wanted(page, seen) for seen in others] == [0, 0, 0, 0]
+    assert [controls_wanted(page, FRESH, seen) for seen in others] == [0, 0, 0, 0]
 
 
 def test_others_are_asked_for_again_where_missing_images_make_their_host_look_at_fault() -> None:
     """At the end of a job nothing but missing and broken images is left; nobody vouches for a sign-in page."""
-    wanted = {kind for kind in ERRORS if controls_wanted(failure(kind), HOST_DOWN) > 0}
+    wanted = {kind for kind in ERRORS if controls_wanted(failure(kind), FRESH, HOST_DOWN) > 0}
     assert wanted >= {Kind.MISSING, Kind.BROKEN, Kind.TOO_LARGE}
     assert not wanted & {Kind.PAGE, Kind.REFUSED, Kind.EXPIRED, Kind.LINK, Kind.UNREACHABLE, Kind.ADDRESS}
+    short = replace(HOST_DOWN, failing_s=20.0)
+    assert {controls_wanted(failure(kind), FRESH, short) for kind in ERRORS} == {0}, "such a spell is soon over, mostly"
