@@ -488,7 +488,8 @@ class Poster:
     def _replace_with_error(self, kept: HeldTask, error: AntennaRejected) -> None:
         text = f"Antenna refused the result: {error}"
         _log.error("result_replaced_by_error", job_id=kept.job_id, image_id=kept.task.image_id, reason=text)
-        size_bytes = self._journal.keep([(kept.id, [error_result(kept.task.image_id, text)])])
+        body = error_result(kept.task.image_id, text)
+        size_bytes = self._journal.keep([(kept.id, [body])], {kept.id: kept.task.image_id})
         self._post(kept.job_id, [replace(kept, result_bytes=size_bytes)])
 
     def _entry(self, kept: HeldTask) -> PostEntry:

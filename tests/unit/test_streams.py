@@ -354,6 +354,47 @@ def test_the_job_of_a_database_that_was_set_up_anew_is_another_one(
     assert [one.task for one in held] == again, "each is worked on, and none answered by what was kept"
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("pipeline", ["moths", "beetles"])
+def test_an_image_that_comes_again_is_not_answered_with_another_pipelines_result(
+    journals: Callable[[], Journal], clock: Clock, pipeline: str, *, accepted: bool
+) -> None:
+    """An operator cancels a job, gives it another pipeline, and retries it: Antenna would never save the old result."""
+    antenna = Antenna()
+    journal = journals()
+    (number,) = fetch(journal, antenna, 1, clock)
+    image = antenna.task(1).image_id
+    keep(journal, [number])
+    if accepted:
+        journal.settle([number])
+    clock.now_s += OPERATOR_S
+    antenna.restart()
+    antenna.pipeline = pipeline
+    journal.note_served(JOB, antenna.incarnation, clock())
+    (again,) = (antenna.task(seq) for seq in range(1, 7) if antenna.task(seq).image_id == image)
+    worked_on = [held.task for held in journal.record(JOB, [again], clock())]
+    assert worked_on == ([] if pipeline == "moths" else [again])
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_an_image_that_comes_again_in_an_unknown_run_is_computed_again(
+    journals: Callable[[], Journal], clock: Clock, *, accepted: bool
+) -> None:
+    """Where Antenna does not say which run that is, it may be one of another pipeline."""
+    antenna = Antenna()
+    journal = journals()
+    (number,) = fetch(journal, antenna, 1, clock)
+    image = antenna.task(1).image_id
+    keep(journal, [number])
+    if accepted:
+        journal.settle([number])
+    clock.now_s += HOUR_S
+    journal = journals()
+    antenna.restart()
+    (again,) = (antenna.task(seq) for seq in range(1, 7) if antenna.task(seq).image_id == image)
+    assert [held.task for held in journal.record(JOB, [again], clock())] == [again]
+
+
 def test_news_of_a_jobs_end_does_not_retire_what_came_after_it(journals: Callable[[], Journal], clock: Clock) -> None:
     """The answer took its time; the job was started anew and its tasks are on record by now."""
     antenna = Antenna()
