@@ -128,6 +128,7 @@ _RETIRE_FINISHED = (
     " adc_finished_checksum(body, job_id, image_id, image_url, incarnation, NULL, seq, published_ns), checksum)"
     " WHERE reply_subject NOT NULL"
 )
+_NOT_EXCLUDED = "id NOT IN (SELECT value FROM json_each(?))"
 _VERSION_OF_NUMBERED_FILES = 1
 _DATABASE_MAGIC = b"SQLite format 3\0"
 _IDENTITY = "identity"  # names in adc_meta
@@ -137,7 +138,7 @@ _PART_START_BYTES = 64  # enough to tell an error result
 _PACKED_START_BYTES = 4096  # of a compressed result, with its table of codes: enough to unpack these
 _SUCCESSES_LOOKED_AT = 100
 _FINISHED_AT_ONCE = 50  # results that are compressed before the file takes them
-STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
+STRIKES_MAX = 2  # an image that was alone in the deaths of two processes gets an error result
 _SLOT_OPEN, _SLOT_CLOSED = b"open\n", b"clean\n"  # what the file of a slot's lock says; nothing, and nobody knows
 
 
@@ -1074,10 +1075,10 @@ class Journal:
         held = self._rows("true")
         return [one.task.reply_subject for one in held if self.is_live(one, float("inf"))]
 
-    def held_count(self, job_id: int) -> int:
-        """Count a job's tasks that Antenna may still be waiting for."""
-        query = "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ?"
-        return int(self._column(query, self.slot, job_id)[0])
+    def held_count(self, job_id: int, excluding: Iterable[int] = ()) -> int:
+        """Count a job's tasks that Antenna may still be waiting for, without those in `excluding`."""
+        query = f"SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND {_NOT_EXCLUDED}"  # noqa: S608 (a literal)
+        return int(self._column(query, self.slot, job_id, _as_json(excluding))[0])
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
@@ -1110,16 +1111,30 @@ class Journal:
         with self._lock:
             unwritten, jobs = (",".join(map(str, ids)) for ids in (self._unwritten, excluding_jobs))
             waiting = self._rows(
-                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs})",
-                limit=limit + len(excluding) + len(self._unwritten),
+                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs}) AND {_NOT_EXCLUDED}",
+                _as_json(excluding),
+                limit=limit + len(self._unwritten),
             )
         for held in waiting:
-            if held.id not in excluding:
-                most_bytes -= held.result_bytes or 0
-                if len(chosen) == limit or (most_bytes < 0 and chosen):
-                    break
-                chosen.append(held)
+            most_bytes -= held.result_bytes or 0
+            if len(chosen) == limit or (most_bytes < 0 and chosen):
+                break
+            chosen.append(held)
         return chosen
+
+    @_resilient
+    def live_ids(self, job_id: int) -> list[int]:
+        """Return the tasks of a job whose subjects are known to acknowledge their own images now.
+
+        No row is compared with its checksum: whoever posts one asks `is_live` for it.
+        """
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            if stream is None or self._now() - stream.contact_at > CONTACT_S:
+                return []
+            query = "SELECT id, reply_subject, published_ns FROM adc_task WHERE slot = ? AND job_id = ?"
+            rows = self._db.execute(query, (self.slot, job_id))
+            return [task_id for task_id, subject, published_ns in rows if stream.holds(subject, published_ns)]
 
     def unposted_count(self, excluding: Collection[int] = ()) -> int:
         """Count the kept results that Antenna has not accepted, without those in `excluding`."""
@@ -1639,6 +1654,11 @@ def _is_database(file: Path) -> bool:
         return False
     with file.open("rb") as opened:
         return opened.read(len(_DATABASE_MAGIC)) == _DATABASE_MAGIC
+
+
+def _as_json(numbers: Iterable[int]) -> str:
+    """Return numbers as one argument of a statement, however many they are."""
+    return f"[{','.join(map(str, numbers))}]"
 
 
 def _job_and_pipeline(incarnation: str) -> str:

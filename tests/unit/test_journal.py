@@ -639,3 +639,13 @@ def test_a_job_is_retired_without_all_its_results_in_memory(journal: Journal) ->
     keep(journal, [(one.id, noisy(one.id, 200_000)) for one in held])
     assert peak_bytes(lambda: journal.bury(7)) < 15_000_000
     assert journal.unposted([], 100, ALL) == []
+
+
+def test_results_that_are_left_out_of_a_post_are_not_read(journal: Journal) -> None:
+    """Thousands of them may wait for a proof while every post is put together."""
+    held = journal.record(7, [task(number) for number in range(1, 1001)])
+    keep(journal, [(one.id, b"result") for one in held])
+    waiting = {one.id for one in held[:-2]}
+    assert peak_bytes(lambda: journal.unposted(waiting, 50, ALL)) < 200_000
+    assert [kept.id for kept in journal.unposted(waiting, 50, ALL)] == [held[-2].id, held[-1].id]
+    assert journal.held_count(7, waiting) == 2
