@@ -97,11 +97,12 @@ class JobState(_Wire):
 
         A retry sets `started_at` anew before it publishes tasks, so the same value proves the same stream. It is only
         ever compared for equality: it has no time zone, and its clock is not the one of NATS. While the state is RETRY
-        the value may still be that of the run before. A database that was set up anew gives another `created_at`.
+        the value may still be that of the run before. A database that was set up anew gives another `created_at`. What
+        stands before the slash says for which results: those of the job's pipeline.
         """
         if self.status != "STARTED" or not self.started_at:
             return None
-        return f"{self.created_at or ''}/{self.started_at}"
+        return f"{self.created_at or ''} {self.pipeline_slug or ''}/{self.started_at}"
 
     @property
     def is_served(self) -> bool:

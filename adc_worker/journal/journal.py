@@ -128,14 +128,17 @@ _RETIRE_FINISHED = (
     " adc_finished_checksum(body, job_id, image_id, image_url, incarnation, NULL, seq, published_ns), checksum)"
     " WHERE reply_subject NOT NULL"
 )
+_NOT_EXCLUDED = "id NOT IN (SELECT value FROM json_each(?))"
 _VERSION_OF_NUMBERED_FILES = 1
 _DATABASE_MAGIC = b"SQLite format 3\0"
 _IDENTITY = "identity"  # names in adc_meta
 _LAY_AT = "lay at"
 _PART_BYTES = 1_000_000
 _PART_START_BYTES = 64  # enough to tell an error result
+_PACKED_START_BYTES = 4096  # of a compressed result, with its table of codes: enough to unpack these
 _SUCCESSES_LOOKED_AT = 100
-STRIKES_MAX = 2  # design, "The journal": two strikes make an error result
+_FINISHED_AT_ONCE = 50  # results that are compressed before the file takes them
+STRIKES_MAX = 2  # an image that was alone in the deaths of two processes gets an error result
 _SLOT_OPEN, _SLOT_CLOSED = b"open\n", b"clean\n"  # what the file of a slot's lock says; nothing, and nobody knows
 
 
@@ -402,12 +405,19 @@ class Journal:
         for held in self._rows("job_id = ? AND image_id = ?", job_id, task.image_id):
             if public_url(held.task.image_url) != public_url(task.image_url) or self.is_live(held):
                 continue
-            if self._is_of_another_job(job_id, self._column("SELECT incarnation FROM adc_task WHERE id = ?", held.id)):
+            incarnations = self._column("SELECT incarnation FROM adc_task WHERE id = ?", held.id)
+            if self._is_of_another_job(job_id, incarnations):
                 continue
-            if held.result_bytes is not None and is_error_result(next(iter(self.parts(held.id)), b"")):
+            if held.result_bytes is not None and not self._may_answer_again(job_id, held.id, incarnations):
                 continue
             return held
         return None
+
+    def _may_answer_again(self, job_id: int, task_id: int, incarnations: Sequence[str | None]) -> bool:
+        if not self._is_of_same_job_and_pipeline(job_id, incarnations):
+            return False
+        start = next(iter(self.parts(task_id)), b"")
+        return not is_error_result(start)
 
     def _insert(self, job_id: int, task: Task, now: float) -> None:
         seq, published_ns = _message(task.reply_subject)
@@ -429,7 +439,7 @@ class Journal:
         self._answer_from_finished(int(cursor.lastrowid or 0), job_id, task)
 
     def _answer_from_finished(self, task_id: int, job_id: int, task: Task) -> None:
-        """Keep for a task what was computed for the same image of the same job before.
+        """Keep for a task what the same pipeline computed for the same image of the same job before.
 
         Numbers alone prove neither: once Antenna's database was set up anew they are those of others.
         """
@@ -437,7 +447,7 @@ class Journal:
         query = f"SELECT * FROM adc_finished WHERE {same_image}"  # noqa: S608 (a literal)
         found = self._selected(query, job_id, task.image_id, public_url(task.image_url))
         bodies = [_checked_body(row) for row in found]
-        if self._is_of_another_job(job_id, [row["incarnation"] for row in found]):
+        if not self._is_of_same_job_and_pipeline(job_id, [row["incarnation"] for row in found]):
             return
         for body in bodies:
             if not is_error_result(body):  # what was wrong with the image may have been put right
@@ -449,8 +459,20 @@ class Journal:
         stream = self._contacts.get(job_id)
         if stream is None or stream.incarnation is None:
             return False
-        created_at = stream.incarnation.partition("/")[0]
-        return any(told is not None and told.partition("/")[0] != created_at for told in incarnations)
+        present = _job_and_pipeline(stream.incarnation)
+        return any(told is not None and _job_and_pipeline(told) != present for told in incarnations)
+
+    def _is_of_same_job_and_pipeline(self, job_id: int, incarnations: Sequence[str | None]) -> bool:
+        """Whether results that were computed in these runs are known to be of the pipeline that the job has now.
+
+        A job may be given another pipeline before it is retried, and Antenna saves no result of the earlier one. Where
+        a run is not known the image is computed again.
+        """
+        stream = self._contacts.get(job_id)
+        if stream is None or stream.incarnation is None:
+            return False
+        present = _job_and_pipeline(stream.incarnation)
+        return all(told is not None and _job_and_pipeline(told) == present for told in incarnations)
 
     @_resilient
     def erase_url(self, held: HeldTask) -> None:
@@ -592,7 +614,9 @@ class Journal:
         arguments = (job_id, *arguments)
         dead = self._column(f"SELECT id FROM adc_task WHERE {where}", *arguments)  # noqa: S608 (literals)
         runs = set(self._column(f"SELECT incarnation FROM adc_task WHERE {where}", *arguments))  # noqa: S608 (literals)
-        self._finish({task_id: self._compressed(task_id) for task_id in dead})
+        for first in range(0, len(dead), _FINISHED_AT_ONCE):  # a job's results may be more than fit into memory
+            some = dead[first : first + _FINISHED_AT_ONCE]
+            self._finish({task_id: self._compressed(task_id) for task_id in some})
         self._db.execute(f"{_RETIRE_FINISHED} AND {where}", arguments)
         stream = self._contacts.get(job_id)
         if stream is not None:
@@ -614,6 +638,9 @@ class Journal:
         unfinished = [held.id for held in self.unfinished(job_id)]
         of_the_job = self._column("SELECT id FROM adc_task WHERE slot = ? AND job_id = ?", self.slot, job_id)
         self._write_loosely(lambda: self._retire(job_id, "true"), of_the_job)
+        stream = self._contacts.get(job_id)
+        if stream is not None:
+            stream.incarnation = None  # that run is over, and the next one may be of another pipeline
         return unfinished
 
     @_resilient
@@ -709,9 +736,9 @@ class Journal:
             )
 
     def _keep(self, task_id: int, parts: Iterable[bytes]) -> int:
-        urls = self._column("SELECT image_url FROM adc_task WHERE id = ?", task_id)
+        urls = self._column("SELECT image_url FROM adc_task WHERE id = ? AND slot = ?", task_id, self.slot)
         if not urls:
-            return 0  # its job was cancelled meanwhile
+            return 0  # its job was cancelled meanwhile, or another worker has a task of this number in a replaced file
         url = public_url(urls[0])
         self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
         size_bytes = 0
@@ -783,16 +810,20 @@ class Journal:
     @_resilient
     def has_success(self, job_id: int) -> bool:
         """Whether an image of the job has a result on record, kept or accepted, that is no error."""
-        kept = self._column(
-            "SELECT body FROM adc_part JOIN adc_task ON id = task_id WHERE job_id = ? AND number = 0 LIMIT ?",
-            job_id,
-            _SUCCESSES_LOOKED_AT,
+        with self._lock:
+            return any(not is_error_result(start) for start in self._starts_of_results(job_id))
+
+    def _starts_of_results(self, job_id: int) -> Iterator[bytes]:
+        """Yield how the newest results of a job begin, one by one: whoever has seen enough reads no more of them."""
+        kept = (
+            "SELECT substr(body, 1, ?) FROM adc_part JOIN adc_task ON id = task_id"
+            " WHERE job_id = ? AND number = 0 LIMIT ?"
         )
-        accepted = self._column(
-            "SELECT body FROM adc_finished WHERE job_id = ? ORDER BY id DESC LIMIT ?", job_id, _SUCCESSES_LOOKED_AT
-        )
-        starts = chain(kept, (zlib.decompressobj().decompress(body, _PART_START_BYTES) for body in accepted))
-        return any(not is_error_result(start) for start in starts)
+        for (start,) in self._db.execute(kept, (_PART_START_BYTES, job_id, _SUCCESSES_LOOKED_AT)):
+            yield start
+        accepted = "SELECT substr(body, 1, ?) FROM adc_finished WHERE job_id = ? ORDER BY id DESC LIMIT ?"
+        for (packed,) in self._db.execute(accepted, (_PACKED_START_BYTES, job_id, _SUCCESSES_LOOKED_AT)):
+            yield zlib.decompressobj().decompress(packed, _PART_START_BYTES)
 
     def accepted_subjects(self, job_id: int, count: int) -> list[str]:
         """Return the leases of the job's results that were accepted last, up to `count`, in the stream seen last."""
@@ -1048,10 +1079,10 @@ class Journal:
         held = self._rows("true")
         return [one.task.reply_subject for one in held if self.is_live(one, float("inf"))]
 
-    def held_count(self, job_id: int) -> int:
-        """Count a job's tasks that Antenna may still be waiting for."""
-        query = "SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ?"
-        return int(self._column(query, self.slot, job_id)[0])
+    def held_count(self, job_id: int, excluding: Iterable[int] = ()) -> int:
+        """Count a job's tasks that Antenna may still be waiting for, without those in `excluding`."""
+        query = f"SELECT count(*) FROM adc_task WHERE slot = ? AND job_id = ? AND {_NOT_EXCLUDED}"  # noqa: S608 (a literal)
+        return int(self._column(query, self.slot, job_id, _as_json(excluding))[0])
 
     def unfinished(self, job_id: int) -> list[HeldTask]:
         """Return this slot's tasks of a job that have no result yet: oldest first, those with strikes last."""
@@ -1084,16 +1115,30 @@ class Journal:
         with self._lock:
             unwritten, jobs = (",".join(map(str, ids)) for ids in (self._unwritten, excluding_jobs))
             waiting = self._rows(
-                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs})",
-                limit=limit + len(excluding) + len(self._unwritten),
+                f"(result_bytes NOT NULL OR id IN ({unwritten})) AND job_id NOT IN ({jobs}) AND {_NOT_EXCLUDED}",
+                _as_json(excluding),
+                limit=limit + len(self._unwritten),
             )
         for held in waiting:
-            if held.id not in excluding:
-                most_bytes -= held.result_bytes or 0
-                if len(chosen) == limit or (most_bytes < 0 and chosen):
-                    break
-                chosen.append(held)
+            most_bytes -= held.result_bytes or 0
+            if len(chosen) == limit or (most_bytes < 0 and chosen):
+                break
+            chosen.append(held)
         return chosen
+
+    @_resilient
+    def live_ids(self, job_id: int) -> list[int]:
+        """Return the tasks of a job whose subjects are known to acknowledge their own images now.
+
+        No row is compared with its checksum: whoever posts one asks `is_live` for it.
+        """
+        with self._lock:
+            stream = self._contacts.get(job_id)
+            if stream is None or self._now() - stream.contact_at > CONTACT_S:
+                return []
+            query = "SELECT id, reply_subject, published_ns FROM adc_task WHERE slot = ? AND job_id = ?"
+            rows = self._db.execute(query, (self.slot, job_id))
+            return [task_id for task_id, subject, published_ns in rows if stream.holds(subject, published_ns)]
 
     def unposted_count(self, excluding: Collection[int] = ()) -> int:
         """Count the kept results that Antenna has not accepted, without those in `excluding`."""
@@ -1162,6 +1207,9 @@ class Journal:
             recovery.finish_exchange(self._path)
             self._refuse_second_name()
         ended_orderly, left_open = self._how_the_last_ones_ended()
+        if self._was_written_before():
+            # Before anything is written to it: a start that is cut short is no orderly end.
+            _write_slot(self._slot_fd, _SLOT_OPEN)
         self._calls.inside = True  # no repeating here: whoever opens a journal decides how long to wait
         try:
             try:
@@ -1171,11 +1219,13 @@ class Journal:
                     raise
                 self._exchange(error)
                 self._adopt_orphans()
+            _write_slot(self._slot_fd, _SLOT_OPEN)
+            for fd in left_open:  # not before the check: what it would find is to be looked for until it was done
+                _write_slot(fd, _SLOT_CLOSED)
         finally:
             self._calls.inside = False
             for fd in left_open:
                 os.close(fd)
-        _write_slot(self._slot_fd, _SLOT_OPEN)
 
     def _open_checked(self, *, check: bool) -> None:
         with self._guard.alone():  # nor is another worker about to make it
@@ -1230,7 +1280,6 @@ class Journal:
             fd = self._try_lock(slot)
             if fd is not None:
                 orderly = False
-                _write_slot(fd, _SLOT_CLOSED)
                 left_open.append(fd)
         return orderly, left_open
 
@@ -1482,18 +1531,30 @@ class Journal:
         """Make this slot's tasks in the file those that are remembered: a damaged file was read as far as possible."""
         restored = 0
         to_compute_again = 0
+        taken: list[int] = []
         with self._writing():
             present = {row["id"]: row for row in self._selected("SELECT * FROM adc_task WHERE slot = ?", self.slot)}
             forgotten = [(task_id,) for task_id in present if task_id not in self._remembered]
             self._db.executemany("DELETE FROM adc_task WHERE id = ?", forgotten)
             for task_id, row in list(self._remembered.items()):
                 found = present.get(task_id)
-                restored += found is None
                 has_result = found is not None and found["result_bytes"] == row["result_bytes"]
+                if not recovery.put_task(self._db, row if has_result else row | {"result_bytes": None}):
+                    taken.append(task_id)
+                    continue
+                restored += found is None
                 if not has_result:
                     to_compute_again += row["result_bytes"] is not None
                     self._db.execute("DELETE FROM adc_part WHERE task_id = ?", (task_id,))
-                recovery.put_task(self._db, row if has_result else row | {"result_bytes": None})
+        for task_id in taken:
+            self._remembered.pop(task_id, None)
+        if taken:
+            _log.warning(
+                "task_numbers_taken",
+                tasks=taken,
+                reason="the file that is in place now has tasks of another worker under these numbers",
+                effect="this worker's tasks of these numbers are left to their leases",
+            )
         self._to_restore = False
         if restored or to_compute_again:
             _log.warning("tasks_restored", from_memory=restored, results_to_compute_again=to_compute_again)
@@ -1622,6 +1683,16 @@ def _is_database(file: Path) -> bool:
         return False
     with file.open("rb") as opened:
         return opened.read(len(_DATABASE_MAGIC)) == _DATABASE_MAGIC
+
+
+def _as_json(numbers: Iterable[int]) -> str:
+    """Return numbers as one argument of a statement, however many they are."""
+    return f"[{','.join(map(str, numbers))}]"
+
+
+def _job_and_pipeline(incarnation: str) -> str:
+    """Return the part of a run's name that a retry leaves as it is, unless the job was given another pipeline."""
+    return incarnation.partition("/")[0]
 
 
 def _message(subject: str) -> tuple[int, int] | tuple[None, None]:

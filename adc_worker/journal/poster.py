@@ -44,7 +44,7 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 30.0
 TICK_S = 1.0
 UNPROVEN_PAUSE_S = 30.0  # chosen: until results whose subjects could not be proved are looked at again
 # After its last accepted result a job is looked at, then looked at with a repeat, at ever longer intervals. Antenna
-# takes 0.3-0.9 s to save a result (contract).
+# takes 0.3-0.9 s to save a result (docs/antenna.md, "Returning results").
 LOOK_FIRST_S, LOOK_FACTOR = 0.5, 10.0
 LOOKS = 2  # until a job that is not over was tried to be ended
 # A result that cannot be posted by itself is tried again ever less often: it may be many megabytes.
@@ -77,6 +77,15 @@ class _Retry:
 
     at: float
     backoff_s: float
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unproven:
+    """A kept result whose subject may be that of an earlier run of its job; it is looked at again at `until`."""
+
+    job_id: int
+    until: float
 
 
 @dataclass(slots=True)
@@ -115,8 +124,9 @@ class Poster:
         self._endings = {job_id: _Ending(0.0) for job_id in journal.finished_jobs()}
         self._pipelines = pipelines
         self._jobs_of_other_pipelines: set[int] = set()
-        # Kept results whose subjects may be those of an earlier run of their job, and when they are looked at again.
-        self._unproven: dict[int, float] = {}
+        self._unproven: dict[int, _Unproven] = {}  # by task
+        self._has_news = False  # something was kept or fetched: that may prove some of them
+        self._proof_fetched_at: dict[int, float] = {}  # by job
         self._draining = False
         self._closing = False
         self.accepted: Counter[int] = Counter()  # results by job
@@ -131,7 +141,9 @@ class Poster:
     def jobs_ended(self) -> bool:
         """Whether every job whose results are accepted was seen to be over, or had one of them repeated."""
         with self._changed:
-            return all(ending.looks >= LOOKS for ending in self._endings.values())
+            waits_for_nothing = self._held_back_jobs() | self._refusals.keys()
+            endings = self._endings.items()
+            return all(ending.looks >= LOOKS for job_id, ending in endings if job_id not in waits_for_nothing)
 
     def refuses(self, job_id: int) -> bool:
         """Whether results wait because Antenna refused them: this job's, or any job's for the sake of the token.
@@ -147,6 +159,15 @@ class Poster:
         refusals = self._refusals_that_last()
         return frozenset(job_id for job_id, error in refusals.items() if not error.concerns_token)
 
+    def held_back_jobs(self) -> frozenset[int]:
+        """Return the jobs of which nothing is on record but results that could not be posted and are tried again."""
+        with self._changed:
+            return self._held_back_jobs()
+
+    def _held_back_jobs(self) -> frozenset[int]:
+        jobs = {retry.job_id for retry in self._held_back.values()}
+        return frozenset(job_id for job_id in jobs if not self._journal.held_count(job_id, self._held_back))
+
     def _refusals_that_last(self) -> dict[int, AntennaRefused]:
         with self._changed:
             for job_id in list(self._refusals):
@@ -154,26 +175,32 @@ class Poster:
                     del self._refusals[job_id]  # nothing of it is left to be tried
             return dict(self._refusals)
 
-    def is_done(self, besides: Collection[int] = ()) -> bool:
+    def is_done(self, besides: Collection[int] = (), tried_until: float = float("inf")) -> bool:
         """Whether every result that may be posted is accepted, those of the jobs `besides` left out.
 
-        Results whose stream is not proved may not be posted.
+        Results whose stream is not proved may not be posted. Those that are held back, and that are not tried again
+        until `tried_until` (monotonic seconds), are left out, too.
         """
         with self._changed:
-            under_way = any(count for job_id, count in self._under_way.items() if job_id not in besides)
-            return not under_way and not self._journal.unposted(self._unproven, 1, self._limits.post_bytes, besides)
+            if any(count for job_id, count in self._under_way.items() if job_id not in besides):
+                return False
+            left_out = self._unproven.keys() | self._not_due(tried_until)
+            return not self._journal.unposted(left_out, 1, self._limits.post_bytes, besides)
 
     def wake(self) -> None:
         """Tell the poster that there may be more to post: results were kept, or tasks were fetched."""
         with self._changed:
-            waiting = self._unproven.items()
-            self._unproven = {task_id: until for task_id, until in waiting if not self._is_live(task_id)}
+            self._has_news = True  # what follows is done by the poster's own threads: others must not wait for it
             self._changed.notify_all()
 
-    def _is_live(self, task_id: int) -> bool:
-        """Whether what was fetched meanwhile proves the subject of a result that waits for that."""
-        kept = self._journal.held(task_id)
-        return kept is not None and self._journal.is_live(kept)
+    def _heed_news(self) -> None:
+        """Let results go on whose subjects are proved by what was fetched meanwhile."""
+        if not self._has_news:
+            return
+        self._has_news = False
+        for job_id in {one.job_id for one in self._unproven.values()}:
+            for task_id in self._journal.live_ids(job_id):
+                self._unproven.pop(task_id, None)
 
     def wait_idle(self, timeout_s: float, cut_short: threading.Event | None = None) -> bool:
         """Wait until every result that may be posted is accepted; False on time-out, or when `cut_short` is set."""
@@ -192,10 +219,11 @@ class Poster:
     def close(self, flush_s: float, cut_short: threading.Event | None = None) -> None:
         """Post what is kept for up to `flush_s` seconds, or until `cut_short`; the rest stays in the journal.
 
-        What Antenna refuses is not waited for.
+        What Antenna refuses is not waited for, nor is a result that is held back until later than that.
         """
         self._draining = True
-        self._wait_until(lambda: self.is_done(self.refused_jobs()), flush_s, cut_short)
+        flushed_until = time.monotonic() + flush_s
+        self._wait_until(lambda: self.is_done(self.refused_jobs(), flushed_until), flush_s, cut_short)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -224,7 +252,9 @@ class Poster:
         """Claim one post's worth of one job's results."""
         now = time.monotonic()
         waiting = [job for job, retry in self._retries.items() if retry.at > now or self._under_way[job]]
-        self._unproven = {task_id: until for task_id, until in self._unproven.items() if until > now}
+        self._heed_news()
+        self._unproven = {task_id: one for task_id, one in self._unproven.items() if one.until > now}
+        self._drop_old_holds(now)
         not_now = self._posting | self._not_due(now) | self._unproven.keys()
         results = self._journal.unposted(not_now, RESULTS_PER_POST, self._limits.post_bytes, waiting)
         if not results:
@@ -235,11 +265,14 @@ class Poster:
         self._under_way[job_id] += 1
         return partial(self._work_on, job_id, partial(self._post, job_id, group), group)
 
-    def _not_due(self, now: float) -> set[int]:
-        """Return the results that are held back; those of jobs that ended meanwhile are left out one day."""
+    def _drop_old_holds(self, now: float) -> None:
+        """Forget the holds of results that nobody tries any more: their jobs ended meanwhile."""
         for task_id, retry in list(self._held_back.items()):
             if now > retry.at + HOLD_BACK_MAX_S:
                 del self._held_back[task_id]
+
+    def _not_due(self, now: float) -> set[int]:
+        """Return the results that are held back until later than `now`."""
         return {task_id for task_id, retry in self._held_back.items() if retry.at > now}
 
     def _claim_ending(self) -> Callable[[], None] | None:
@@ -290,7 +323,7 @@ class Poster:
                 return  # it was under way beside one that failed just before
             backoff_s = min(2 * retry.backoff_s, BACKOFF_MAX_S) if retry else self._first_backoff_s
             # Jitter: after an outage a fleet must not come back in step.
-            self._retries[job_id] = _Retry(now + backoff_s * random.uniform(0.5, 1.0), backoff_s)  # noqa: S311 (no secret)
+            self._retries[job_id] = _Retry(now + backoff_s * random.uniform(0.5, 1.0), backoff_s, job_id)  # noqa: S311 (no secret)
         _log.warning("post_failed", job_id=job_id, error=f"{error}{_hint(error)}", retry_in_s=round(backoff_s, 1))
 
     def _post(self, job_id: int, group: Sequence[HeldTask]) -> None:
@@ -312,7 +345,8 @@ class Poster:
         left = [kept for kept in group if kept.task.reply_subject not in accepted]
         if not taken:
             raise AntennaUnavailable(f"job {job_id}: Antenna's answer names none of {len(group)} posted results")
-        self.accepted[job_id] += len(taken)
+        with self._changed:
+            self.accepted[job_id] += len(taken)
         self._journal.settle([kept.id for kept in taken])
         with self._changed:
             self._endings[job_id] = _Ending(time.monotonic() + LOOK_FIRST_S)
@@ -346,6 +380,17 @@ class Poster:
             return False
         return self._journal.check_writable()
 
+    def _may_fetch_proof(self, job_id: int) -> bool:
+        """Whether a task may be taken as a proof now: one at a time, and none while tasks of the job are worked on."""
+        if not self._may_fetch(job_id) or self._journal.unfinished(job_id):
+            return False
+        now = time.monotonic()
+        with self._changed:
+            if now - self._proof_fetched_at.get(job_id, float("-inf")) < UNPROVEN_PAUSE_S:
+                return False
+            self._proof_fetched_at[job_id] = now
+        return True
+
     def _prove(self, job_id: int, group: Sequence[HeldTask]) -> list[HeldTask]:
         """After a silence: return those results whose subjects are of the job's present run, and hold back the others.
 
@@ -358,7 +403,7 @@ class Poster:
             self._retire(job_id, asked_at)
         if state.is_lost or not state.is_served:
             raise AntennaUnavailable(f"job {job_id} is {state.status}: nothing is posted to it")
-        if not any(self._journal.is_live(kept) for kept in group) and self._may_fetch(job_id):
+        if not any(self._journal.is_live(kept) for kept in group) and self._may_fetch_proof(job_id):
             self._fetch_one(job_id)
         # A task that came may have retired some of them, or brought them a new subject.
         still_kept = [kept for one in group if (kept := self._journal.held(one.id)) and kept.result_bytes is not None]
@@ -366,7 +411,7 @@ class Poster:
         doubtful = [kept.id for kept in still_kept if kept not in live]
         if doubtful:
             with self._changed:
-                self._unproven.update(dict.fromkeys(doubtful, time.monotonic() + UNPROVEN_PAUSE_S))
+                self._unproven.update(dict.fromkeys(doubtful, _Unproven(job_id, time.monotonic() + UNPROVEN_PAUSE_S)))
             _log.warning(
                 "results_held_back",
                 job_id=job_id,
@@ -380,7 +425,8 @@ class Poster:
     def _see_end(self, job_id: int, ending: _Ending) -> None:
         """Close the job if it is over; if it stays open repeat a result, which ends it where Antenna lost count.
 
-        Two results of a job's end that are saved at the same instant can leave it STARTED for ever (contract).
+        Two results of a job's end that are saved at the same instant can leave it STARTED for ever (docs/antenna.md,
+        "Returning results").
         """
         try:
             self._look_at_end(job_id, ending)
@@ -484,7 +530,7 @@ class Poster:
             before = self._held_back.get(kept.id)
             first_s = HOLD_BACK_FACTOR * self._first_backoff_s
             backoff_s = min(2 * before.backoff_s, HOLD_BACK_MAX_S) if before else first_s
-            self._held_back[kept.id] = _Retry(time.monotonic() + backoff_s, backoff_s)
+            self._held_back[kept.id] = _Retry(time.monotonic() + backoff_s, backoff_s, kept.job_id)
         _log.error(
             "result_held_back",
             job_id=kept.job_id,
@@ -497,7 +543,8 @@ class Poster:
     def _replace_with_error(self, kept: HeldTask, error: AntennaRejected) -> None:
         text = f"Antenna refused the result: {error}"
         _log.error("result_replaced_by_error", job_id=kept.job_id, image_id=kept.task.image_id, reason=text)
-        size_bytes = self._journal.keep([(kept.id, [error_result(kept.task.image_id, text)])])
+        body = error_result(kept.task.image_id, text)
+        size_bytes = self._journal.keep([(kept.id, [body])], {kept.id: kept.task.image_id})
         self._post(kept.job_id, [replace(kept, result_bytes=size_bytes)])
 
     def _entry(self, kept: HeldTask) -> PostEntry:

@@ -303,13 +303,18 @@ def version_of(path: Path) -> int:
     return int(version)
 
 
-def put_task(db: sqlite3.Connection, row: dict[str, Any]) -> None:
-    """Write a task's row, whether there is one or not; its result stays."""
+def put_task(db: sqlite3.Connection, row: dict[str, Any]) -> bool:
+    """Write a task's row, whether there is one or not; its result stays.
+
+    False where the number is that of another slot's task: that one stays, and nothing is written.
+    """
     names = ", ".join(row)
     marks = ", ".join("?" * len(row))
     changes = ", ".join(f"{name} = excluded.{name}" for name in row)
-    statement = f"INSERT INTO adc_task ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {changes}"  # noqa: S608 (our own names)
-    db.execute(statement, tuple(row.values()))
+    same = "adc_task.slot = excluded.slot OR adc_task.reply_subject = excluded.reply_subject"
+    insert = f"INSERT INTO adc_task ({names}) VALUES ({marks})"  # noqa: S608 (our own names)
+    statement = f"{insert} ON CONFLICT (id) DO UPDATE SET {changes} WHERE {same}"
+    return db.execute(statement, tuple(row.values())).rowcount > 0
 
 
 def put_meta(db: sqlite3.Connection, values: Mapping[str, str]) -> None:

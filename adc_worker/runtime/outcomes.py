@@ -129,7 +129,7 @@ class JobOutcomes:
         """Keep an error result: the evidence is in the image."""
         with knowing(task.image_url):  # what a library says of a failed download may quote it
             text = redact(str(error))
-        self._journal.keep([(task_id, [error_result(task.image_id, text)])])
+        self._journal.keep([(task_id, [error_result(task.image_id, text)])], {task_id: task.image_id})
         with self._lock:
             self.failed[type(error).__name__] += 1
         self._log.warning("image_failed", image_id=task.image_id, url=public_url(task.image_url), error=text)

@@ -215,32 +215,34 @@ class WorkerLoop:
     def _is_idle(self) -> bool:
         """Whether to end: a peer's tasks may come to us until their leases are over.
 
-        Jobs that Antenna refuses to show or to take results of are not waited for: what is kept for them stays on
-        record for a later start.
+        Jobs that Antenna refuses to show or to take results of are not waited for, nor are results that are held back
+        because they cannot be posted: what is kept of these stays on record for a later start.
         """
         poster = self._context.poster
-        refused = self._refused_jobs()
+        left = self._jobs_left()
         return (
             self._options.exit_when_idle
             and self._poller.is_fresh
             and self._board.idle_s() > self._context.lease.ack_wait_s
-            and poster.is_done(refused)
+            and poster.is_done(left, tried_until=time.monotonic())
             and poster.jobs_ended
             # Some may wait for an image host.
-            and self._context.journal.job_ids() - refused <= self._poller.jobs_of_other_pipelines
+            and self._context.journal.job_ids() - left <= self._poller.jobs_of_other_pipelines
         )
 
-    def _refused_jobs(self) -> frozenset[int]:
-        return self._poller.refused_jobs | self._context.poster.refused_jobs()
+    def _jobs_left(self) -> frozenset[int]:
+        poster = self._context.poster
+        return self._poller.refused_jobs | poster.refused_jobs() | poster.held_back_jobs()
 
     def _idle_exit(self) -> ExitCode:
         """Say why there is nothing to do, and return the exit code."""
-        left = self._refused_jobs() & self._context.journal.job_ids()
+        left = self._jobs_left() & self._context.journal.job_ids()
         if left:
             _log.warning(
                 "idle_with_results_left",
                 jobs=sorted(left),
-                reason="Antenna refuses these jobs: what is kept for them is posted by a later start, once it may be",
+                reason="Antenna refuses these jobs, or their results cannot be posted: what is kept for them is posted"
+                " by a later start, once it may be",
             )
         if self._models_away:
             errors = {slug: str(error) for slug, error in self._models_away.items()}

@@ -186,6 +186,7 @@ def second_delivery(number: int) -> Task:
 def test_an_answer_of_tasks_that_have_their_results_already_is_not_empty(jobs: Callable[..., Job]) -> None:
     """They are answered from the journal, and the next ones are asked for at once."""
     job = jobs()
+    job.journal.note_served(JOB, Queue([]).job(JOB).incarnation, lease_clock())
     done = job.journal.record(JOB, [task(1), task(2)])
     job.journal.keep([(held.id, [result(held.id)]) for held in done])
     job.journal.settle([held.id for held in done])

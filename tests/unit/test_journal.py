@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import random
 import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from adc_worker.antenna.leases import lease_clock
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.journal.journal import _SCHEMA, Journal
@@ -36,6 +39,11 @@ def journal(path: Path) -> Iterator[Journal]:
     journal = Journal(path)
     yield journal
     journal.close()
+
+
+def tell_run(journal: Journal, run: int = 1) -> None:
+    """Let Antenna tell in which run the job is: whether results are of its pipeline is not known without."""
+    journal.note_served(7, f"created moths/run {run}", lease_clock())
 
 
 def keep(journal: Journal, results: list[tuple[int, bytes]]) -> None:
@@ -467,12 +475,14 @@ def again(number: int, delivered: int = 1, seq: int | None = None, later_ns: int
 def test_an_accepted_image_that_comes_again_is_answered_from_the_journal(path: Path) -> None:
     """The same boxes under the new subject, and nothing to work on; also after a restart."""
     first = Journal(path)
+    tell_run(first)
     held = first.record(7, [task(1), task(2)])
     keep(first, [(held[0].id, b"one" * 1000), (held[1].id, b'{"error":"x"}')])
     first.settle([held[0].id, held[1].id])
     first.close()
     journal = Journal(path)
     assert bodies(journal) == []
+    tell_run(journal)
     (worked_on,) = journal.record(7, [again(1, 2), again(2, 2)])
     assert worked_on.task.image_id == "2", "an error is tried again"
     (kept,) = journal.unposted([], 10, ALL)
@@ -482,6 +492,7 @@ def test_an_accepted_image_that_comes_again_is_answered_from_the_journal(path: P
 
 def test_a_lower_sequence_published_later_kills_the_subjects_of_the_earlier_stream(journal: Journal) -> None:
     """Kept results wait for their images; unfinished tasks are nobody's, and what is computed of them is dropped."""
+    tell_run(journal)
     old = journal.record(7, [task(3), task(4), task(5)])
     other_job = journal.record(8, [task(4)])
     keep(journal, [(old[0].id, b"three")])
@@ -493,6 +504,7 @@ def test_a_lower_sequence_published_later_kills_the_subjects_of_the_earlier_stre
     assert {held.task.image_id for held in journal.unfinished(7)} == {"9"}
     assert journal.unfinished(8) == other_job
     assert journal.newest_accepted(7) is None, "a dead subject is not repeated"
+    tell_run(journal, 2)
     journal.record(7, [again(3, seq=6, later_ns=11), again(4, seq=7, later_ns=12)])
     assert bodies(journal) == [b"three"]
     assert {held.task.image_id for held in journal.unfinished(7)} == {"9", "4"}
@@ -501,6 +513,7 @@ def test_a_lower_sequence_published_later_kills_the_subjects_of_the_earlier_stre
 def test_accepted_results_go_oldest_first_when_the_file_reaches_its_bound(path: Path, journal: Journal) -> None:
     """What Antenna has not accepted stays."""
     journal.most_bytes = 1_000_000
+    tell_run(journal)
     for number in range(1, 41):
         (held,) = journal.record(7, [task(number)])
         keep(journal, [(held.id, os.urandom(50_000))])
@@ -581,3 +594,58 @@ def test_many_threads_may_use_one_journal(journal: Journal) -> None:
         list(executor.map(work, range(4)))
     assert sorted(bodies(journal)) == sorted(b"%d" % job_id for job_id in range(4) for _ in range(10))
     assert [journal.held_count(job_id) for job_id in range(4)] == [10] * 4
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most memory that was taken meanwhile."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def noisy(number: int, size_bytes: int) -> bytes:
+    """Return a result that cannot be compressed."""
+    return b'{"pipeline":"moths",' + random.Random(number).randbytes(size_bytes)  # noqa: S311 (no secret)
+
+
+def test_whether_a_job_has_succeeded_is_seen_from_the_starts_of_its_results(journal: Journal) -> None:
+    """That is asked at the end of every turn, and results may have megabytes each."""
+    held = journal.record(7, [task(number) for number in range(1, 21)])
+    keep(journal, [(one.id, noisy(one.id, 500_000)) for one in held])
+    assert peak_bytes(lambda: journal.has_success(7)) < 400_000
+    journal.settle([one.id for one in held])
+    assert peak_bytes(lambda: journal.has_success(7)) < 400_000
+    assert journal.has_success(7)
+
+
+def test_errors_alone_are_no_success_of_a_job(journal: Journal) -> None:
+    """Neither kept nor accepted ones."""
+    held = journal.record(7, [task(1), task(2)])
+    keep(journal, [(one.id, b'{"error":"no JPEG"}') for one in held])
+    assert not journal.has_success(7)
+    journal.settle([held[0].id])
+    assert not journal.has_success(7)
+    (other,) = journal.record(7, [task(3)])
+    keep(journal, [(other.id, noisy(3, 10))])
+    assert journal.has_success(7)
+
+
+def test_a_job_is_retired_without_all_its_results_in_memory(journal: Journal) -> None:
+    """A hundred of them are 20 MB here; in a large job they may be gigabytes."""
+    held = journal.record(7, [task(number) for number in range(1, 101)])
+    keep(journal, [(one.id, noisy(one.id, 200_000)) for one in held])
+    assert peak_bytes(lambda: journal.bury(7)) < 15_000_000
+    assert journal.unposted([], 100, ALL) == []
+
+
+def test_results_that_are_left_out_of_a_post_are_not_read(journal: Journal) -> None:
+    """Thousands of them may wait for a proof while every post is put together."""
+    held = journal.record(7, [task(number) for number in range(1, 1001)])
+    keep(journal, [(one.id, b"result") for one in held])
+    waiting = {one.id for one in held[:-2]}
+    assert peak_bytes(lambda: journal.unposted(waiting, 50, ALL)) < 200_000
+    assert [kept.id for kept in journal.unposted(waiting, 50, ALL)] == [held[-2].id, held[-1].id]
+    assert journal.held_count(7, waiting) == 2

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from adc_worker.antenna.leases import lease_clock
 from adc_worker.antenna.wire import Task
 from adc_worker.errors import ExitCode, WorkerFault
 from adc_worker.journal.journal import Journal, LockPatience
@@ -29,6 +30,7 @@ from tests.support.waiting import wait_until
 PAGE_BYTES = 4096
 ALL = 1 << 40
 JOB_ID = 7
+RUN = "created moths/run 1"
 TASKS_PER_PAGE = 30  # at most: a task takes about 150 bytes
 ROOTS = 2  # the schema, and the root of the tasks: without them there is no way to the others
 HASTY = LockPatience(wait_s=0.02, fault_s=0.2, end_s=0.4)
@@ -48,6 +50,7 @@ def body_of(image_id: str) -> bytes:
 def fill(path: Path, tasks: int = 100, kept: int = 4, accepted: int = 2) -> list[Task]:
     """Make a journal as an orderly end leaves it; return its tasks, of which the first have a result."""
     journal = Journal(path)
+    journal.note_served(JOB_ID, RUN, lease_clock())
     before = journal.record(JOB_ID, [task(number) for number in range(1001, 1001 + accepted)])
     journal.keep([(held.id, [body_of(held.task.image_id)]) for held in before])
     journal.settle([held.id for held in before])
@@ -78,6 +81,7 @@ def assert_nothing_is_wrong(journal: Journal, tasks: list[Task]) -> int:
             assert b"".join(journal.parts(held.id)) in {b"", body_of(held.task.image_id)}
     # An image that comes again is answered with its own result, or worked on.
     comes_again = [task(number).model_copy(update={"reply_subject": f"again {number}"}) for number in (1001, 1002)]
+    journal.note_served(JOB_ID, RUN, lease_clock())
     journal.record(JOB_ID, comes_again)
     for held in journal.unposted([], 1000, ALL):
         if held.task in comes_again:
@@ -645,3 +649,43 @@ def test_processes_that_share_a_damaged_journal_lose_nothing(path: Path, spoil: 
     with closing(Journal(path)) as journal:
         assert len(journal.unfinished(JOB_ID)) == 16
         assert len(journal.unposted([], 9, ALL)) == 4
+
+
+def test_a_number_that_is_another_workers_in_the_file_in_place_now_stays_with_that_worker(tmp_path: Path) -> None:
+    """Somebody put another journal's file in place. What this worker remembers must not overwrite that one's tasks."""
+    here = tmp_path / "here" / "journal.db"
+    there = tmp_path / "there" / "journal.db"
+    with closing(Journal(there)), closing(Journal(there)) as other:
+        (theirs,) = other.record(JOB_ID, [task(2)])
+        other.keep([(theirs.id, [b"theirs"])])
+    with closing(Journal(here)) as journal:
+        (mine,) = journal.record(JOB_ID, [task(1)])
+        assert mine.id == theirs.id
+        for side in ("-wal", "-shm"):
+            here.with_name(f"{here.name}{side}").unlink(missing_ok=True)
+        there.rename(here)
+        with capture_logs() as said:
+            assert journal.unfinished(JOB_ID) == []
+        journal.keep([(mine.id, [b"mine"])])
+        assert [one["event"] for one in said].count("task_numbers_taken") == 1
+        (new,) = journal.record(JOB_ID, [task(3)])
+        assert new.id != theirs.id
+    with closing(sqlite3.connect(here)) as db:
+        rows = db.execute("SELECT image_id, body FROM adc_task JOIN adc_part ON id = task_id").fetchall()
+    assert rows == [("2", b"theirs")]
+
+
+def test_a_start_that_is_cut_short_leaves_the_check_to_the_next_one(path: Path) -> None:
+    """A worker ended uncleanly in another slot; who came next had not yet checked the file when it ended itself."""
+    with closing(Journal(path)), closing(Journal(path)):
+        pass
+    path.with_name("adc_journal.1.lock").write_bytes(b"open\n")
+    with closing(sqlite3.connect(path)) as holder:
+        holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(WorkerFault, match="cannot be opened"):
+            Journal(path, HASTY)
+    said_open = [lock.name for lock in path.parent.glob("adc_journal.[0-9].lock") if lock.read_bytes() == b"open\n"]
+    assert sorted(said_open) == ["adc_journal.0.lock", "adc_journal.1.lock"]
+    with closing(Journal(path)):
+        assert path.with_name("adc_journal.1.lock").read_bytes() == b"clean\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -596,3 +597,29 @@ def test_a_result_that_is_gone_while_it_is_posted_breaks_off_its_post_and_nothin
     assert receiver.bodies == dict.fromkeys(others, 1)
     assert gone not in receiver.bodies
     assert not died
+
+
+def test_a_result_that_is_held_back_for_longer_than_the_flush_is_not_waited_for(journal: Journal) -> None:
+    """It cannot be posted, and stays kept for a later start; a worker that ends when idle ends without it."""
+    keep(journal, [1, 2])
+    too_large = result(1)
+
+    def fault(_job_id: int, entries: Entries) -> None:
+        if too_large in {body for _subject, body in entries}:
+            raise AntennaBodyTooLarge("answered 413")
+
+    receiver = Receiver(fault)
+    poster = Poster(journal, receiver, PosterLimits(1, 10_000), first_backoff_s=100.0)
+    began_at = time.monotonic()
+    try:
+        wait_until(lambda: poster.held_back_jobs() == {7})
+        wait_until(lambda: poster.is_done(tried_until=time.monotonic()))
+        assert poster.jobs_ended
+        assert not poster.is_done()
+        journal.record(7, [task(3)])
+        assert poster.held_back_jobs() == set(), "another task of the job is to be worked on"
+    finally:
+        poster.close(6)
+    assert time.monotonic() - began_at < 5
+    assert list(receiver.bodies) == [result(2)]
+    assert journal.unposted_count() == 1

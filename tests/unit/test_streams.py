@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from adc_worker.antenna.wire import JobState, PostEntry, Task
 from adc_worker.errors import WorkerFault
-from adc_worker.journal.journal import Journal
+from adc_worker.journal.journal import HeldTask, Journal
 from adc_worker.journal.poster import Poster, PosterLimits
 from tests.support.fakes import result
 from tests.support.waiting import wait_until
@@ -352,6 +352,110 @@ def test_the_job_of_a_database_that_was_set_up_anew_is_another_one(
     again = [antenna.task(seq) for seq in range(1, 7)]
     held = journal.record(JOB, again, clock())
     assert [one.task for one in held] == again, "each is worked on, and none answered by what was kept"
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("pipeline", ["moths", "beetles"])
+def test_an_image_that_comes_again_is_not_answered_with_another_pipelines_result(
+    journals: Callable[[], Journal], clock: Clock, pipeline: str, *, accepted: bool
+) -> None:
+    """An operator cancels a job, gives it another pipeline, and retries it: Antenna would never save the old result."""
+    antenna = Antenna()
+    journal = journals()
+    (number,) = fetch(journal, antenna, 1, clock)
+    image = antenna.task(1).image_id
+    keep(journal, [number])
+    if accepted:
+        journal.settle([number])
+    clock.now_s += OPERATOR_S
+    antenna.restart()
+    antenna.pipeline = pipeline
+    journal.note_served(JOB, antenna.incarnation, clock())
+    (again,) = (antenna.task(seq) for seq in range(1, 7) if antenna.task(seq).image_id == image)
+    worked_on = [held.task for held in journal.record(JOB, [again], clock())]
+    assert worked_on == ([] if pipeline == "moths" else [again])
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_an_image_that_comes_again_in_an_unknown_run_is_computed_again(
+    journals: Callable[[], Journal], clock: Clock, *, accepted: bool
+) -> None:
+    """Where Antenna does not say which run that is, it may be one of another pipeline."""
+    antenna = Antenna()
+    journal = journals()
+    (number,) = fetch(journal, antenna, 1, clock)
+    image = antenna.task(1).image_id
+    keep(journal, [number])
+    if accepted:
+        journal.settle([number])
+    clock.now_s += HOUR_S
+    journal = journals()
+    antenna.restart()
+    (again,) = (antenna.task(seq) for seq in range(1, 7) if antenna.task(seq).image_id == image)
+    assert [held.task for held in journal.record(JOB, [again], clock())] == [again]
+
+
+def test_results_that_nothing_proves_cost_their_job_one_task(journals: Callable[[], Journal], clock: Clock) -> None:
+    """However many posts they would fill: each task that is taken as a proof spends its lease."""
+    antenna = Antenna(images=200)
+    journal = journals()
+    keep(journal, fetch(journal, antenna, 120, clock))
+    clock.now_s += HOUR_S
+    journal = journals()
+    antenna.restart()
+    antenna.delivered = 190  # what comes next contradicts nothing that is on record
+    with posting(journal, antenna) as poster:
+        assert poster.wait_idle(20)
+    assert (antenna.fetches, antenna.posts, journal.unposted_count()) == (1, [], 120)
+
+
+def test_no_task_is_taken_as_a_proof_while_tasks_of_the_job_are_worked_on(
+    journals: Callable[[], Journal], clock: Clock
+) -> None:
+    """Whoever works on them fetches the next ones, which are as good a proof."""
+    antenna = Antenna()
+    journal = journals()
+    keep(journal, fetch(journal, antenna, 3, clock)[:2])
+    clock.now_s += HOUR_S
+    journal = journals()
+    antenna.restart()
+    with posting(journal, antenna) as poster:
+        assert poster.wait_idle(5)
+    assert (antenna.fetches, antenna.posts, journal.unposted_count()) == (0, [], 2)
+
+
+class Watched(Journal):
+    """Remembers which threads ask for single tasks."""
+
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        self.asking: list[int] = []
+        super().__init__(path, now=now)
+
+    def held(self, task_id: int) -> HeldTask | None:
+        self.asking.append(threading.get_ident())
+        return super().held(task_id)
+
+    def is_live(self, held: HeldTask, within_s: float = 60.0) -> bool:
+        self.asking.append(threading.get_ident())
+        return super().is_live(held, within_s)
+
+
+def test_whoever_wakes_the_poster_does_not_look_for_proofs(tmp_path: Path, clock: Clock) -> None:
+    """It is the thread that feeds the GPU. The poster's own threads find what was proved, and post it."""
+    antenna = Antenna()
+    with closing(Watched(tmp_path / "journal.db", clock)) as journal:
+        keep(journal, fetch(journal, antenna, 3, clock)[:2])
+        clock.now_s += HOUR_S
+        run = antenna.incarnation
+        antenna.tells_run = False
+        with posting(journal, antenna) as poster:
+            assert poster.wait_idle(5)
+            assert antenna.posts == []
+            journal.note_served(JOB, run, clock())
+            journal.asking.clear()
+            poster.wake()
+            assert threading.get_ident() not in journal.asking
+            wait_until(lambda: len(antenna.posts) == 2)
 
 
 def test_news_of_a_jobs_end_does_not_retire_what_came_after_it(journals: Callable[[], Journal], clock: Clock) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from adc_worker.antenna.leases import LeaseTerms, lease_clock
 from adc_worker.antenna.wire import error_result
-from adc_worker.errors import WorkerFault
+from adc_worker.errors import ImageError, WorkerFault
 from adc_worker.ingest.addresses import AddressPolicy
 from adc_worker.ingest.download import ImageClient
 from adc_worker.ingest.staging import StagingArea
@@ -100,3 +100,13 @@ def test_a_result_on_record_shows_that_this_machine_works_and_an_error_does_not(
         if accepted:
             bench.journal.settle([held.id])
     assert outcomes.job_has_succeeded()
+
+
+def test_an_error_is_not_kept_for_a_task_of_another_image(benches: list[Bench]) -> None:
+    """Errors are compared with the journal as results are: its file may have been replaced."""
+    bench = benches[0]
+    held = bench.held[0]
+    another = held.task.model_copy(update={"image_id": "another"})
+    with pytest.raises(WorkerFault, match="of image another"):
+        bench.outcomes().fail(held.id, another, ImageError("no JPEG"))
+    assert bench.journal.unposted_count() == 0
