@@ -67,8 +67,9 @@ def test_thousands_of_results_are_each_from_their_own_pixels(tmp_path: Path) -> 
     text = (
         f"## Every result from its own pixels (`tests/faults/test_truth_soak.py`)\n\n{report.machine()}, commit"
         f" {report.commit()}.\n\nReal workers, killed at random, alone or with their parent, seed {SEED}. Each result"
-        f" is the checksum of the pixels that the pipeline was given; it is held against the file as another decoder"
-        f" has it. {ANTENNA_FAULT_SHARE:.0%} of the requests to Antenna, and now and then all of them, meet a portal,"
+        f" is the checksum of the pixels that the pipeline was given; it is held against a whole file as Pillow has"
+        f" it, and against a damaged one as it is decoded whatever the memory held before."
+        f" {ANTENNA_FAULT_SHARE:.0%} of the requests to Antenna, and now and then all of them, meet a portal,"
         f" an error page, another service's JSON or a broken connection, from the first request on. Three image hosts"
         f" have bad spells of 503, 403, sign-in pages with status 200, and cut bodies. One job is cancelled and"
         f" retried. Wrong: a saved result of other pixels. Destroyed: computed, and not saved. Blamed: an error of a"

@@ -247,6 +247,25 @@ def test_what_a_fetch_does_not_prove_is_not_posted(journals: Callable[[], Journa
     assert journal.unposted_count() == len(numbers) - left
 
 
+def test_a_result_is_posted_as_soon_as_its_image_comes_again(journals: Callable[[], Journal], clock: Clock) -> None:
+    """It does not wait until results that could not be proved are looked at anyway: its lease may be shorter."""
+    antenna = Antenna(tells_run=False)
+    journal = journals()
+    (number,) = fetch(journal, antenna, 1, clock)
+    keep(journal, [number])
+    antenna.delivered = antenna.images  # peers have the other tasks
+    clock.now_s += HOUR_S
+    journal = journals()
+    with posting(journal, antenna) as poster:
+        wait_until(lambda: antenna.fetches)
+        wait_until(lambda: poster.wait_idle(0))
+        assert antenna.posts == []
+        journal.record(JOB, [antenna.task(1, count=2)], clock())
+        poster.wake()
+        wait_until(lambda: antenna.posts, timeout_s=10)
+    assert [subject for subject, _body in antenna.posts] == [antenna.subject(1, count=2)]
+
+
 def test_a_cancelled_jobs_subjects_are_retired_whatever_the_local_clock_says(
     journals: Callable[[], Journal], clock: Clock
 ) -> None:
