@@ -24,10 +24,10 @@ _log = get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
-# With NATS down Antenna answers /tasks/ after 120 s (contract, "Take tasks"); giving up earlier loses deliveries.
+# With NATS down Antenna answers /tasks/ after 120 s (docs/antenna.md); giving up earlier loses deliveries.
 TASKS_READ_TIMEOUT_S = 150.0
 JOBS_PER_POLL = 50
-# A list of 300 photographs took 3 s (contract); neighbours in it are of one camera: it is looked into at four places.
+# A list of 300 photographs took 3 s once; neighbours in it are of one camera: it is looked into at four places.
 CAPTURE_PAGES, CAPTURES_PER_PAGE, CAPTURES_TIMEOUT_S = 4, 16, 5.0
 # Nobody took the connection: the address is wrong, or who should listen there is not up.
 _NO_CONNECTION = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)

@@ -10,7 +10,7 @@ from adc_worker.antenna.client import AntennaClient
 from adc_worker.antenna.wire import Algorithm
 from adc_worker.errors import ConfigurationError
 
-# With none or two of these on a pipeline, Antenna saves no result of it (contract, "Register").
+# With none or two of these on a pipeline, Antenna saves no result of it (docs/antenna.md).
 DETECTOR_TYPES = frozenset({"detection", "localization", "segmentation"})
 
 

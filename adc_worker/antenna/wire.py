@@ -24,7 +24,7 @@ _Entry = TypeVar("_Entry", bound=BaseModel)
 
 SERVED_STATES = frozenset({"STARTED", "RETRY"})
 FINAL_STATES = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
-# All that Antenna gives a job (contract). Another word is no evidence of anything, least of all of a job's end.
+# All that Antenna gives a job (docs/antenna.md). Another word is no evidence of anything, least of all of a job's end.
 STATES = SERVED_STATES | FINAL_STATES | {"CREATED", "PENDING", "CANCELING", "RECEIVED", "UNKNOWN"}
 DELETED = "DELETED"  # ours, for a job that Antenna says it does not know
 _DIGITS_MAX = 20  # what a 64-bit number has at most

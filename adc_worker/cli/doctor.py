@@ -49,7 +49,7 @@ CLOCK_TOLERANCE_S = (
     60.0  # a presigned URL lives days, a lease minutes; log lines of two hosts are compared by the minute
 )
 DISK_MIN_BYTES = 2_000_000_000  # what staging leaves free whatever happens (ingest/disk_budget.py)
-# 370 MB for torch (measurements, "Other costs"), as much for a detector, and one large image with its batch.
+# 370 MB for torch (docs/measurements.md), as much for a detector, and one large image with its batch.
 MEMORY_MIN_BYTES = 1_500_000_000
 DESCRIPTORS_MIN = 4096  # today's worker needed about 1000 at work; sockets, staged files and GPU drivers add theirs
 NATS_PORT = 4222

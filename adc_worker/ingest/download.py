@@ -60,7 +60,7 @@ READ_BYTES = 1 << 18
 # A memory limit counts the page cache, too, and dirty pages it cannot take back at once: they are written as they come.
 WRITE_BACK_BYTES = 8 << 20
 REDIRECTS_MAX = 3
-# A download that takes half of Antenna's default lease of 300 s (contract, "NATS") leaves no time for its result.
+# A download that takes half of Antenna's default lease of 300 s (docs/antenna.md) leaves no time for its result.
 DOWNLOAD_S = 150.0
 _MISSING = frozenset({404, 410})
 # Answers that ask for patience, or say that the host or a proxy before it fails: nothing about one image.

@@ -23,11 +23,11 @@ from adc_worker.log import get_logger
 _log = get_logger(__name__)
 
 SMALL_JOB_TASKS = 8
-# Antenna fails the pending images of a job that saved nothing for 600 s (contract): each has its turn well before.
+# Antenna fails the pending images of a job that saved nothing for 600 s (docs/antenna.md). Each has its turn before.
 ROUND_S = 480.0
 SWITCHES_PER_SLICE = 5  # a slice lasts at least as many times what a switch costs
 EMPTY_BACKOFF_MAX_S = 60.0
-# A service that shows no sign of life for 60 s counts as offline (contract): jitter included, polls are more frequent.
+# A service that shows no sign of life for 60 s counts as offline (docs/antenna.md). Polls are closer, jitter included.
 BUSY_POLL_S, POLL_BACKOFF_MAX_S = 30.0, 50.0
 BUSY_POLL_FACTOR = 6  # x AMI_ANTENNA_IDLE_SLEEP_SECONDS, up to BUSY_POLL_S; also after a long rest
 REST_SHARE = 1 / 4  # of the time without a task: the next poll may be as late again

@@ -31,14 +31,15 @@ DRAIN, FLUSH, ABORT = b"drain\n", b"flush\n", b"abort\n"
 SAME_SIGNAL_S = 1.0
 RESTART_FIRST_S, RESTART_MAX_S = 1.0, 60.0
 FLUSH_S = 10.0  # after the second signal: what is under way may end in this time
-START_S = 600.0  # until a child is ready: torch takes 4-8 s (measurements), from a cold network file system minutes
+# Until a child is ready: importing torch takes 4 to 8 s (docs/measurements.md), from a cold network disk minutes.
+START_S = 600.0
 HUNG_CHECK_S = 2.0  # a deadline may have passed because the whole host was paused: look again before ending the child
 ABORT_S = 5.0  # to write the stacks, first on command, then on SIGABRT; then SIGKILL
 ORPHANS_S = 10.0  # for killed processes to be gone; longer only on a dead disk or in a GPU driver
 OOM_SCORE_STEP = 100  # the kernel takes the child before the parent
 STEADY_S = 300.0  # a child that lived this long starts its back-off anew
 # glibc's threshold adapts upwards to 32 MiB, after which 20-30 MB blocks fragment the heap: 3.05 GB instead of 1.0
-# (measurements, "Other costs"). Fixed at 16 MiB, photographs and decoders' blocks for them are mapped and given back
+# (docs/measurements.md). Fixed at 16 MiB, photographs and decoders' blocks for them are mapped and given back
 # whole, while most tensors between a network's layers stay in the heap, whose free end is kept up to 128 MiB: fresh
 # pages for each slow inference on a CPU down (benchmarks/inference.py, page faults). torch's variable makes the pages
 # of large tensors huge ones.

@@ -28,7 +28,7 @@ from tests.support.workers import REPOSITORY, environment, run_to_end, worker
 
 SIMULATED = ("--pipeline", "simulated")
 FAULTY = {"AMI_EXTRA_PIPELINES": "tests.support.faulty_pipeline:pipelines"}
-PARENT_BYTES = 60_000_000  # design, "Processes"
+PARENT_BYTES = 60_000_000  # numpy and the command line, without torch
 GONE_S = 3.0  # the same
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_S = 180.0  # for five starts on a busy machine

@@ -19,7 +19,7 @@ from adc_worker.runtime.slices import BUSY_POLL_S, POLL_BACKOFF_MAX_S, JobBoard,
 from tests.support.fakes import task
 from tests.support.waiting import wait_until
 
-RULE_S = 600.0  # a job that saves nothing for so long is failed (contract)
+RULE_S = 600.0  # a job that saves nothing for so long is failed (docs/antenna.md)
 
 
 def refs(*job_ids: int) -> list[JobRef]:
