@@ -182,6 +182,8 @@ def _answer(
     length: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> None:
+    if status == http.HTTPStatus.NO_CONTENT:
+        content = b""  # what came behind it would be read as the next answer, and that one's tasks would be lost
     try:
         handler.send_response(status)
         handler.send_header("Content-Type", content_type)
