@@ -202,7 +202,13 @@ def test_a_token_that_is_restored_is_noticed_without_a_new_job(desk: Desk) -> No
 def test_a_job_that_was_made_private_keeps_no_batch_worker_from_ending(desk: Desk) -> None:
     """Its results stay on record, and are posted by a later start, once Antenna takes them."""
     private = desk.add_job(12)
-    desk.gate.job_fault = lambda route, job_id: FORBIDDEN if job_id == private and route != "POST tasks" else None
+
+    def fault(route: str, job_id: int) -> Fault | None:
+        """The project is made private once its first tasks were handed out: in which run they are is known."""
+        is_private = desk.gate.requests["POST tasks"] > 0 and route != "POST tasks"
+        return FORBIDDEN if job_id == private and is_private else None
+
+    desk.gate.job_fault = fault
     env = desk.environment({"AMI_ANTENNA_ACK_WAIT_SECONDS": "2"})
     code, log = run_to_end(env, "--exit-when-idle")
     assert code == ExitCode.OK
