@@ -12,8 +12,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -402,6 +402,34 @@ def run(
 
     `died` is the process before this one, where its death was of its own making: its pid, and how.
     """
+    with collecting_dead_threads() as dead_threads:
+        return _run(options, config, stop, policy, life, died, dead_threads)
+
+
+@contextmanager
+def collecting_dead_threads() -> Iterator[list[threading.ExceptHookArgs]]:
+    """Collect what ends a thread, from before the first of ours or of a plug-in starts; it is logged at the end."""
+    dead_threads: list[threading.ExceptHookArgs] = []
+    hook_before = threading.excepthook
+    threading.excepthook = dead_threads.append
+    try:
+        yield dead_threads
+    finally:
+        threading.excepthook = hook_before
+        for one in dead_threads:
+            name = one.thread.name if one.thread else "?"
+            _log.error("thread_died", thread=name, error=repr(one.exc_value))
+
+
+def _run(
+    options: WorkerOptions,
+    config: Settings,
+    stop: Stop,
+    policy: IngestPolicy | None,
+    life: SignsOfLife | None,
+    died: tuple[int, str] | None,
+    dead_threads: list[threading.ExceptHookArgs],
+) -> ExitCode:
     faults = Faults()
 
     def open_journal() -> Journal:
@@ -481,13 +509,12 @@ def run(
             reporter=reporter,
             share=share,
             faults=faults,
+            died=dead_threads,
         )
-        log_it, threading.excepthook = threading.excepthook, context.died.append
         try:
             with closing(WorkerLoop(options, context, specs)) as loop:
                 return loop.run()
         finally:
-            threading.excepthook = log_it
             context.life.tasks(TASKS_LEASES * config.antenna_ack_wait_seconds)  # to end is something to be held to, too
             poster.close(config.shutdown_grace_seconds / 2, stop.flushing)
             reporter.close()
