@@ -148,8 +148,8 @@ class Poster:
     def refuses(self, job_id: int) -> bool:
         """Whether results wait because Antenna refused them: this job's, or any job's for the sake of the token.
 
-        What is fetched for the job now could not be posted. It ends when a post is accepted, which is tried again and
-        again, or when nothing waits any more.
+        What is fetched for the job now could not be posted. It ends when a post is answered otherwise, which is tried
+        again and again, or when nothing waits any more.
         """
         refusals = self._refusals_that_last()
         return job_id in refusals or any(error.concerns_token for error in refusals.values())
@@ -293,7 +293,8 @@ class Poster:
     def _work_on(self, job_id: int, work: Callable[[], None], group: Sequence[HeldTask] = ()) -> None:
         try:
             work()
-            self._note_success(job_id)
+            with self._changed:
+                self._retries.pop(job_id, None)
         except AntennaError as error:
             self._back_off(job_id, error)
         finally:
@@ -302,10 +303,12 @@ class Poster:
                 self._under_way[job_id] -= 1
                 self._changed.notify_all()
 
-    def _note_success(self, job_id: int) -> None:
-        """Antenna answered for a job: whatever it refused of it is accepted again, and so is the token."""
+    def _note_answer(self, job_id: int) -> None:
+        """A post of the job was answered, and not refused: neither the job nor the token is refused any more.
+
+        Nothing else shows that: no outage, no detail of a job, and no results that were not posted for want of a proof.
+        """
         with self._changed:
-            self._retries.pop(job_id, None)
             self._refusals.pop(job_id, None)
             of_the_token = [other for other, error in self._refusals.items() if error.concerns_token]
             for other in of_the_token:
@@ -316,8 +319,6 @@ class Poster:
         with self._changed:
             if isinstance(error, AntennaRefused):
                 self._refusals[job_id] = error
-            else:
-                self._refusals.pop(job_id, None)
             retry = self._retries.get(job_id)
             if retry is not None and retry.at > now:
                 return  # it was under way beside one that failed just before
@@ -335,8 +336,10 @@ class Poster:
         except ResultGone as error:
             _log.warning("post_broken_off", job_id=job_id, error=str(error), effect="the others of it are posted again")
         except AntennaRejected as error:
+            self._note_answer(job_id)
             self._heed_rejection(job_id, group, error)
         else:
+            self._note_answer(job_id)
             self._heed_acceptance(job_id, group, accepted)
 
     def _heed_acceptance(self, job_id: int, group: Sequence[HeldTask], accepted: Collection[str]) -> None:

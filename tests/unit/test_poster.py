@@ -291,6 +291,40 @@ def test_a_job_that_is_refused_stops_itself_alone_until_it_is_accepted_again(jou
     assert receiver.bodies == dict.fromkeys(kept, 1)
 
 
+def test_an_outage_does_not_end_a_refusal(journal: Journal) -> None:
+    """Nothing was accepted meanwhile: what is fetched for the job could still not be posted."""
+    keep(journal, [1], job_id=7)
+    answers: list[Exception] = [AntennaRefused("answered 403", 403)]
+
+    def fault(_job_id: int, _entries: Entries) -> None:
+        raise answers[-1]
+
+    receiver = Receiver(fault)
+    with posting(journal, receiver) as poster:
+        wait_until(lambda: poster.refuses(7))
+        answers.append(AntennaUnavailable("answered 503"))
+        outage_from = receiver.attempts
+        wait_until(lambda: receiver.attempts >= outage_from + 2)
+        assert poster.refuses(7)
+
+
+def test_results_that_nothing_proves_do_not_end_a_refusal(tmp_path: Path) -> None:
+    """An hour later their stream may be another one: they are not posted, and so nothing was accepted."""
+    now_s = [1000.0]
+    journal = Journal(tmp_path / "journal.db", now=lambda: now_s[0])
+    held = journal.record(7, [task(1)])
+    journal.keep([(held[0].id, [result(1)])])
+    receiver = Refusing({7: AntennaRefused("answered 403", 403)})
+    try:
+        with posting(journal, receiver) as poster:
+            wait_until(lambda: poster.refuses(7))
+            now_s[0] += 3600
+            wait_until(poster.is_done)  # it may not be posted
+            assert poster.refuses(7)
+    finally:
+        journal.close()
+
+
 def test_a_refused_token_stops_every_job_until_it_is_accepted_for_any(journal: Journal) -> None:
     """401: what is fetched for another job could not be posted either."""
     keep(journal, [1], job_id=7)
